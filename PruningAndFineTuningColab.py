@@ -1,0 +1,1386 @@
+# ---
+# jupyter:
+#   accelerator: GPU
+#   colab:
+#     name: PruningAndFineTuningColab.ipynb
+#     provenance: []
+#     toc_visible: true
+#   jupytext:
+#     cell_metadata_filter: -all
+#     formats: ipynb,py:percent
+#     notebook_metadata_filter: accelerator,colab,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Prune and fine-tune a language model
+#
+# A transformer reads with many **attention heads** at once, and a trained model does not need all of them. This
+# notebook loads a causal language model, scores its heads, closes the least important ones, fine-tunes what is left
+# and tells you honestly what it cost and what came back.
+#
+# Run the cells from top to bottom. With nothing changed you get GPT-2 on WikiText-2; without a network you get a
+# small demo model that is trained on the spot. Each section says why it is there, defines what it needs, and then
+# does it: the cells that *do* something are short, and running one again is always safe.
+#
+# The same file is a script: `python PruningAndFineTuningColab.py --help`.
+
+# %% [markdown]
+# ## 1. Setup
+#
+# Colab already has almost everything. The next cell installs what is missing and leaves the rest, PyTorch
+# above all, as it is.
+
+# %%
+import builtins
+import importlib.util
+import subprocess
+import sys
+
+NEEDED = ["torch", "transformers", "datasets", "accelerate", "matplotlib", "psutil", "gguf"]
+
+
+def in_notebook() -> bool:
+    """True in Jupyter and Colab, False in a plain Python process."""
+    return "ipykernel" in sys.modules and hasattr(builtins, "__IPYTHON__")
+
+
+if __name__ == "__main__" and in_notebook():
+    missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
+    if missing:
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
+
+# %%
+import argparse
+import contextlib
+import copy
+import dataclasses
+import datetime
+import difflib
+import gc
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import accelerate
+import datasets
+import huggingface_hub
+import psutil
+import tokenizers
+import torch
+import transformers
+from accelerate.utils import find_executable_batch_size
+from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers.pytorch_utils import Conv1D
+
+
+class UserError(Exception):
+    """A mistake in the input. Its message names the bad value, what is allowed, and what to do."""
+
+
+# %% [markdown]
+# ## 2. Settings
+#
+# Everything you may want to change is here. In Colab the cell below is a form; in a shell the same settings are
+# options (`PRUNING_LEVEL` is `--pruning-level`). Start with `STRATEGY` and `PRUNING_LEVEL`: 0.3 closes 30 % of the
+# heads and is a good first try.
+
+# %%
+# @title Settings
+MODEL = "auto"  # @param ["auto", "demo", "gpt2", "facebook/opt-125m", "EleutherAI/pythia-160m", "HuggingFaceTB/SmolLM2-135M"] {allow-input: true}
+STRATEGY = "entropy"  # @param ["entropy", "magnitude", "random", "entropy-literal"]
+PRUNING_LEVEL = 0.3  # @param {type: "slider", min: 0, max: 0.9, step: 0.05}
+MIN_HEADS = 1  # @param {type: "integer"}
+REOPEN_HEADS = False  # @param {type: "boolean"}
+
+# @markdown **Text**
+DATASET = "auto"  # @param {type: "string"}
+DATASET_CONFIG = ""  # @param {type: "string"}
+TRAIN_FILE = ""  # @param {type: "string"}
+VALIDATION_FILE = ""  # @param {type: "string"}
+TEST_FILE = ""  # @param {type: "string"}
+BLOCK_LENGTH = 512  # @param {type: "integer"}
+CALIBRATION_BLOCKS = 32  # @param {type: "integer"}
+EVAL_BLOCKS = 64  # @param {type: "integer"}
+PROMPT = "The history of the city began"  # @param {type: "string"}
+
+# @markdown **Fine-tuning**
+MAX_STEPS = 200  # @param {type: "integer"}
+EPOCHS = 1.0  # @param {type: "number"}
+LEARNING_RATE = 1e-4  # @param {type: "number"}
+BATCH_SIZE = 4  # @param {type: "integer"}
+CONTROL = "auto"  # @param ["auto", "yes", "no"]
+
+# @markdown **Machine and results**
+DEVICE = "auto"  # @param ["auto", "cuda", "tpu", "mps", "cpu"]
+PRECISION = "auto"  # @param ["auto", "fp32", "fp16", "bf16"]
+SEED = 0  # @param {type: "integer"}
+SAVE_MODEL = True  # @param {type: "boolean"}
+OUTPUT_DIR = "results"  # @param {type: "string"}
+OFFLINE = False  # @param {type: "boolean"}
+
+# %% [markdown]
+# The form becomes one checked, unchangeable object, so that a typo is found now and not after ten minutes of
+# computing. The help texts say what each setting means and what it may be.
+
+# %%
+STRATEGY_NAMES = ("entropy", "magnitude", "random", "entropy-literal")
+
+
+def option(default, group, text, choices=None):
+    """One setting: its default, the group it is listed under in --help, and what it means."""
+    return dataclasses.field(default=default, metadata={"group": group, "help": text, "choices": choices})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All settings of a run. Raises UserError where a value is out of range."""
+
+    model: str = option(MODEL, "model and pruning", "hub id, local folder, .gguf file, 'demo' (trained here), or "
+                        "'auto': gpt2, and the demo where there is no network")
+    strategy: str = option(STRATEGY, "model and pruning", "how heads are scored", STRATEGY_NAMES)
+    pruning_level: float = option(PRUNING_LEVEL, "model and pruning", "share of all heads to close, 0 <= level < 1")
+    min_heads: int = option(MIN_HEADS, "model and pruning", "heads that stay open in every layer")
+    reopen_heads: bool = option(REOPEN_HEADS, "model and pruning", "let closed heads come back in fine-tuning")
+    dataset: str = option(DATASET, "text", "hub dataset id, 'python-docs' (needs no network), or 'auto': WikiText-2, and python-docs "
+                          "for the demo model")
+    dataset_config: str = option(DATASET_CONFIG, "text", "configuration of the hub dataset")
+    train_file: str = option(TRAIN_FILE, "text", ".txt, .jsonl or .parquet instead of a dataset; without the other "
+                             "two files it is split 80/10/10")
+    validation_file: str = option(VALIDATION_FILE, "text", "text for calibration and validation")
+    test_file: str = option(TEST_FILE, "text", "text that only the reported perplexities see")
+    block_length: int = option(BLOCK_LENGTH, "text", "tokens in a block")
+    calibration_blocks: int = option(CALIBRATION_BLOCKS, "text", "validation blocks that the heads are scored on")
+    eval_blocks: int = option(EVAL_BLOCKS, "text", "test blocks that perplexity is measured on, 0 = all")
+    prompt: str = option(PROMPT, "text", "the start of the sample texts")
+    max_steps: int = option(MAX_STEPS, "fine-tuning", "optimizer steps, 0 = as many as --epochs needs")
+    epochs: float = option(EPOCHS, "fine-tuning", "passes over the training text where --max-steps is 0")
+    learning_rate: float = option(LEARNING_RATE, "fine-tuning", "peak learning rate")
+    batch_size: int = option(BATCH_SIZE, "fine-tuning", "blocks in one optimizer step, however many fit at once")
+    control: str = option(CONTROL, "fine-tuning", "fine-tune the dense model with the same budget, to compare: yes, no, "
+                          "or auto (yes, unless the model is large and the machine has no accelerator)",
+                          ("auto", "yes", "no"))
+    device: str = option(DEVICE, "machine and results", "where to compute", ("auto", "cuda", "tpu", "mps", "cpu"))
+    precision: str = option(PRECISION, "machine and results", "number format of the computations; auto: bf16 where "
+                            "the GPU or TPU has it, fp16 on other CUDA GPUs, else fp32",
+                            ("auto", "fp32", "fp16", "bf16"))
+    seed: int = option(SEED, "machine and results", "seed of everything random")
+    save_model: bool = option(SAVE_MODEL, "machine and results", "keep the fine-tuned model in the results")
+    output_dir: str = option(OUTPUT_DIR, "machine and results", "folder that gets a new results folder for each run")
+    offline: bool = option(OFFLINE, "machine and results", "use no network, only what is on this machine")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata["choices"]
+            if choices and value not in choices:
+                nearest = difflib.get_close_matches(str(value), choices, n=1)
+                hint = f"did you mean {nearest[0]!r}?" if nearest else "take one of these."
+                raise UserError(f"{field.name} is {value!r}, but must be one of {', '.join(choices)}: {hint}")
+        self._check("pruning_level", 0 <= self.pruning_level < 1, "at least 0 and below 1", "0.3 is a good start")
+        self._check("learning_rate", 0 < self.learning_rate < math.inf, "above 0", "1e-4 is a good start")
+        self._check("epochs", 0 < self.epochs < math.inf, "above 0", "1 is one pass over the text")
+        self._check("block_length", self.block_length >= 2, "at least 2", "a first token predicts a second")
+        self._check("prompt", self.prompt.strip(), "some words", "write the start of a sentence")
+        for name in ("batch_size", "calibration_blocks"):
+            self._check(name, getattr(self, name) >= 1, "1 or more", "choose a larger number")
+        for name in ("max_steps", "eval_blocks", "min_heads", "seed"):
+            self._check(name, getattr(self, name) >= 0, "0 or more", "choose a larger number")
+        for name in ("train_file", "validation_file", "test_file"):
+            path = Path(getattr(self, name))
+            if getattr(self, name):
+                self._check(name, path.suffix in (".txt", ".jsonl", ".parquet"), "a .txt, .jsonl or .parquet file",
+                            "convert it first")
+                self._check(name, path.is_file(), "an existing file", "check the path")
+                self._check(name, bool(self.train_file), "given together with train_file", "name that file too")
+                self._check("dataset", self.dataset == "auto", "left alone where files are given", "drop one of the two")
+        self._check("output_dir", not Path(self.output_dir).is_file(), "a folder", "choose another name")
+
+    def _check(self, name, fine, allowed, remedy):
+        if not fine:
+            raise UserError(f"{name} is {getattr(self, name)!r}, but must be {allowed}: {remedy}.")
+
+
+def read_settings(arguments: list[str]) -> Settings:
+    """Settings from the form's values, overridden by command-line arguments."""
+    parser = argparse.ArgumentParser(description="Prune the attention heads of a causal language model, fine-tune "
+                                     "what is left, and compare.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    groups = {}
+    for field in dataclasses.fields(Settings):
+        name, flag, group = field.name, "--" + field.name.replace("_", "-"), field.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        is_switch = field.type is bool or name == "control"
+        kind = {"action": argparse.BooleanOptionalAction} if is_switch else {"type": field.type, "metavar": "X"}
+        groups[group].add_argument(flag, default=globals()[name.upper()], help=field.metadata["help"], **kind)
+    values = vars(parser.parse_args(arguments))
+    values["control"] = {True: "yes", False: "no"}.get(values["control"], values["control"])
+    return Settings(**values)
+
+
+def stop_without_traceback(kind, error, trace):
+    """The script's sys.excepthook: a user's mistake is one sentence and exit status 2."""
+    if not issubclass(kind, UserError):
+        return sys.__excepthook__(kind, error, trace)
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# %% [markdown]
+# What is still `auto` is decided next. The hub is asked once whether it is there. If you named no model and it is not, you get
+# the demo; a model that you did name never turns into another one.
+
+# %%
+def hub_is_reachable(timeout: float = 2.0) -> bool:
+    """Asks the hub once, instead of letting every download find out for itself."""
+    try:
+        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=timeout).close()
+    except OSError:
+        return False
+    return True
+
+
+def choose_sources(settings: Settings) -> Settings:
+    """Settings with every 'auto' in model and dataset resolved, and the hub libraries told whether there is a network."""
+    model, dataset = settings.model, settings.dataset
+    local_model = model == "demo" or Path(model).exists()
+    if dataset == "auto" and model == "demo" and not settings.train_file:
+        dataset = "python-docs"
+    needs_hub = not local_model or not (settings.train_file or dataset == "python-docs")
+    offline = settings.offline or huggingface_hub.constants.HF_HUB_OFFLINE or (needs_hub and not hub_is_reachable())
+    if offline:
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    if model == "auto":
+        model = "demo" if offline else "gpt2"
+        if offline:
+            print("The Hugging Face hub cannot be reached, so this is the demo: a small model, trained here on Python's "
+                  "manual. For a real one give --model: a hub id where there is a network, a local folder, or a .gguf file.")
+    if dataset == "auto" and not settings.train_file:
+        dataset = "python-docs" if model == "demo" else "Salesforce/wikitext"
+    if dataset == "Salesforce/wikitext" and not settings.dataset_config:
+        settings = dataclasses.replace(settings, dataset_config="wikitext-2-raw-v1")
+    return dataclasses.replace(settings, model=model, dataset=dataset, offline=offline)
+
+
+# %%
+if __name__ == "__main__":
+    if not in_notebook():
+        sys.excepthook = stop_without_traceback
+    settings = choose_sources(read_settings([] if in_notebook() else sys.argv[1:]))
+    print("\n".join(f"{name:>20}  {value}" for name, value in dataclasses.asdict(settings).items() if value != ""))
+
+# %% [markdown]
+# ## 3. Device and memory
+#
+# The fastest device is found by itself: an NVIDIA GPU, a TPU, an Apple GPU, else the processor. On a GPU the
+# computations run in half precision, which is faster and takes half the memory: `bfloat16` where the hardware has it,
+# `float16` with gradient scaling where not. The weights themselves stay in `float32`.
+
+# %%
+def find_device(choice: str = "auto") -> torch.device:
+    """The device to compute on. Raises UserError where the chosen one is not there."""
+    available = {"cuda": torch.cuda.is_available(), "tpu": importlib.util.find_spec("torch_xla") is not None,
+                 "mps": torch.backends.mps.is_available(), "cpu": True}
+    if choice == "auto":
+        choice = next(name for name, there in available.items() if there)
+    if not available[choice]:
+        there = ", ".join(name for name, is_there in available.items() if is_there)
+        raise UserError(f"device is {choice!r}, but this machine has {there}: choose one of these, or 'auto'.")
+    if choice == "tpu":
+        import torch_xla
+
+        return torch_xla.device()
+    return torch.device(choice)
+
+
+def find_precision(device: torch.device, choice: str = "auto") -> torch.dtype:
+    """The number format that computations on this device run in. Raises UserError for one it cannot do."""
+    has_bf16 = {"cuda": device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
+                "xla": True, "cpu": True}.get(device.type, False)
+    if choice == "auto":
+        choice = "fp32" if device.type in ("cpu", "mps") else "bf16" if has_bf16 else "fp16"
+    if (choice == "fp16" and device.type != "cuda") or (choice == "bf16" and not has_bf16):
+        raise UserError(f"precision is {choice!r}, which {device.type} does not have: choose 'fp32', or 'auto'.")
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[choice]
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """Context in which the model computes in `dtype`."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+# %% [markdown]
+# Memory is what runs out first on Colab, so it is shown after every step and its peak is recorded.
+
+# %%
+def describe_device(device: torch.device) -> str:
+    """One line: what the machine computes with."""
+    ram = f"{psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB RAM"
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        return f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB ({ram})"
+    return f"{device.type.upper()}: {platform.processor() or platform.machine()} ({ram})"
+
+
+def memory_used(device: torch.device) -> dict[str, int]:
+    """Bytes in use now: this process's RAM, and the accelerator's memory where there is one."""
+    used = {"ram": psutil.Process().memory_info().rss}
+    if device.type == "cuda":
+        used["accelerator"] = torch.cuda.memory_allocated(device)
+    elif device.type == "mps":
+        used["accelerator"] = torch.mps.current_allocated_memory()
+    elif device.type == "xla":
+        import torch_xla.core.xla_model as xm
+
+        used["accelerator"] = xm.get_memory_info(device).get("bytes_used", 0)
+    return used
+
+
+def free_memory() -> None:
+    """Gives back what deleted models held, on the processor and on the accelerator."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
+class PeakMemory(threading.Thread):
+    """Samples memory_used() ten times a second; `stop()` returns the largest values seen."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(daemon=True)
+        self.device, self.peak, self.done = device, memory_used(device), threading.Event()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self.start()
+
+    def run(self):
+        while not self.done.wait(0.1):
+            self.sample()
+
+    def sample(self):
+        for kind, used in memory_used(self.device).items():
+            self.peak[kind] = max(self.peak[kind], used)
+
+    def stop(self) -> dict[str, int]:
+        self.done.set()
+        self.join()
+        self.sample()
+        if self.device.type == "cuda":
+            self.peak["accelerator"] = torch.cuda.max_memory_allocated(self.device)
+        return self.peak
+
+
+# %% [markdown]
+# Every run gets a folder of its own, named by the time, and never overwrites another. What a step computes is written to
+# `metrics.json` the moment the step ends.
+
+# %%
+class Run:
+    """The record of one run: its folder, its numbers (`metrics`, kept in metrics.json), its pictures."""
+
+    def __init__(self, settings: Settings, device: torch.device, dtype: torch.dtype):
+        transformers.set_seed(settings.seed)
+        model = re.sub(r"[^\w.-]+", "-", Path(settings.model).stem)
+        stem = f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{model}"
+        names = (stem + (f"-{number}" if number > 1 else "") for number in range(1, 100))
+        try:
+            self.folder = next(path for name in names if not (path := Path(settings.output_dir, name)).exists())
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"output_dir is {settings.output_dir!r}, but no folder can be made there "
+                            f"({error.strerror}): choose another place.") from None
+        self.device, self.dtype = device, dtype
+        packages = (torch, transformers, datasets, accelerate)
+        self.metrics = {
+            "settings": dataclasses.asdict(settings),
+            "versions": {"python": platform.python_version()} | {p.__name__: p.__version__ for p in packages},
+            "device": describe_device(device),
+            "precision": str(dtype).removeprefix("torch."),
+            "perplexity": {}, "tokens_per_second": {}, "heads": {}, "samples": {},
+            "seconds": {}, "peak_memory_bytes": {},
+        }
+        self.save()
+
+    def save(self):
+        """Writes metrics.json in one move, so that it is never half there."""
+        part = self.folder / "metrics.json.part"
+        part.write_text(json.dumps(self.metrics, indent=1))
+        part.replace(self.folder / "metrics.json")
+
+    @contextlib.contextmanager
+    def step(self, name: str):
+        """Times a step, watches its memory, and keeps what it recorded in `metrics`."""
+        free_memory()
+        peak, start = PeakMemory(self.device), time.perf_counter()
+        try:
+            yield
+        finally:
+            self.metrics["peak_memory_bytes"][name] = peak.stop()
+            self.metrics["seconds"][name] = round(time.perf_counter() - start, 2)
+            self.save()
+            now, top = memory_used(self.device), self.metrics["peak_memory_bytes"][name]
+            memory = ", ".join(f"{kind} {now[kind] / 2**30:.2f} GiB (peak {top[kind] / 2**30:.2f})" for kind in now)
+            print(f"[{name}: {self.metrics['seconds'][name]:.1f} s, {memory}]")
+
+    def show(self, figure: Figure, name: str):
+        """Keeps a figure as PNG in the run's folder, and displays it in a notebook."""
+        figure.savefig(self.folder / name, dpi=150, bbox_inches="tight")
+        if in_notebook():
+            from IPython.display import Image, display
+
+            display(Image(self.folder / name, width=760))
+        else:
+            print(f"picture: {self.folder / name}")
+
+
+# %%
+if __name__ == "__main__":
+    device = find_device(settings.device)
+    dtype = find_precision(device, settings.precision)
+    run = Run(settings, device, dtype)
+    print(f"{run.metrics['device']}, computing in {run.metrics['precision']}")
+    print(f"results: {run.folder}")
+
+# %% [markdown]
+# ## 4. Text
+#
+# Three texts that are kept apart: the model is fine-tuned on *train*, heads are scored and progress is watched on
+# *validation*, and *test* is only ever used for the perplexities that are reported. The text comes from the Hugging Face
+# hub, from your own files, or, without a network, from the reference manual that every Python carries.
+#
+# A text without splits of its own is cut into contiguous parts, so that test and training text never mix. Rows of a dataset are joined by a blank line, as the pruning literature does (SparseGPT, Wanda), so that
+# perplexities can be compared with published ones.
+
+# %%
+SPLITS = ("train", "validation", "test")
+
+
+def join_rows(rows: datasets.Dataset, name: str) -> str:
+    """One string from a dataset's text column. Raises UserError where it has none."""
+    columns = [key for key, feature in rows.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")]
+    column = "text" if "text" in columns else columns[0] if len(columns) == 1 else None
+    if column is None:
+        raise UserError(f"dataset {name!r} has the columns {', '.join(rows.features)}, but one named 'text' is needed: "
+                        "rename the column that holds the text.")
+    return "\n\n".join(row or "" for row in rows[column])
+
+
+def read_file(path: str) -> str:
+    """The text of a .txt file, or the text column of a .jsonl or .parquet file."""
+    if path.endswith(".txt"):
+        try:
+            return Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path!r} is not UTF-8 text (byte {error.start}): convert it first.") from None
+    kind = "json" if path.endswith(".jsonl") else "parquet"
+    return join_rows(datasets.load_dataset(kind, data_files=path, split="train"), path)
+
+
+def python_docs() -> str:
+    """Python's own reference manual, about half a million characters, from the standard library."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def cut_tail(text: str, share: float) -> tuple[str, str]:
+    """Cuts a text in two at the line break nearest to `1 - share` of its length."""
+    middle = round(len(text) * (1 - share))
+    middle = text.find("\n", middle) + 1 or middle
+    return text[:middle], text[middle:]
+
+
+def load_text(settings: Settings) -> dict[str, str]:
+    """{'train', 'validation', 'test'} -> text. Splits that do not exist are cut off the end of train, 10 % each."""
+    if settings.train_file:
+        files = {split: getattr(settings, f"{split}_file") for split in SPLITS}
+        text = {split: read_file(path) for split, path in files.items() if path}
+    elif settings.dataset == "python-docs":
+        text = {"train": python_docs()}
+    else:
+        try:
+            data = datasets.load_dataset(settings.dataset, settings.dataset_config or None)
+        except (OSError, ValueError) as error:
+            raise UserError(f"dataset {settings.dataset!r} cannot be had ({first_sentence(error)}): check the name, the "
+                            "configuration and the network, or give --train-file.") from None
+        if "train" not in data:
+            raise UserError(f"dataset {settings.dataset!r} has the splits {', '.join(data)}, but 'train' is needed.")
+        text = {split: join_rows(data[split], settings.dataset) for split in SPLITS if split in data}
+    missing = [split for split in SPLITS if split not in text]
+    for number, split in enumerate(reversed(missing)):
+        text["train"], text[split] = cut_tail(text["train"], 0.1 / (1 - 0.1 * number))  # a tenth of the whole each time
+    return {split: text[split] for split in SPLITS}
+
+
+def first_sentence(error: Exception) -> str:
+    """The first sentence of a library's message, for one of ours."""
+    return re.split(r"(?<=\w)\.\s|\n", str(error).strip())[0].rstrip(".") or type(error).__name__
+
+
+# %%
+if __name__ == "__main__":
+    with run.step("text"):
+        text = load_text(settings)
+    print(settings.train_file or settings.dataset, {split: f"{len(part):,} characters" for split, part in text.items()})
+
+# %% [markdown]
+# ## 5. Model
+#
+# Any causal language model: a hub id, a local folder, or a `.gguf` file. Where there is neither weights nor network,
+# a GPT-2 of about a million parameters is trained on the spot, in a minute or two, and kept for the next run. It is a toy,
+# but a trained one: its heads differ, and closing the wrong ones hurts.
+
+# %%
+def load_model(name: str, device: torch.device):
+    """Tokenizer and float32 model, in evaluation mode. Raises UserError where the model cannot be had or used."""
+    path, options = name, {}
+    if name.endswith(".gguf"):
+        path, options = str(Path(name).parent), {"gguf_file": Path(name).name}
+    try:
+        if options and not Path(name).is_file():
+            raise OSError("no such file")
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {name!r} cannot be had ({first_sentence(error)}): it must be a causal language model on the "
+                        "hub (with a network), a local folder, a .gguf file, or 'demo'.") from None
+    if options:
+        # The weights are plain float32 now, but the model would still refuse save_pretrained as quantised.
+        model.hf_quantizer, model.is_quantized = None, False
+        del model.config.quantization_config
+    return tokenizer, model.to(device).eval()
+
+
+def make_demo(text: str, steps: int = 600) -> str:
+    """Trains the demo model, once; the folder that holds it."""
+    # No dropout: on a processor it makes attention several times slower.
+    config = transformers.GPT2Config(vocab_size=1024, n_positions=512, n_embd=128, n_layer=4, n_head=8, resid_pdrop=0.0,
+                                     embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
+    key = hashlib.sha256(f"{text}{config.to_json_string()}{steps}".encode()).hexdigest()[:12]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "PruningAndFineTuningColab", f"demo-{key}")
+    if folder.exists():
+        return str(folder)
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    bpe.train_from_iterator(text.splitlines(keepends=True), tokenizers.trainers.BpeTrainer(
+        vocab_size=1024, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+    transformers.set_seed(0)
+    model, blocks = transformers.GPT2LMHeadModel(config), pack(text, tokenizer, 128)
+    part = folder.with_name(f"{folder.name}.{os.getpid()}")
+    arguments = TrainingArguments(str(part), max_steps=steps, per_device_train_batch_size=16, learning_rate=3e-3,
+                                  warmup_steps=steps // 10, lr_scheduler_type="cosine", seed=0, report_to="none",
+                                  save_strategy="no", logging_strategy="no", use_cpu=True, dataloader_pin_memory=False)
+    Trainer(model, arguments, train_dataset=[{"input_ids": block, "labels": block} for block in blocks]).train()
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    part.rename(folder)
+    return str(folder)
+
+
+# %% [markdown]
+# Tokens are packed into full blocks: no padding, so nothing is wasted and no loss is counted on it.
+
+# %%
+def pack(text: str, tokenizer, block_length: int) -> torch.Tensor:
+    """Token ids (blocks, block_length): the whole text, in order, but for a tail shorter than one block."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids[: len(ids) // block_length * block_length], dtype=torch.long).view(-1, block_length)
+
+
+def pack_all(text: dict[str, str], tokenizer, settings: Settings, longest: int) -> dict[str, torch.Tensor]:
+    """Blocks of every split. Raises UserError where blocks are longer than the model can read, or a text has none."""
+    if settings.block_length > longest:
+        raise UserError(f"block_length is {settings.block_length}, but the model reads at most {longest} tokens: "
+                        f"take --block-length {longest} or less.")
+    blocks = {split: pack(part, tokenizer, settings.block_length) for split, part in text.items()}
+    for split, packed in blocks.items():
+        if not len(packed):
+            raise UserError(f"the {split} text has fewer than {settings.block_length} tokens, but one block is needed: "
+                            "take a longer text or a smaller --block-length.")
+    return blocks
+
+
+# %%
+if __name__ == "__main__":
+    with run.step("load model"):
+        name = make_demo(text["train"]) if settings.model == "demo" else settings.model
+        tokenizer, model = load_model(name, device)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", settings.block_length)
+    blocks = pack_all(text, tokenizer, settings, longest)
+    test_blocks = blocks["test"][: settings.eval_blocks or None]
+    run.metrics["blocks"] = {split: len(packed) for split, packed in blocks.items()} | {"tested": len(test_blocks)}
+    run.metrics["model"] = {"class": type(model).__name__, "parameters": model.num_parameters()}
+    print(f"{settings.model}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters")
+
+# %% [markdown]
+# ## 6. How good is it? Perplexity
+#
+# Perplexity is $\exp\big(\tfrac1N\sum_i -\log p(x_i \mid x_{<i})\big)$: the number of tokens that the model is, on
+# average, undecided between. Lower is better. It is measured on test blocks that do not overlap; the first token of each block
+# is context only.
+
+# %%
+def fit_batch_size(function, largest: int):
+    """`function(batch_size)`, with `largest` or, where memory runs out, the next smaller divisor at most half of it."""
+    sizes = [largest]
+    while sizes[-1] > 1:
+        sizes.append(max(size for size in range(1, sizes[-1] // 2 + 1) if largest % size == 0))
+    smaller = iter(sizes[1:])
+
+    def reduce():
+        size = next(smaller, 0)
+        print(f"out of memory: trying {size} blocks at once" if size else "out of memory with a single block")
+        return size
+
+    return find_executable_batch_size(function, starting_batch_size=largest, reduce_batch_size_fn=reduce)()
+
+
+@torch.no_grad()
+def perplexity(model, blocks: torch.Tensor, dtype: torch.dtype = torch.float32, batch_size: int = 4) -> float:
+    """exp(mean negative log-likelihood) of blocks (n, block_length), each block's first token being context only."""
+    model.eval()
+
+    def total_nll(batch_size):
+        total = 0.0
+        for batch in tqdm(blocks.split(batch_size), "perplexity", leave=False):
+            batch = batch.to(model.device)
+            with autocast(model.device, dtype):
+                logits = model(batch, use_cache=False).logits[:, :-1]
+            total += torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum").item()
+        return total
+
+    return math.exp(fit_batch_size(total_nll, batch_size) / blocks[:, 1:].numel())
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompt: str, new_tokens: int = 40) -> str:
+    """The prompt and the model's most likely continuation, the same every time."""
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    model.eval()
+    output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+STAGES = {"dense": "dense, untouched", "pruned": "pruned", "fine_tuned": "pruned + fine-tuned",
+          "dense_fine_tuned": "dense + fine-tuned"}
+
+
+def measure(run: Run, stage: str, model, tokenizer, blocks: torch.Tensor, settings: Settings) -> None:
+    """Records a stage's test perplexity, forward speed (tokens/s) and sample text, and forgets what is now out of date."""
+    run.metrics["settings"] = dataclasses.asdict(settings)
+    for outdated in list(STAGES)[list(STAGES).index(stage):]:
+        for numbers in (run.metrics["perplexity"], run.metrics["tokens_per_second"], run.metrics["samples"]):
+            numbers.pop(outdated, None)
+    with run.step(f"measure {stage}"):
+        start = time.perf_counter()
+        value = run.metrics["perplexity"][stage] = perplexity(model, blocks, run.dtype, settings.batch_size)
+        run.metrics["tokens_per_second"][stage] = round(blocks.numel() / (time.perf_counter() - start), 1)
+        run.metrics["samples"][stage] = sample(model, tokenizer, settings.prompt)
+    print(f"{stage}: perplexity {value:.2f}")
+
+
+# %%
+if __name__ == "__main__":
+    measure(run, "dense", model, tokenizer, test_blocks, settings)
+
+# %% [markdown]
+# ## 7. Heads and gates
+#
+# In every layer, each head reads the text in its own way and writes a vector of `head_dim` numbers per token. The vectors of
+# all heads are laid side by side, and one matrix, the layer's **output projection**, mixes them back into the model. So a
+# head is a slice of that matrix's *input*, and to remove a head is to multiply its slice by zero:
+#
+# $$\text{attention}(x) = W_O\,[\,g_1 h_1(x),\; g_2 h_2(x),\; \dots\,] + b,\qquad g_i \in \{0, 1\}.$$
+#
+# The numbers $g_i$ are the **gates**. A closed gate is exact (the head contributes nothing, whatever attention kernel
+# runs), and reversible: set it to one again and the head is back, bit for bit.
+
+# %%
+@dataclasses.dataclass
+class HeadLayer:
+    """Where one layer keeps its heads."""
+
+    block: torch.nn.Module  # the whole transformer layer
+    attention: torch.nn.Module  # its attention module
+    projection: torch.nn.Module  # the output projection, a Linear or Conv1D
+    heads: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.output_weight.shape[1]
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """The projection's weight as (heads, head_dim, hidden): a view, whatever way round it is stored."""
+        weight = self.projection.weight if isinstance(self.projection, Conv1D) else self.projection.weight.T
+        return weight.unflatten(0, (self.heads, -1))
+
+
+PROVEN = "GPT-2, OPT, GPT-NeoX/Pythia, Llama, Qwen, Mistral, Gemma, Phi, GPT-J, GPT-Neo, BLOOM, Falcon, GPTBigCode, BioGPT, StableLM"
+
+
+def find_heads(model) -> list[HeadLayer]:
+    """The layers of a causal language model, in order. Raises UserError where their heads cannot be identified."""
+    config, layers = model.config.get_text_config(), []
+    modules = dict(model.named_modules())
+    for path, projection in modules.items():
+        parent, _, name = path.rpartition(".")
+        is_output = name in ("c_proj", "out_proj", "o_proj", "dense") and isinstance(projection, (torch.nn.Linear, Conv1D))
+        block = re.match(r".*?\.\d+(?=\.)", path)
+        if is_output and block and "Attention" in type(modules[parent]).__name__:
+            layer = HeadLayer(modules[block[0]], modules[parent], projection, config.num_attention_heads)
+            inputs = projection.weight.shape[0 if isinstance(projection, Conv1D) else 1]
+            if inputs % layer.heads == 0:
+                layers.append(layer)
+    if len(layers) != config.num_hidden_layers:
+        raise UserError(f"the attention output projections of {type(model).__name__} cannot be identified ({len(layers)} found in "
+                        f"{config.num_hidden_layers} layers): take a model of one of these families: {PROVEN}.")
+    return layers
+
+
+# %% [markdown]
+# One hook in front of the output projection is all it takes, for every architecture. (Multiplying the attention *weights*
+# that a layer returns, as some notebooks do, prunes nothing: the layer's output was computed before.)
+
+# %%
+def apply_gates(projection, inputs):
+    """Forward pre-hook of an output projection: scales every head's slice of its input (..., heads x head_dim)."""
+    x, *rest = inputs
+    gates = projection.gates.to(x.dtype)
+    return (x * gates.repeat_interleave(x.shape[-1] // len(gates)), *rest)
+
+
+def add_gates(model) -> None:
+    """Gives every head an open gate: a buffer of the output projection, saved and moved with the model."""
+    for layer in find_heads(model):
+        if not hasattr(layer.projection, "gates"):
+            layer.projection.register_buffer("gates", torch.ones(layer.heads, device=model.device))
+            layer.projection.register_forward_pre_hook(apply_gates)
+
+
+@torch.no_grad()
+def set_gates(model, gates: torch.Tensor) -> None:
+    """Sets the gates (layers, heads) of a model: 1 is open, 0 is closed."""
+    add_gates(model)
+    for layer, row in zip(find_heads(model), gates, strict=True):
+        layer.projection.gates.copy_(row)
+
+
+def get_gates(model) -> torch.Tensor:
+    """The gates of a model, (layers, heads), on the processor."""
+    return torch.stack([layer.projection.gates.detach().float().cpu() for layer in find_heads(model)])
+
+
+# %%
+if __name__ == "__main__":
+    add_gates(model)
+    total = get_gates(model).numel()
+    print(f"{len(get_gates(model))} layers with {get_gates(model).shape[1]} heads each: {total} gates, all open")
+
+# %% [markdown]
+# ## 8. Which heads matter? Importance
+#
+# A strategy gives every head a number, its **importance**. All of them share one interface: `get_strategy(name)` returns a
+# strategy, and `strategy.score(model, blocks)` returns a table (layers × heads), higher meaning more important. New
+# strategies are one small class and one line in `STRATEGIES`.
+#
+# **Random** is the yardstick: a strategy that is no better knows nothing.
+
+# %%
+@dataclasses.dataclass
+class Random:
+    """Random importance, the same for the same seed."""
+
+    seed: int = 0
+
+    def score(self, model, blocks=None) -> torch.Tensor:
+        layers = find_heads(model)
+        return torch.rand(len(layers), layers[0].heads, generator=torch.Generator().manual_seed(self.seed))
+
+
+# %% [markdown]
+# **Magnitude** is the L2 norm of everything a head owns: its rows of the query, key and value projections and its columns of the
+# output projection. It looks at no text. With grouped queries, several query heads share one key/value head, and
+# each of them counts it.
+#
+# The families store these weights in three ways: as three matrices, as one matrix with the queries, keys and values one after the
+# other (GPT-2, Phi-3), or as one matrix in which every group of heads has its queries, key and value together (GPT-NeoX,
+# BLOOM, Falcon).
+
+# %%
+def query_key_value_weights(layer: HeadLayer) -> list[torch.Tensor]:
+    """[query, key, value] weights of a layer, each (heads, head_dim, hidden), shared key/value heads repeated."""
+    def split(weight):  # (n x head_dim, hidden) -> (n, head_dim, hidden)
+        return weight.unflatten(0, (-1, layer.head_dim))
+
+    parts = dict(layer.attention.named_children())
+    if "q_proj" in parts:
+        weights = [split(parts[name].weight) for name in ("q_proj", "k_proj", "v_proj")]
+    elif "query_key_value" in parts:
+        rows = split(parts["query_key_value"].weight)
+        groups = (len(rows) - layer.heads) // 2
+        rows = rows.unflatten(0, (groups, -1))  # each group: its queries, one key, one value
+        weights = [rows[:, :-2].flatten(0, 1), rows[:, -2], rows[:, -1]]
+    elif "c_attn" in parts or "qkv_proj" in parts:
+        fused = parts.get("c_attn") or parts["qkv_proj"]
+        rows = split(fused.weight.T if isinstance(fused, Conv1D) else fused.weight)
+        groups = (len(rows) - layer.heads) // 2
+        weights = list(rows.split([layer.heads, groups, groups]))
+    else:
+        raise UserError(f"strategy 'magnitude' does not know the projections {', '.join(parts)} of "
+                        f"{type(layer.attention).__name__}: take another strategy.")
+    return [weight.repeat_interleave(layer.heads // len(weight), dim=0) for weight in weights]
+
+
+@dataclasses.dataclass
+class Magnitude:
+    """L2 norm of a head's query, key, value and output weights."""
+
+    @torch.no_grad()
+    def score(self, model, blocks=None) -> torch.Tensor:
+        scores = []
+        for layer in find_heads(model):
+            weights = [*query_key_value_weights(layer), layer.output_weight]
+            scores.append(sum(weight.float().flatten(1).square().sum(1) for weight in weights).sqrt().cpu())
+        return torch.stack(scores)
+
+
+# %% [markdown]
+# **Entropy** asks how a head reads. With $a_{ij}$ the attention that token $i$ pays to token $j$, the entropy
+# $H_i = -\sum_j a_{ij}\log a_{ij}$ is 0 where the head looks at one token and $\log i$ where it spreads evenly over all it can see.
+# The literal rule (`entropy-literal`) says: diffuse heads are unimportant. It fails badly, for two reasons:
+#
+# 1. **Attention sinks.** A head with nothing to say must still spend its attention somewhere, since every row sums to one. Trained models
+#    park it on the first token, whose value vector is nearly zero ([Xiao et al. 2023](https://arxiv.org/abs/2309.17453)). Such a head is
+#    *idle* and has a very *low* entropy: the literal rule keeps it and closes the working ones.
+# 2. **Position.** Token 500 can spread over a hundred times more tokens than token 5, so raw entropies measure where
+#    a token stands as much as what the head does.
+#
+# The rule here repairs both. Entropy is divided by its maximum at that position, which gives a *focus* between 0 and 1; and focus only
+# counts as far as the head *writes* something, measured against the stream of numbers it writes into:
+#
+# $$\text{importance}(h)=\operatorname*{mean}_i\;\frac{\lVert W_O^{(h)} h_i\rVert}{\lVert x_i\rVert}\Big(1+\underbrace{1-\tfrac{H_i}{\log i}}_{\text{focus}}\Big)$$
+#
+# where $x_i$ is the residual stream right after the attention's output was added. A sink head looks sharply, but
+# at an empty vector: it writes next to nothing and scores low (the norm of what attention moves rather than its
+# weights: [Kobayashi et al. 2020](https://arxiv.org/abs/2004.10102)). A diffuse early head that gathers a lot scores high.
+
+# %%
+@contextlib.contextmanager
+def eager_attention(model):
+    """Within it the model hands out its attention weights, which the fast kernels never build."""
+    # Not set_attn_implementation(): it refuses families that read this attribute themselves, such as Falcon.
+    before, model.config._attn_implementation = model.config._attn_implementation, "eager"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def focus(attention: torch.Tensor) -> torch.Tensor:
+    """1 - entropy / log(visible tokens) of causal attention (..., time, time): (..., time), and 0 for the first token."""
+    entropy = torch.special.entr(attention.float()).sum(-1)
+    visible = torch.arange(1, attention.shape[-1] + 1, device=attention.device)
+    return torch.where(visible > 1, 1 - entropy / visible.log().clamp_min(1e-9), 0.0)
+
+
+def adds_in_parallel(config) -> bool:
+    """True where attention and MLP are added to the residual stream at once (GPT-NeoX, GPT-J, Phi, Falcon)."""
+    return (getattr(config, "use_parallel_residual", False) or getattr(config, "parallel_attn", False)
+            or config.model_type in ("gptj", "phi", "codegen", "cohere"))
+
+
+@dataclasses.dataclass
+class Entropy:
+    """How much a head writes x how focused it reads; `literal=True` is minus the mean attention entropy instead."""
+
+    literal: bool = False
+    batch_size: int = 4
+    dtype: torch.dtype = torch.float32
+
+    @torch.no_grad()
+    def score(self, model, blocks: torch.Tensor) -> torch.Tensor:
+        """Importance (layers, heads) on blocks (n, time). Attention is reduced layer by layer and never kept."""
+        model.eval()
+        with eager_attention(model):
+            return fit_batch_size(lambda size: self._score(model, blocks, size), self.batch_size)
+
+    def _score(self, model, blocks, batch_size):
+        layers = find_heads(model)
+        parallel = adds_in_parallel(model.config.get_text_config())
+        sums = [torch.zeros(layer.heads, device=model.device) for layer in layers]
+        with contextlib.ExitStack() as hooks:
+            for layer, total in zip(layers, sums):
+                for handle in self._watch(layer, total, parallel):
+                    hooks.callback(handle.remove)
+            for batch in tqdm(blocks.split(batch_size), "importance", leave=False):
+                with autocast(model.device, self.dtype):
+                    model.base_model(batch.to(model.device), use_cache=False)
+        return torch.stack(sums).cpu() / len(blocks)
+
+    def _watch(self, layer, total, parallel):
+        """Hooks that add a layer's scores, summed over the batch, to `total` (heads,)."""
+        seen = {}
+        weight = layer.output_weight.float()
+        gram = weight @ weight.mT  # |W h|^2 = h' W W' h, so that no head's output (hidden wide) is ever built
+
+        def enter_block(block, args, kwargs):
+            seen["stream"] = args[0] if args else kwargs["hidden_states"]
+
+        def enter_projection(projection, args):
+            heads = args[0].float().unflatten(-1, (layer.heads, layer.head_dim))
+            power = (torch.einsum("bthd,hde->bthe", heads, gram) * heads).sum(-1)
+            seen["written"] = power.clamp_min(0).sqrt().transpose(1, 2)  # (batch, heads, time)
+
+        def leave_attention(attention, args, output):
+            if output[1] is None:
+                raise UserError(f"strategy 'entropy' needs attention weights, which {type(attention).__name__} does not give: "
+                                "take another strategy.")
+            if self.literal:
+                total.sub_(torch.special.entr(output[1].float()).sum(-1)[..., 1:].mean(-1).sum(0))
+            else:
+                seen["focus"] = focus(output[1])
+                seen["stream"] = seen["stream"] + output[0]
+
+        def leave_block(block, args, output):
+            after = (output[0] if isinstance(output, tuple) else output) if parallel else seen["stream"]
+            share = seen["written"] / after.float().norm(dim=-1)[:, None]
+            total.add_((share * (1 + seen["focus"]))[..., 1:].mean(-1).sum(0))
+            seen.clear()
+
+        yield layer.attention.register_forward_hook(leave_attention)
+        if not self.literal:
+            yield layer.projection.register_forward_pre_hook(enter_projection)
+            yield layer.block.register_forward_pre_hook(enter_block, with_kwargs=True)
+            yield layer.block.register_forward_hook(leave_block)
+
+
+# %%
+STRATEGIES = {
+    "random": Random,
+    "magnitude": Magnitude,
+    "entropy": Entropy,
+    "entropy-literal": lambda **options: Entropy(literal=True, **options),
+}
+
+
+def get_strategy(name: str, **options):
+    """A strategy by name, for every architecture. Raises UserError for a name or an option that it does not have.
+
+    Options: `random` takes seed; the entropy strategies take batch_size and dtype.
+    """
+    if name not in STRATEGIES:
+        nearest = difflib.get_close_matches(name, STRATEGIES, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else "take one of these."
+        raise UserError(f"strategy is {name!r}, but must be one of {', '.join(STRATEGIES)}: {hint}")
+    try:
+        return STRATEGIES[name](**options)
+    except TypeError as error:
+        raise UserError(f"strategy {name!r} does not take these options ({error}): leave them out.") from None
+
+
+def options_for(settings: Settings, dtype: torch.dtype) -> dict:
+    """What the chosen strategy takes from the settings."""
+    if settings.strategy == "random":
+        return {"seed": settings.seed}
+    return {"batch_size": settings.batch_size, "dtype": dtype} if settings.strategy.startswith("entropy") else {}
+
+
+# %%
+if __name__ == "__main__":
+    calibration = blocks["validation"][: settings.calibration_blocks]
+    with run.step("importance"):
+        set_gates(model, torch.ones_like(get_gates(model)))
+        importance = get_strategy(settings.strategy, **options_for(settings, dtype)).score(model, calibration)
+        run.metrics["importance"] = importance.tolist()
+    print(f"{settings.strategy}, on {len(calibration)} blocks of validation text")
+
+# %% [markdown]
+# ## 9. Prune
+#
+# The least important share of all heads is closed, wherever they are, but every layer keeps at least `min_heads`. The weights
+# are not touched, so this cell can be run again and again with another level.
+
+# %%
+def choose_gates(importance: torch.Tensor, level: float, min_heads: int = 1) -> torch.Tensor:
+    """Gates (layers, heads): the round(level x heads) least important are 0, but `min_heads` stay open in every layer.
+
+    Raises UserError where the level cannot be reached.
+    """
+    layers, heads = importance.shape
+    wanted, possible = round(level * layers * heads), layers * max(heads - min_heads, 0)
+    if wanted > possible:
+        raise UserError(f"pruning_level is {level:g} with min_heads {min_heads}, but at most {possible} of {layers * heads} heads "
+                        f"({possible / (layers * heads):.2f}) can be closed so: lower one of the two.")
+    gates = torch.ones(layers, heads)
+    for index in importance.flatten().argsort(stable=True).tolist():
+        layer, head = divmod(index, heads)
+        if wanted and gates[layer].sum() > min_heads:
+            gates[layer, head] = 0
+            wanted -= 1
+    return gates
+
+
+def describe_heads(gates: torch.Tensor) -> dict:
+    """Counts for the record: total, closed, open_per_layer, and closed_list as [layer, head] pairs."""
+    closed = gates == 0
+    return {"total": gates.numel(), "closed": int(closed.sum()), "open_per_layer": (~closed).sum(1).tolist(),
+            "closed_list": closed.nonzero().tolist()}
+
+
+def draw_heads(importance: torch.Tensor, gates: torch.Tensor, title: str) -> Figure:
+    """Heatmap (layers x heads): colour is the rank of a head's importance, a cross is a closed gate."""
+    layers, heads = importance.shape
+    rank = importance.flatten().argsort().argsort().view(layers, heads) / max(importance.numel() - 1, 1)
+    figure = Figure(figsize=(max(4.5, 0.42 * heads + 2), max(3, 0.24 * layers + 1.4)), facecolor="white", layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(rank, cmap="cividis", aspect="auto", vmin=0, vmax=1)
+    rows, columns = (gates == 0).nonzero(as_tuple=True)
+    axes.scatter(columns, rows, marker="x", color="white", s=26, linewidths=1.6)
+    step = max(1, layers // 16)
+    axes.set(title=title, xlabel="head", ylabel="layer", xticks=range(0, heads, max(1, heads // 16)), yticks=range(0, layers, step))
+    bar = figure.colorbar(image, label="importance, as rank", ticks=[0, 1])
+    bar.ax.set_yticklabels(["least", "most"])
+    return figure
+
+
+# %%
+if __name__ == "__main__":
+    gates = choose_gates(importance, settings.pruning_level, settings.min_heads)
+    set_gates(model, gates)
+    run.metrics["heads"] = describe_heads(gates)
+    measure(run, "pruned", model, tokenizer, test_blocks, settings)
+    ppl = run.metrics["perplexity"]
+    closed, total = run.metrics["heads"]["closed"], run.metrics["heads"]["total"]
+    run.show(draw_heads(importance, gates, f"{closed} of {total} heads closed (×) by {settings.strategy}:\n"
+                        f"perplexity {ppl['dense']:.1f} → {ppl['pruned']:.1f}"), "heads.png")
+
+# %% [markdown]
+# ## 10. Fine-tune
+#
+# The remaining heads can learn to do without the closed ones. Training is `transformers.Trainer`: AdamW, a short warm-up, then a cosine
+# decay. A closed gate lets no gradient through, so closed heads stay closed. The effective batch is `batch_size` blocks,
+# always; where they do not fit into memory at once, fewer are computed at a time and their gradients added up.
+#
+# Training changes a copy, and `model` keeps the original weights: so every cell above can be run again at any time.
+#
+# With `reopen_heads` the gates are trained too. A closed head gets a gradient on its gate even at zero, and may come
+# back; after training, gates that ended below `REOPENED` in size are closed for good.
+
+# %%
+REOPENED = 0.1  # a trained gate below this size counts as closed
+GATE_LEARNING_RATE = 1e-2  # gates have to travel from 0 to about 1; weights hardly move
+
+
+def train_gates(model) -> None:
+    """Turns the gates from buffers into parameters."""
+    for layer in find_heads(model):
+        gates = layer.projection.gates
+        del layer.projection.gates
+        layer.projection.gates = torch.nn.Parameter(gates.clone())
+
+
+def settle_gates(model) -> None:
+    """Turns trained gates into buffers again, and closes those that are nearly so."""
+    for layer in find_heads(model):
+        gates = layer.projection.gates.detach()
+        del layer.projection.gates
+        layer.projection.register_buffer("gates", torch.where(gates.abs() < REOPENED, 0.0, gates))
+
+
+# %% [markdown]
+# What you see while it trains: the loss, the perplexity on validation text against that of the dense model, the learning rate
+# and the memory. In a notebook the picture is redrawn in place; in a terminal there is a progress bar; both keep the PNG.
+
+# %%
+class LivePlot(TrainerCallback):
+    """Collects what the Trainer logs, draws it at most once a second, and keeps the last picture."""
+
+    def __init__(self, run: Run, name: str, dense_validation: float):
+        self.run, self.name, self.dense = run, name, dense_validation
+        self.history = {"loss": [], "perplexity": [], "learning_rate": [], "memory": []}
+        self.display, self.drawn = None, 0.0
+
+    def on_log(self, args, state, control, logs=None, **_):
+        for key in ("loss", "learning_rate"):
+            if key in logs:
+                self.history[key].append((state.global_step, logs[key]))
+        if "eval_loss" in logs:
+            self.history["perplexity"].append((state.global_step, math.exp(logs["eval_loss"])))
+        used = memory_used(self.run.device)
+        self.history["memory"].append((state.global_step, used.get("accelerator", used["ram"]) / 2**30))
+        if in_notebook() and time.monotonic() - self.drawn > 1:
+            self.redraw(state)
+
+    def on_train_end(self, args, state, control, **_):
+        if in_notebook():
+            self.redraw(state)
+        self.draw(state).savefig(self.run.folder / f"{self.name}.png", dpi=150)
+
+    def draw(self, state) -> Figure:
+        figure = Figure(figsize=(11, 2.8), facecolor="white", layout="constrained")
+        figure.suptitle(f"{self.name.replace('_', ' ')}: step {state.global_step} of {state.max_steps}")
+        titles = {"loss": "training loss", "perplexity": "validation perplexity", "learning_rate": "learning rate",
+                  "memory": "memory (GiB)"}
+        for axes, (key, points) in zip(figure.subplots(1, 4), self.history.items()):
+            axes.plot(*zip(*points) if points else ([], []), color="#0072B2")
+            axes.set_title(titles[key], fontsize=10)
+            axes.set_xlabel("step")
+            axes.grid(alpha=0.3)
+            if key == "perplexity":
+                axes.axhline(self.dense, color="#D55E00", linestyle="--", label="dense, untouched")
+                axes.legend(fontsize=8)
+            if key == "memory":
+                axes.set_ylim(bottom=0)
+        return figure
+
+    def redraw(self, state):
+        from IPython.display import Image, display
+
+        buffer = io.BytesIO()
+        self.draw(state).savefig(buffer, format="png", dpi=80)
+        picture = Image(buffer.getvalue())
+        if self.display is None:
+            self.display = display(picture, display_id=True)
+        else:
+            self.display.update(picture)
+        self.drawn = time.monotonic()
+
+
+# %%
+def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: Run, name: str, dense_validation: float):
+    """A fine-tuned copy of the model, its gates included. `name` names the picture; `dense_validation` is a line in it."""
+    steps = settings.max_steps or math.ceil(settings.epochs * len(blocks["train"]) / settings.batch_size)
+    train, validation = ([{"input_ids": block, "labels": block} for block in part]
+                         for part in (blocks["train"], blocks["validation"][:16]))
+
+    def attempt(micro_batch):
+        transformers.set_seed(settings.seed)
+        tuned = copy.deepcopy(model)
+        optimizer = None
+        if settings.reopen_heads:
+            train_gates(tuned)
+            gates = [parameter for name, parameter in tuned.named_parameters() if name.endswith(".gates")]
+            weights = [parameter for name, parameter in tuned.named_parameters() if not name.endswith(".gates")]
+            optimizer = torch.optim.AdamW([{"params": weights, "weight_decay": 0.01},
+                                           {"params": gates, "lr": GATE_LEARNING_RATE, "weight_decay": 0.0}],
+                                          lr=settings.learning_rate)
+        arguments = TrainingArguments(
+            str(run.folder / "trainer"), max_steps=steps, learning_rate=settings.learning_rate, weight_decay=0.01,
+            warmup_steps=steps // 10, lr_scheduler_type="cosine", max_grad_norm=1.0,
+            per_device_train_batch_size=micro_batch, gradient_accumulation_steps=settings.batch_size // micro_batch,
+            per_device_eval_batch_size=micro_batch, prediction_loss_only=True,
+            eval_strategy="steps", eval_steps=max(1, steps // 10), logging_steps=max(1, steps // 25), save_strategy="no",
+            bf16=run.dtype == torch.bfloat16, fp16=run.dtype == torch.float16, use_cpu=run.device.type == "cpu",
+            seed=settings.seed, report_to="none", disable_tqdm=in_notebook(), dataloader_pin_memory=run.device.type == "cuda")
+        plot = LivePlot(run, name, dense_validation)
+        trainer = Trainer(tuned, arguments, train_dataset=train, eval_dataset=validation, callbacks=[plot],
+                          optimizers=(optimizer, None))
+        trainer.remove_callback(transformers.PrinterCallback)
+        result = trainer.train()
+        if settings.reopen_heads:
+            settle_gates(tuned)
+        run.metrics.setdefault("training", {})[name] = {
+            "steps": steps, "tokens_per_step": settings.batch_size * blocks["train"].shape[1], "micro_batch": micro_batch,
+            "train_tokens_per_second": round(steps * settings.batch_size * blocks["train"].shape[1] / result.metrics["train_runtime"], 1),
+            "history": plot.history}
+        return tuned.eval()
+
+    tuned = fit_batch_size(attempt, settings.batch_size)
+    shutil.rmtree(run.folder / "trainer", ignore_errors=True)
+    return tuned
+
+
+# %%
+if __name__ == "__main__":
+    with run.step("fine-tune"):
+        set_gates(model, torch.ones_like(gates))
+        dense_validation = perplexity(model, blocks["validation"][:16], dtype, settings.batch_size)
+        set_gates(model, gates)
+        tuned = fine_tune(model, blocks, settings, run, "fine_tuned", dense_validation)
+    measure(run, "fine_tuned", tuned, tokenizer, test_blocks, settings)
+    if settings.reopen_heads:
+        came_back = ((gates == 0) & (get_gates(tuned) != 0)).nonzero().tolist()
+        run.metrics["heads_after_fine_tuning"] = describe_heads(get_gates(tuned)) | {"came_back": came_back}
+        print(f"{len(came_back)} of {closed} closed heads came back [layer, head]: {came_back}")
+
+# %% [markdown]
+# ## 11. The control: the dense model, fine-tuned too
+#
+# Fine-tuning on text like the test text helps *any* model. To know what pruning cost, the pruned model has to be compared with
+# the dense one after the same number of steps on the same text, and not only with the untouched one.
+
+# %%
+LARGE = 50e6  # parameters above which 'auto' skips the control on a machine without an accelerator
+
+if __name__ == "__main__":
+    run.metrics.get("training", {}).pop("dense_fine_tuned", None)
+    affordable = device.type != "cpu" or model.num_parameters() < LARGE
+    if settings.control == "yes" or (settings.control == "auto" and affordable):
+        with run.step("fine-tune control"):
+            set_gates(model, torch.ones_like(gates))
+            settings_without_gates = dataclasses.replace(settings, reopen_heads=False)
+            dense_tuned = fine_tune(model, blocks, settings_without_gates, run, "dense_fine_tuned", dense_validation)
+            set_gates(model, gates)
+        measure(run, "dense_fine_tuned", dense_tuned, tokenizer, test_blocks, settings)
+        del dense_tuned
+    else:
+        print("no control: this model is large for a processor; --control runs it")
+
+# %% [markdown]
+# ## 12. Compare
+#
+# The numbers side by side. *Pruned + fine-tuned* against *dense + fine-tuned* is what pruning really cost. A gate
+# multiplies by zero and makes nothing faster, so tokens per second, which wander by several per cent from run to
+# run, should be alike in all rows.
+
+# %%
+def comparison(metrics: dict) -> str:
+    """The comparison as a Markdown table."""
+    heads, dense = metrics["heads"], metrics["perplexity"]["dense"]
+    after = metrics.get("heads_after_fine_tuning", heads)
+    closed = {"dense": 0, "dense_fine_tuned": 0, "pruned": heads["closed"], "fine_tuned": after["closed"]}
+    rows = ["| model | open heads | test perplexity | against dense | tokens/s |", "|---|---|---|---|---|"]
+    for stage, value in metrics["perplexity"].items():
+        rows.append(f"| {STAGES[stage]} | {heads['total'] - closed[stage]} / {heads['total']} | {value:.2f} | "
+                    f"{value / dense - 1:+.1%} | {metrics['tokens_per_second'][stage]:,.0f} |")
+    return "\n".join(rows)
+
+
+def conditions(metrics: dict) -> str:
+    """One paragraph: everything that the numbers depend on."""
+    s, versions = metrics["settings"], metrics["versions"]
+    text = s["train_file"] and ", ".join(s[f"{split}_file"] or f"{split} cut from it" for split in SPLITS)
+    return (f"Model {s['model']}; text {text or s['dataset']}; strategy {s['strategy']}, level {s['pruning_level']:g}, scored on "
+            f"{min(s['calibration_blocks'], metrics['blocks']['validation'])} validation blocks; tested on {metrics['blocks']['tested']} "
+            f"test blocks of {s['block_length']} tokens; seed {s['seed']}; {metrics['precision']} on {metrics['device']}; "
+            + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
+
+
+def draw_comparison(metrics: dict) -> Figure:
+    """Perplexity of every stage as bars, on a log axis; the title states the finding."""
+    values = metrics["perplexity"]
+    figure = Figure(figsize=(7, 0.55 * len(values) + 1.5), facecolor="white", layout="constrained")
+    axes = figure.subplots()
+    colors = {"dense": "#999999", "pruned": "#D55E00", "fine_tuned": "#0072B2", "dense_fine_tuned": "#56B4E9"}
+    bars = axes.barh([STAGES[stage] for stage in values], values.values(), color=[colors[stage] for stage in values])
+    axes.bar_label(bars, [f"{value:.1f}" for value in values.values()], padding=4)
+    axes.set(xscale="log", xlabel="test perplexity (log scale, lower is better)",
+             xlim=(min(values.values()) * 0.8, max(values.values()) * 1.3))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    share = metrics["heads"]["closed"] / metrics["heads"]["total"]
+    axes.set_title(f"{share:.0%} of heads closed: perplexity {values['dense']:.1f} → {values['pruned']:.1f}, "
+                   f"{values['fine_tuned']:.1f} after fine-tuning", fontsize=11)
+    return figure
+
+
+def write_report(run: Run) -> str:
+    """Writes report.md into the run's folder, and returns it."""
+    metrics = run.metrics
+    samples = "\n\n".join(f"**{STAGES[stage]}**\n\n> " + text.replace("\n", "\n> ") for stage, text in metrics["samples"].items())
+    layers = ", ".join(map(str, metrics["heads"]["open_per_layer"]))
+    report = (f"# {metrics['settings']['model']}, {metrics['heads']['closed']} of {metrics['heads']['total']} heads closed\n\n"
+              f"{comparison(metrics)}\n\n{conditions(metrics)}\n\n![comparison](comparison.png)\n\n![heads](heads.png)\n\n"
+              f"Open heads per layer: {layers}\n\n![fine-tuning](fine_tuned.png)\n\n## Samples\n\n{samples}\n")
+    (run.folder / "report.md").write_text(report)
+    return report
+
+
+def show_markdown(text: str) -> None:
+    """Rendered in a notebook, as it is in a terminal."""
+    if in_notebook():
+        from IPython.display import Markdown, display
+
+        display(Markdown(text))
+    else:
+        print(text)
+
+
+# %%
+if __name__ == "__main__":
+    run.save()
+    write_report(run)
+    show_markdown(comparison(run.metrics) + "\n\n" + conditions(run.metrics))
+    run.show(draw_comparison(run.metrics), "comparison.png")
+    for stage, words in run.metrics["samples"].items():
+        print(f"\n{STAGES[stage]}:\n{words}")
+
+# %% [markdown]
+# ## 13. Save and download
+#
+# The saved model opens with plain `AutoModelForCausalLM.from_pretrained(folder)`, anywhere, and gives the logits of the gated model: the
+# gates are multiplied into the output projections. What they erased is kept beside it in `gates.safetensors`, so that `load_gated`
+# can open any head again.
+
+# %%
+@torch.no_grad()
+def save_gated(model, tokenizer, folder: Path) -> None:
+    """Saves a gated model as a plain checkpoint, with its gates and what they erased in gates.safetensors."""
+    plain = copy.deepcopy(model).cpu()
+    kept = {"gates": get_gates(plain)}
+    for number, layer in enumerate(find_heads(plain)):
+        gates = layer.projection.gates
+        kept[f"output_weight.{number}"] = layer.output_weight[gates != 1].clone().contiguous()
+        layer.output_weight.mul_(gates[:, None, None])
+        del layer.projection.gates
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    save_file(kept, folder / "gates.safetensors")
+
+
+@torch.no_grad()
+def load_gated(folder: Path, device: str | torch.device = "cpu"):
+    """Tokenizer and model that save_gated wrote, with its gates, every one of which can be opened again."""
+    tokenizer, model = load_model(str(folder), device)
+    kept = load_file(Path(folder) / "gates.safetensors")
+    for number, (layer, gates) in enumerate(zip(find_heads(model), kept["gates"], strict=True)):
+        layer.output_weight[gates != 1] = kept[f"output_weight.{number}"].to(device)
+    set_gates(model, kept["gates"])
+    return tokenizer, model
+
+
+def deliver(archive: Path) -> None:
+    """Downloads a file in Colab; elsewhere says where it is, with a link in a notebook."""
+    if "google.colab" in sys.modules:
+        from google.colab import files
+
+        files.download(str(archive))
+    elif in_notebook():
+        from IPython.display import FileLink, display
+
+        display(FileLink(os.path.relpath(archive)))
+    print(f"results: {archive} ({archive.stat().st_size / 2**20:.1f} MB)")
+
+
+# %%
+if __name__ == "__main__":
+    if settings.save_model:
+        with run.step("save model"):
+            save_gated(tuned, tokenizer, run.folder / "model")
+    run.save()
+    archive = Path(shutil.make_archive(str(run.folder), "zip", run.folder.parent, run.folder.name))
+    deliver(archive)

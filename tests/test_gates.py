@@ -1,0 +1,103 @@
+"""A closed gate removes its head exactly, in every family, and an opened one brings it back bit for bit."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from conftest import make, zero_heads
+
+import PruningAndFineTuningColab as nb
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def check_gates(model, family, tokens, gates, close):
+    """Raises AssertionError unless `close(model, gates)` really removes the closed heads."""
+    dense = logits(model, tokens)
+    expected = logits(zero_heads(copy.deepcopy(model), family, gates), tokens)
+    close(model, gates)
+    assert not torch.allclose(logits(model, tokens), dense, atol=1e-3), "nothing was pruned"
+    torch.testing.assert_close(logits(model, tokens), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_closed_gates_equal_zeroed_weights(family, attention, tokens, gates):
+    model = make(family)
+    if attention == "sdpa" and not model._supports_sdpa:
+        pytest.skip(f"{family} has no sdpa attention")
+    model.set_attn_implementation(attention)
+    check_gates(model, family, tokens, gates, nb.set_gates)
+
+
+def test_multiplying_returned_attention_weights_is_not_a_gate(tokens, gates):
+    """What well-known notebooks do; the check above must catch it."""
+    def close(model, gates):
+        for layer, row in zip(nb.find_heads(model), gates):
+            layer.attention.register_forward_hook(lambda module, args, out, row=row: (out[0], out[1] * row[:, None, None]))
+
+    model = make("gpt2")
+    model.set_attn_implementation("eager")
+    with pytest.raises(AssertionError, match="nothing was pruned"):
+        check_gates(model, "gpt2", tokens, gates, close)
+
+
+def test_reopening_restores_the_dense_logits_bit_for_bit(family, tokens, gates):
+    model = make(family)
+    dense = logits(model, tokens)
+    nb.set_gates(model, gates)
+    assert not torch.equal(logits(model, tokens), dense)
+    nb.set_gates(model, torch.ones_like(gates))
+    assert torch.equal(logits(model, tokens), dense)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "llama"])
+def test_generate_with_cache_equals_without(family, tokens, gates):
+    model = make(family)
+    nb.set_gates(model, gates)
+    outputs = [model.generate(tokens, max_new_tokens=12, do_sample=False, use_cache=cache, pad_token_id=0) for cache in (True, False)]
+    assert torch.equal(*outputs)
+
+
+def test_gates_live_in_the_state_dict_and_follow_a_copy(tokens, gates):
+    model = make("llama")
+    nb.set_gates(model, gates)
+    twin = copy.deepcopy(model)
+    nb.set_gates(model, torch.ones_like(gates))
+    assert torch.equal(nb.get_gates(twin), gates)
+    model.load_state_dict(twin.state_dict())
+    assert torch.equal(nb.get_gates(model), gates)
+    assert torch.equal(logits(model, tokens), logits(twin, tokens))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "llama"])
+def test_saved_model_opens_plainly_and_can_be_reopened(family, tokens, gates, tmp_path):
+    model = make(family)
+    dense = logits(model, tokens)
+    gates[0, 0] = 0.5  # trained gates need not be 0 or 1
+    nb.set_gates(model, gates)
+    nb.save_gated(model, tiny_tokenizer(), tmp_path)
+    assert torch.equal(nb.get_gates(model), gates), "saving must not change the model"
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(plain, tokens), logits(model, tokens), rtol=1e-5, atol=1e-6)
+    _, again = nb.load_gated(tmp_path)
+    torch.testing.assert_close(logits(again, tokens), logits(model, tokens), rtol=0, atol=0)
+    nb.set_gates(again, torch.ones_like(gates))
+    assert torch.equal(logits(again, tokens), dense)
+
+
+def test_an_architecture_without_identifiable_heads_is_named():
+    config = transformers.MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=97, state_size=4)
+    config.num_attention_heads = 4
+    with pytest.raises(nb.UserError, match="MambaForCausalLM.*GPT-2, OPT"):
+        nb.find_heads(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def tiny_tokenizer():
+    import tokenizers
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")

@@ -1,0 +1,142 @@
+"""The strategies against closed forms, hand computations and independent code."""
+
+import math
+
+import pytest
+import torch
+from conftest import FAMILIES, make
+
+import PruningAndFineTuningColab as nb
+
+
+def test_focus_of_known_patterns():
+    time = 9
+    uniform = torch.tril(torch.ones(time, time))
+    uniform = uniform / uniform.sum(-1, keepdim=True)
+    torch.testing.assert_close(nb.focus(uniform), torch.zeros(time), atol=1e-6, rtol=0)
+    one_hot = torch.eye(time)
+    torch.testing.assert_close(nb.focus(one_hot), torch.tensor([0.0] + [1.0] * (time - 1)))
+    two = torch.zeros(1, time, time)
+    two[0, :, :2] = 0.5  # entropy log 2 at every position
+    expected = [0.0] + [1 - math.log(2) / math.log(i) for i in range(2, time + 1)]
+    torch.testing.assert_close(nb.focus(two)[0, 1:], torch.tensor(expected[1:]))
+
+
+def gpt2_by_hand(model, tokens):
+    """Per layer: attention (batch, heads, time, time), each head's contribution, the stream after attention: without hooks."""
+    hidden = model(tokens, output_hidden_states=True).hidden_states
+    for number, block in enumerate(model.transformer.h):
+        x, attn = hidden[number], block.attn
+        q, k, v = (attn.c_attn(block.ln_1(x))).split(32, dim=-1)
+        q, k, v = (part.view(*part.shape[:2], 4, 8).transpose(1, 2) for part in (q, k, v))
+        scores = (q @ k.mT / math.sqrt(8)).masked_fill(torch.ones(x.shape[1], x.shape[1]).triu(1).bool(), -math.inf)
+        weights = scores.softmax(-1)
+        written = torch.stack([(weights @ v)[:, head] @ attn.c_proj.weight[head * 8:head * 8 + 8] for head in range(4)], 1)
+        yield weights, written, x + written.sum(1) + attn.c_proj.bias
+
+
+@torch.no_grad()
+def test_entropy_equals_a_computation_by_hand(tokens):
+    model = make("gpt2")
+    expected, literal = [], []
+    for weights, written, stream in gpt2_by_hand(model, tokens):
+        entropy = -(weights * weights.clamp_min(1e-30).log()).sum(-1)[..., 1:]
+        focus = 1 - entropy / torch.arange(2, 17).log()
+        share = written.norm(dim=-1)[..., 1:] / stream.norm(dim=-1)[:, None, 1:]
+        expected.append((share * (1 + focus)).mean((0, 2)))
+        literal.append(-entropy.mean((0, 2)))
+    for size in (1, 2):
+        score = nb.get_strategy("entropy", batch_size=size).score(model, tokens)
+        torch.testing.assert_close(score, torch.stack(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(nb.get_strategy("entropy-literal").score(model, tokens), torch.stack(literal), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_sink_is_idle_for_entropy_but_not_for_the_literal_rule(tokens):
+    """Head 0 of layer 0 stares at one token whose value is nearly zero: sharp attention, nothing written."""
+    model = make("gpt2")
+    attn = model.transformer.h[0].attn
+    attn.c_attn.weight[:, :8] *= 50  # sharp queries
+    attn.c_attn.weight[:, 64:72] *= 1e-3  # empty values
+    assert nb.get_strategy("entropy").score(model, tokens).flatten().argmin() == 0
+    assert nb.get_strategy("entropy-literal").score(model, tokens).flatten().argmax() == 0
+
+
+def test_scoring_leaves_the_model_as_it_was(family, tokens):
+    model = make(family)
+    nb.add_gates(model)
+    before = model.config._attn_implementation
+    with torch.no_grad():
+        logits = model(tokens).logits
+    for name in nb.STRATEGIES:
+        score = nb.get_strategy(name).score(model, tokens)
+        assert score.shape == (2, 4) and score.isfinite().all() and len(set(score.flatten().tolist())) > 1
+    assert model.config._attn_implementation == before
+    assert not any(m._forward_hooks or len(m._forward_pre_hooks) > 1 for m in model.modules())
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, logits)
+
+
+def test_random_depends_on_its_seed_only(tokens):
+    first, again, other = (nb.get_strategy("random", seed=seed).score(make("opt", seed=model)) for seed, model in ((3, 0), (3, 1), (4, 0)))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def rows(weight, first, count=8):
+    return weight[first:first + count].square().sum()
+
+
+# head 1 of layer 1, as (query, key, value, output) squared norms, written out for each layout
+BY_HAND = {
+    "gpt2": lambda a: (rows(a.c_attn.weight.T, 8), rows(a.c_attn.weight.T, 32 + 8), rows(a.c_attn.weight.T, 64 + 8), rows(a.c_proj.weight, 8)),
+    "opt": lambda a: (rows(a.q_proj.weight, 8), rows(a.k_proj.weight, 8), rows(a.v_proj.weight, 8), rows(a.out_proj.weight.T, 8)),
+    "gpt_neox": lambda a: (*(rows(a.query_key_value.weight, 24 + 8 * part) for part in range(3)), rows(a.dense.weight.T, 8)),
+    # two query heads a group: heads 0 and 1 share key/value head 0
+    "llama": lambda a: (rows(a.q_proj.weight, 8), rows(a.k_proj.weight, 0), rows(a.v_proj.weight, 0), rows(a.o_proj.weight.T, 8)),
+    "phi3": lambda a: (rows(a.qkv_proj.weight, 8), rows(a.qkv_proj.weight, 32), rows(a.qkv_proj.weight, 48), rows(a.o_proj.weight.T, 8)),
+    "gpt_bigcode": lambda a: (rows(a.c_attn.weight, 8), rows(a.c_attn.weight, 32), rows(a.c_attn.weight, 40), rows(a.c_proj.weight.T, 8)),
+    # a group is: query, query, key, value
+    "falcon": lambda a: (rows(a.query_key_value.weight, 8), rows(a.query_key_value.weight, 16), rows(a.query_key_value.weight, 24),
+                         rows(a.dense.weight.T, 8)),
+    "falcon_multi_query": lambda a: (rows(a.query_key_value.weight, 8), rows(a.query_key_value.weight, 32),
+                                     rows(a.query_key_value.weight, 40), rows(a.dense.weight.T, 8)),
+}
+
+
+@pytest.mark.parametrize("family", BY_HAND)
+@torch.no_grad()
+def test_magnitude_equals_a_hand_computation(family):
+    model = make(family)
+    attention = model.get_submodule(FAMILIES[family][2].format(1).rpartition(".")[0])
+    expected = torch.stack(BY_HAND[family](attention)).sum().sqrt()
+    torch.testing.assert_close(nb.get_strategy("magnitude").score(model)[1, 1], expected)
+
+
+def test_unknown_strategies_and_options_are_refused():
+    with pytest.raises(nb.UserError, match="'entropie'.*random, magnitude.*mean 'entropy'"):
+        nb.get_strategy("entropie")
+    with pytest.raises(nb.UserError, match="'magnitude'.*seed"):
+        nb.get_strategy("magnitude", seed=1)
+
+
+@pytest.mark.parametrize("level, min_heads, closed", [(0, 1, 0), (0.3, 1, 7), (0.5, 0, 12), (0.5, 4, 12), (0.8, 1, 19), (0.9, 0, 22)])
+def test_level_and_minimum_are_kept(level, min_heads, closed):
+    importance = torch.rand(3, 8)
+    importance[0] = 0  # the whole first layer looks useless
+    gates = nb.choose_gates(importance, level, min_heads)
+    assert (gates == 0).sum() == closed
+    assert gates.sum(1).min() >= min_heads
+    report = nb.describe_heads(gates)
+    assert (report["total"], report["closed"], sum(report["open_per_layer"])) == (24, closed, 24 - closed)
+    assert all(gates[layer, head] == 0 for layer, head in report["closed_list"]) and len(report["closed_list"]) == closed
+
+
+def test_the_least_important_heads_are_closed():
+    importance = torch.tensor([[5.0, 1, 4], [2.0, 6, 3]])
+    assert nb.choose_gates(importance, 1 / 3).tolist() == [[1, 0, 1], [0, 1, 1]]
+    assert nb.choose_gates(importance, 2 / 3).tolist() == [[1, 0, 0], [0, 1, 0]]
+
+
+def test_a_level_beyond_the_minimum_is_refused():
+    with pytest.raises(nb.UserError, match="0.8 with min_heads 2.*at most 12 of 24 heads"):
+        nb.choose_gates(torch.rand(6, 4), 0.8, min_heads=2)
