@@ -218,6 +218,10 @@ class Settings:
             raise UserError(f"{name} is {getattr(self, name)!r}, but must be {allowed}: {remedy}.")
 
 
+# %% [markdown]
+# In a shell the settings are options. A mistake there is answered in one sentence, without a traceback.
+
+# %%
 def read_settings(arguments: list[str]) -> Settings:
     """Settings from the form's values, overridden by command-line arguments."""
     parser = argparse.ArgumentParser(description="Prune the attention heads of a causal language model, fine-tune "
@@ -227,8 +231,9 @@ def read_settings(arguments: list[str]) -> Settings:
         name, flag, group = field.name, "--" + field.name.replace("_", "-"), field.metadata["group"]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        is_switch = field.type is bool or name == "control"
-        kind = {"action": argparse.BooleanOptionalAction} if is_switch else {"type": field.type, "metavar": "X"}
+        is_switch, choices = field.type is bool or name == "control", field.metadata["choices"]
+        metavar = "{" + ",".join(choices) + "}" if choices else name.split("_")[-1].upper()
+        kind = {"action": argparse.BooleanOptionalAction} if is_switch else {"type": field.type, "metavar": metavar}
         groups[group].add_argument(flag, default=globals()[name.upper()], help=field.metadata["help"], **kind)
     values = vars(parser.parse_args(arguments))
     values["control"] = {True: "yes", False: "no"}.get(values["control"], values["control"])
@@ -285,6 +290,7 @@ if __name__ == "__main__":
         sys.excepthook = stop_without_traceback
     settings = choose_sources(read_settings([] if in_notebook() else sys.argv[1:]))
     print("\n".join(f"{name:>20}  {value}" for name, value in dataclasses.asdict(settings).items() if value != ""))
+
 
 # %% [markdown]
 # ## 3. Device and memory
@@ -362,6 +368,10 @@ def free_memory() -> None:
         torch.mps.empty_cache()
 
 
+# %% [markdown]
+# The peak is what decides whether a model fits, and it may be over in a moment: a thread keeps watch.
+
+# %%
 class PeakMemory(threading.Thread):
     """Samples memory_used() ten times a second; `stop()` returns the largest values seen."""
 
@@ -467,8 +477,9 @@ if __name__ == "__main__":
 # *validation*, and *test* is only ever used for the perplexities that are reported. The text comes from the Hugging Face
 # hub, from your own files, or, without a network, from the reference manual that every Python carries.
 #
-# A text without splits of its own is cut into contiguous parts, so that test and training text never mix. Rows of a dataset are joined by a blank line, as the pruning literature does (SparseGPT, Wanda), so that
-# perplexities can be compared with published ones.
+# A text without splits of its own is cut into contiguous parts, so that test and training text never mix. Rows of a
+# dataset are joined by a blank line, as the pruning literature does (SparseGPT, Wanda), so that perplexities can be compared
+# with published ones.
 
 # %%
 SPLITS = ("train", "validation", "test")
@@ -502,6 +513,10 @@ def python_docs() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
+# %% [markdown]
+# The tail of a text serves as validation and test text where there is nothing else.
+
+# %%
 def cut_tail(text: str, share: float) -> tuple[str, str]:
     """Cuts a text in two at the line break nearest to `1 - share` of its length."""
     middle = round(len(text) * (1 - share))
@@ -542,6 +557,7 @@ if __name__ == "__main__":
         text = load_text(settings)
     print(settings.train_file or settings.dataset, {split: f"{len(part):,} characters" for split, part in text.items()})
 
+
 # %% [markdown]
 # ## 5. Model
 #
@@ -570,6 +586,10 @@ def load_model(name: str, device: torch.device):
     return tokenizer, model.to(device).eval()
 
 
+# %% [markdown]
+# The demo's recipe: byte-level BPE of 1,024 tokens, 4 layers of 8 heads, 128 numbers wide.
+
+# %%
 def make_demo(text: str, steps: int = 600) -> str:
     """Trains the demo model, once; the folder that holds it."""
     # No dropout: on a processor it makes attention several times slower.
@@ -633,6 +653,7 @@ if __name__ == "__main__":
     run.metrics["model"] = {"class": type(model).__name__, "parameters": model.num_parameters()}
     print(f"{settings.model}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters")
 
+
 # %% [markdown]
 # ## 6. How good is it? Perplexity
 #
@@ -656,6 +677,11 @@ def fit_batch_size(function, largest: int):
     return find_executable_batch_size(function, starting_batch_size=largest, reduce_batch_size_fn=reduce)()
 
 
+# %% [markdown]
+# Every forward pass below goes through `fit_batch_size`, so that a batch too large for the memory costs a second try and not the
+# run.
+
+# %%
 @torch.no_grad()
 def perplexity(model, blocks: torch.Tensor, dtype: torch.dtype = torch.float32, batch_size: int = 4) -> float:
     """exp(mean negative log-likelihood) of blocks (n, block_length), each block's first token being context only."""
@@ -673,6 +699,10 @@ def perplexity(model, blocks: torch.Tensor, dtype: torch.dtype = torch.float32, 
     return math.exp(fit_batch_size(total_nll, batch_size) / blocks[:, 1:].numel())
 
 
+# %% [markdown]
+# A number says how much; a sample says what it feels like. Both are recorded for every stage, and so is the speed.
+
+# %%
 @torch.no_grad()
 def sample(model, tokenizer, prompt: str, new_tokens: int = 40) -> str:
     """The prompt and the model's most likely continuation, the same every time."""
@@ -703,6 +733,7 @@ def measure(run: Run, stage: str, model, tokenizer, blocks: torch.Tensor, settin
 # %%
 if __name__ == "__main__":
     measure(run, "dense", model, tokenizer, test_blocks, settings)
+
 
 # %% [markdown]
 # ## 7. Heads and gates
@@ -798,6 +829,7 @@ if __name__ == "__main__":
     total = get_gates(model).numel()
     print(f"{len(get_gates(model))} layers with {get_gates(model).shape[1]} heads each: {total} gates, all open")
 
+
 # %% [markdown]
 # ## 8. Which heads matter? Importance
 #
@@ -853,6 +885,10 @@ def query_key_value_weights(layer: HeadLayer) -> list[torch.Tensor]:
     return [weight.repeat_interleave(layer.heads // len(weight), dim=0) for weight in weights]
 
 
+# %% [markdown]
+# With these at hand the score is one line.
+
+# %%
 @dataclasses.dataclass
 class Magnitude:
     """L2 norm of a head's query, key, value and output weights."""
@@ -911,6 +947,11 @@ def adds_in_parallel(config) -> bool:
             or config.model_type in ("gptj", "phi", "codegen", "cohere"))
 
 
+# %% [markdown]
+# Attention weights are large, batch × heads × time × time for every layer, so they are reduced inside the forward pass, layer by layer,
+# and let go.
+
+# %%
 @dataclasses.dataclass
 class Entropy:
     """How much a head writes x how focused it reads; `literal=True` is minus the mean attention entropy instead."""
@@ -1016,6 +1057,7 @@ if __name__ == "__main__":
         run.metrics["importance"] = importance.tolist()
     print(f"{settings.strategy}, on {len(calibration)} blocks of validation text")
 
+
 # %% [markdown]
 # ## 9. Prune
 #
@@ -1049,6 +1091,10 @@ def describe_heads(gates: torch.Tensor) -> dict:
             "closed_list": closed.nonzero().tolist()}
 
 
+# %% [markdown]
+# The picture to look at: dark heads are the least important, a cross is a closed gate.
+
+# %%
 def draw_heads(importance: torch.Tensor, gates: torch.Tensor, title: str) -> Figure:
     """Heatmap (layers x heads): colour is the rank of a head's importance, a cross is a closed gate."""
     layers, heads = importance.shape
@@ -1218,6 +1264,7 @@ if __name__ == "__main__":
         set_gates(model, torch.ones_like(gates))
         dense_validation = perplexity(model, blocks["validation"][:16], dtype, settings.batch_size)
         set_gates(model, gates)
+        tuned = None  # lets the last one go, if this cell is run again
         tuned = fine_tune(model, blocks, settings, run, "fine_tuned", dense_validation)
     measure(run, "fine_tuned", tuned, tokenizer, test_blocks, settings)
     if settings.reopen_heads:
@@ -1247,6 +1294,7 @@ if __name__ == "__main__":
         del dense_tuned
     else:
         print("no control: this model is large for a processor; --control runs it")
+
 
 # %% [markdown]
 # ## 12. Compare
@@ -1278,6 +1326,10 @@ def conditions(metrics: dict) -> str:
             + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
 
 
+# %% [markdown]
+# The same as a picture, and everything together as `report.md`.
+
+# %%
 def draw_comparison(metrics: dict) -> Figure:
     """Perplexity of every stage as bars, on a log axis; the title states the finding."""
     values = metrics["perplexity"]
@@ -1329,6 +1381,7 @@ if __name__ == "__main__":
     for stage, words in run.metrics["samples"].items():
         print(f"\n{STAGES[stage]}:\n{words}")
 
+
 # %% [markdown]
 # ## 13. Save and download
 #
@@ -1363,6 +1416,10 @@ def load_gated(folder: Path, device: str | torch.device = "cpu"):
     return tokenizer, model
 
 
+# %% [markdown]
+# In Colab the last cell downloads everything as one zip file; elsewhere it tells you where it is.
+
+# %%
 def deliver(archive: Path) -> None:
     """Downloads a file in Colab; elsewhere says where it is, with a link in a notebook."""
     if "google.colab" in sys.modules:
