@@ -72,6 +72,7 @@ import os
 import platform
 import re
 import shutil
+import statistics
 import threading
 import time
 import urllib.request
@@ -700,7 +701,7 @@ def perplexity(model, blocks: torch.Tensor, dtype: torch.dtype = torch.float32, 
 
 
 # %% [markdown]
-# A number says how much; a sample says what it feels like. Both are recorded for every stage, and so is the speed.
+# A number says how much; a sample says what it feels like. Both are recorded for every stage.
 
 # %%
 @torch.no_grad()
@@ -717,15 +718,13 @@ STAGES = {"dense": "dense, untouched", "pruned": "pruned", "fine_tuned": "pruned
 
 
 def measure(run: Run, stage: str, model, tokenizer, blocks: torch.Tensor, settings: Settings) -> None:
-    """Records a stage's test perplexity, forward speed (tokens/s) and sample text, and forgets what is now out of date."""
+    """Records a stage's test perplexity and sample text, and forgets those of later stages, which are out of date."""
     run.metrics["settings"] = dataclasses.asdict(settings)
     for outdated in list(STAGES)[list(STAGES).index(stage):]:
-        for numbers in (run.metrics["perplexity"], run.metrics["tokens_per_second"], run.metrics["samples"]):
-            numbers.pop(outdated, None)
+        for record in ("perplexity", "samples", "tokens_per_second"):
+            run.metrics[record].pop(outdated, None)
     with run.step(f"measure {stage}"):
-        start = time.perf_counter()
         value = run.metrics["perplexity"][stage] = perplexity(model, blocks, run.dtype, settings.batch_size)
-        run.metrics["tokens_per_second"][stage] = round(blocks.numel() / (time.perf_counter() - start), 1)
         run.metrics["samples"][stage] = sample(model, tokenizer, settings.prompt)
     print(f"{stage}: perplexity {value:.2f}")
 
@@ -1096,17 +1095,17 @@ def describe_heads(gates: torch.Tensor) -> dict:
 
 # %%
 def draw_heads(importance: torch.Tensor, gates: torch.Tensor, title: str) -> Figure:
-    """Heatmap (layers x heads): colour is the rank of a head's importance, a cross is a closed gate."""
+    """Heatmap of (layers, heads), layers from left to right: colour is the rank of a head's importance, a cross a closed gate."""
     layers, heads = importance.shape
     rank = importance.flatten().argsort().argsort().view(layers, heads) / max(importance.numel() - 1, 1)
-    figure = Figure(figsize=(max(4.5, 0.42 * heads + 2), max(3, 0.24 * layers + 1.4)), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(max(5, 0.3 * layers + 2), max(2.6, 0.24 * heads + 1.2)), facecolor="white", layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(rank, cmap="cividis", aspect="auto", vmin=0, vmax=1)
-    rows, columns = (gates == 0).nonzero(as_tuple=True)
-    axes.scatter(columns, rows, marker="x", color="white", s=26, linewidths=1.6)
-    step = max(1, layers // 16)
-    axes.set(title=title, xlabel="head", ylabel="layer", xticks=range(0, heads, max(1, heads // 16)), yticks=range(0, layers, step))
-    bar = figure.colorbar(image, label="importance, as rank", ticks=[0, 1])
+    image = axes.imshow(rank.T, cmap="cividis", aspect="auto", vmin=0, vmax=1)
+    closed_layers, closed_heads = (gates == 0).nonzero(as_tuple=True)
+    axes.scatter(closed_layers, closed_heads, marker="x", color="white", s=26, linewidths=1.6)
+    axes.set(title=title, xlabel="layer", ylabel="head", xticks=range(0, layers, math.ceil(layers / 32)),
+             yticks=range(0, heads, math.ceil(heads / 16)))
+    bar = figure.colorbar(image, label="importance (rank)", ticks=[0, 1], pad=0.01)
     bar.ax.set_yticklabels(["least", "most"])
     return figure
 
@@ -1119,7 +1118,7 @@ if __name__ == "__main__":
     measure(run, "pruned", model, tokenizer, test_blocks, settings)
     ppl = run.metrics["perplexity"]
     closed, total = run.metrics["heads"]["closed"], run.metrics["heads"]["total"]
-    run.show(draw_heads(importance, gates, f"{closed} of {total} heads closed (×) by {settings.strategy}:\n"
+    run.show(draw_heads(importance, gates, f"{closed} of {total} heads closed (×) by {settings.strategy}: "
                         f"perplexity {ppl['dense']:.1f} → {ppl['pruned']:.1f}"), "heads.png")
 
 # %% [markdown]
@@ -1186,7 +1185,9 @@ class LivePlot(TrainerCallback):
 
     def draw(self, state) -> Figure:
         figure = Figure(figsize=(11, 2.8), facecolor="white", layout="constrained")
-        figure.suptitle(f"{self.name.replace('_', ' ')}: step {state.global_step} of {state.max_steps}")
+        seen = [f"{value:.1f}" for _, value in (self.history["perplexity"][:1] + self.history["perplexity"][-1:])]
+        figure.suptitle(f"{STAGES.get(self.name, self.name)}: step {state.global_step} of {state.max_steps}"
+                        + (f", validation perplexity {' → '.join(seen)}" if seen else ""))
         titles = {"loss": "training loss", "perplexity": "validation perplexity", "learning_rate": "learning rate",
                   "memory": "memory (GiB)"}
         for axes, (key, points) in zip(figure.subplots(1, 4), self.history.items()):
@@ -1299,20 +1300,30 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## 12. Compare
 #
-# The numbers side by side. *Pruned + fine-tuned* against *dense + fine-tuned* is what pruning really cost. A gate
-# multiplies by zero and makes nothing faster, so tokens per second, which wander by several per cent from run to
-# run, should be alike in all rows.
+# The numbers side by side. *Pruned + fine-tuned* against *dense + fine-tuned* is what pruning really cost. Speed is measured in
+# turns, so that all models meet the same weather. A gate multiplies by zero and makes nothing faster: the speeds should be alike.
 
 # %%
+def tokens_per_second(forwards: dict, tokens: int, rounds: int = 5) -> dict[str, float]:
+    """Median speed of several functions that each process `tokens` tokens, called in turn."""
+    seconds = {name: [] for name in forwards}
+    for _ in range(rounds):
+        for name, forward in forwards.items():
+            start = time.perf_counter()
+            forward()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: round(tokens / statistics.median(times), 1) for name, times in seconds.items()}
+
+
 def comparison(metrics: dict) -> str:
     """The comparison as a Markdown table."""
-    heads, dense = metrics["heads"], metrics["perplexity"]["dense"]
+    heads, dense, speed = metrics["heads"], metrics["perplexity"]["dense"], metrics["tokens_per_second"]
     after = metrics.get("heads_after_fine_tuning", heads)
     closed = {"dense": 0, "dense_fine_tuned": 0, "pruned": heads["closed"], "fine_tuned": after["closed"]}
     rows = ["| model | open heads | test perplexity | against dense | tokens/s |", "|---|---|---|---|---|"]
     for stage, value in metrics["perplexity"].items():
         rows.append(f"| {STAGES[stage]} | {heads['total'] - closed[stage]} / {heads['total']} | {value:.2f} | "
-                    f"{value / dense - 1:+.1%} | {metrics['tokens_per_second'][stage]:,.0f} |")
+                    f"{value / dense - 1:+.1%} | {format(speed[stage], ',.0f') if stage in speed else ''} |")
     return "\n".join(rows)
 
 
@@ -1331,18 +1342,21 @@ def conditions(metrics: dict) -> str:
 
 # %%
 def draw_comparison(metrics: dict) -> Figure:
-    """Perplexity of every stage as bars, on a log axis; the title states the finding."""
+    """Perplexity of every stage, on a log axis; the title states the finding."""
     values = metrics["perplexity"]
-    figure = Figure(figsize=(7, 0.55 * len(values) + 1.5), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(8, 0.55 * len(values) + 1.3), facecolor="white", layout="constrained")
     axes = figure.subplots()
     colors = {"dense": "#999999", "pruned": "#D55E00", "fine_tuned": "#0072B2", "dense_fine_tuned": "#56B4E9"}
-    bars = axes.barh([STAGES[stage] for stage in values], values.values(), color=[colors[stage] for stage in values])
-    axes.bar_label(bars, [f"{value:.1f}" for value in values.values()], padding=4)
-    axes.set(xscale="log", xlabel="test perplexity (log scale, lower is better)",
-             xlim=(min(values.values()) * 0.8, max(values.values()) * 1.3))
+    axes.axvline(values["dense"], color=colors["dense"], linestyle="--", linewidth=1)
+    for row, (stage, value) in enumerate(values.items()):
+        axes.plot([values["dense"], value], [row, row], color=colors[stage], linewidth=3)
+        axes.plot(value, row, "o", color=colors[stage], markersize=11)
+        axes.annotate(f"{value:.1f}", (value, row), (0, 9), textcoords="offset points", ha="center")
+    axes.set(xscale="log", xlabel="test perplexity (log scale, lower is better)", yticks=range(len(values)),
+             yticklabels=[STAGES[stage] for stage in values], ylim=(len(values) - 0.5, -0.8))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
-    axes.invert_yaxis()
+    axes.margins(x=0.1)
     axes.spines[["top", "right"]].set_visible(False)
     share = metrics["heads"]["closed"] / metrics["heads"]["total"]
     axes.set_title(f"{share:.0%} of heads closed: perplexity {values['dense']:.1f} → {values['pruned']:.1f}, "
@@ -1374,7 +1388,14 @@ def show_markdown(text: str) -> None:
 
 # %%
 if __name__ == "__main__":
-    run.save()
+    def forward(model, gates):
+        set_gates(model, gates)
+        perplexity(model, test_blocks[:2], dtype)
+
+    with run.step("speed"):
+        run.metrics["tokens_per_second"] = tokens_per_second(
+            {"dense": lambda: forward(model, torch.ones_like(gates)), "pruned": lambda: forward(model, gates),
+             "fine_tuned": lambda: perplexity(tuned, test_blocks[:2], dtype)}, test_blocks[:2].numel())
     write_report(run)
     show_markdown(comparison(run.metrics) + "\n\n" + conditions(run.metrics))
     run.show(draw_comparison(run.metrics), "comparison.png")

@@ -58,7 +58,8 @@ def test_the_record_holds_everything(results):
     assert metrics["settings"]["model"] == "demo" and metrics["settings"]["pruning_level"] == 0.3
     assert metrics["heads"]["total"] == 32 and metrics["heads"]["closed"] == 10 == len(metrics["heads"]["closed_list"])
     assert torch.tensor(metrics["importance"]).shape == (4, 8)
-    assert set(metrics["samples"]) == set(metrics["perplexity"]) == set(metrics["tokens_per_second"])
+    assert set(metrics["samples"]) == set(metrics["perplexity"])
+    assert set(metrics["tokens_per_second"]) == {"dense", "pruned", "fine_tuned"}
     assert all(text.startswith("The history of the city began") for text in metrics["samples"].values())
     assert set(metrics["seconds"]) == set(metrics["peak_memory_bytes"]) >= {"load model", "importance", "fine-tune", "save model"}
     assert {"python", "torch", "transformers", "datasets"} <= set(metrics["versions"])
