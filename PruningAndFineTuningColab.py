@@ -401,6 +401,25 @@ class PeakMemory(threading.Thread):
 
 
 # %% [markdown]
+# Where memory does run out, a batch is tried again in smaller parts: it costs a second try, and not the run.
+
+# %%
+def fit_batch_size(function, largest: int):
+    """`function(batch_size)`, with `largest` or, where memory runs out, the next smaller divisor at most half of it."""
+    sizes = [largest]
+    while sizes[-1] > 1:
+        sizes.append(max(size for size in range(1, sizes[-1] // 2 + 1) if largest % size == 0))
+    smaller = iter(sizes[1:])
+
+    def reduce():
+        size = next(smaller, 0)
+        print(f"out of memory: trying {size} blocks at once" if size else "out of memory with a single block")
+        return size
+
+    return find_executable_batch_size(function, starting_batch_size=largest, reduce_batch_size_fn=reduce)()
+
+
+# %% [markdown]
 # Every run gets a folder of its own, named by the time, and never overwrites another. What a step computes is written to
 # `metrics.json` the moment the step ends.
 
@@ -433,24 +452,31 @@ class Run:
 
     def save(self):
         """Writes metrics.json in one move, so that it is never half there."""
+        self.folder.mkdir(exist_ok=True)
         part = self.folder / "metrics.json.part"
         part.write_text(json.dumps(self.metrics, indent=1))
         part.replace(self.folder / "metrics.json")
 
     @contextlib.contextmanager
     def step(self, name: str):
-        """Times a step, watches its memory, and keeps what it recorded in `metrics`."""
+        """Times a step, watches its memory, and keeps what it recorded in `metrics`, also where the step fails."""
         free_memory()
-        peak, start = PeakMemory(self.device), time.perf_counter()
+        peak, start, empty = PeakMemory(self.device), time.perf_counter(), False
         try:
             yield
+        except UserError:
+            empty = not self.metrics["perplexity"]
+            raise
         finally:
-            self.metrics["peak_memory_bytes"][name] = peak.stop()
-            self.metrics["seconds"][name] = round(time.perf_counter() - start, 2)
-            self.save()
-            now, top = memory_used(self.device), self.metrics["peak_memory_bytes"][name]
-            memory = ", ".join(f"{kind} {now[kind] / 2**30:.2f} GiB (peak {top[kind] / 2**30:.2f})" for kind in now)
-            print(f"[{name}: {self.metrics['seconds'][name]:.1f} s, {memory}]")
+            top = self.metrics["peak_memory_bytes"][name] = peak.stop()
+            seconds = self.metrics["seconds"][name] = round(time.perf_counter() - start, 2)
+            if empty:  # a mistake before anything was computed leaves nothing behind
+                shutil.rmtree(self.folder, ignore_errors=True)
+            else:
+                self.save()
+            memory = ", ".join(f"{kind} {used / 2**30:.2f} GiB (peak {top[kind] / 2**30:.2f})"
+                               for kind, used in memory_used(self.device).items())
+            print(f"[{name}: {seconds:.1f} s, {memory}]")
 
     def show(self, figure: Figure, name: str):
         """Keeps a figure as PNG in the run's folder, and displays it in a notebook."""
@@ -537,7 +563,7 @@ def load_text(settings: Settings) -> dict[str, str]:
             data = datasets.load_dataset(settings.dataset, settings.dataset_config or None)
         except (OSError, ValueError) as error:
             raise UserError(f"dataset {settings.dataset!r} cannot be had ({first_sentence(error)}): check the name, the "
-                            "configuration and the network, or give --train-file.") from None
+                            "configuration and the network, or take --train-file or --dataset python-docs.") from None
         if "train" not in data:
             raise UserError(f"dataset {settings.dataset!r} has the splits {', '.join(data)}, but 'train' is needed.")
         text = {split: join_rows(data[split], settings.dataset) for split in SPLITS if split in data}
@@ -600,6 +626,7 @@ def make_demo(text: str, steps: int = 600) -> str:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "PruningAndFineTuningColab", f"demo-{key}")
     if folder.exists():
         return str(folder)
+    print("Training the demo model, once: a minute or two.")
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer, bpe.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
     bpe.train_from_iterator(text.splitlines(keepends=True), tokenizers.trainers.BpeTrainer(
@@ -647,8 +674,8 @@ if __name__ == "__main__":
     with run.step("load model"):
         name = make_demo(text["train"]) if settings.model == "demo" else settings.model
         tokenizer, model = load_model(name, device)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", settings.block_length)
-    blocks = pack_all(text, tokenizer, settings, longest)
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", settings.block_length)
+        blocks = pack_all(text, tokenizer, settings, longest)
     test_blocks = blocks["test"][: settings.eval_blocks or None]
     run.metrics["blocks"] = {split: len(packed) for split, packed in blocks.items()} | {"tested": len(test_blocks)}
     run.metrics["model"] = {"class": type(model).__name__, "parameters": model.num_parameters()}
@@ -661,26 +688,6 @@ if __name__ == "__main__":
 # Perplexity is $\exp\big(\tfrac1N\sum_i -\log p(x_i \mid x_{<i})\big)$: the number of tokens that the model is, on
 # average, undecided between. Lower is better. It is measured on test blocks that do not overlap; the first token of each block
 # is context only.
-
-# %%
-def fit_batch_size(function, largest: int):
-    """`function(batch_size)`, with `largest` or, where memory runs out, the next smaller divisor at most half of it."""
-    sizes = [largest]
-    while sizes[-1] > 1:
-        sizes.append(max(size for size in range(1, sizes[-1] // 2 + 1) if largest % size == 0))
-    smaller = iter(sizes[1:])
-
-    def reduce():
-        size = next(smaller, 0)
-        print(f"out of memory: trying {size} blocks at once" if size else "out of memory with a single block")
-        return size
-
-    return find_executable_batch_size(function, starting_batch_size=largest, reduce_batch_size_fn=reduce)()
-
-
-# %% [markdown]
-# Every forward pass below goes through `fit_batch_size`, so that a batch too large for the memory costs a second try and not the
-# run.
 
 # %%
 @torch.no_grad()

@@ -134,6 +134,7 @@ def test_a_mistake_costs_one_sentence_and_exit_status_2(arguments, sentence, tmp
     done = subprocess.run([sys.executable, SCRIPT, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert sentence in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.glob("results/*")), "a mistake leaves nothing behind"
 
 
 def test_help_lists_every_setting_with_its_default(capsys):
