@@ -87,6 +87,7 @@ import torch
 import transformers
 from accelerate.utils import find_executable_batch_size
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
@@ -1361,12 +1362,14 @@ def draw_comparison(metrics: dict) -> Figure:
         axes.annotate(f"{value:.1f}", (value, row), (0, 9), textcoords="offset points", ha="center")
     axes.set(xscale="log", xlabel="test perplexity (log scale, lower is better)", yticks=range(len(values)),
              yticklabels=[STAGES[stage] for stage in values], ylim=(len(values) - 0.5, -0.8))
+    if max(values.values()) < 10 * min(values.values()):
+        axes.xaxis.set_major_locator(MaxNLocator(8))
+        axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
     axes.margins(x=0.1)
     axes.spines[["top", "right"]].set_visible(False)
     share = metrics["heads"]["closed"] / metrics["heads"]["total"]
-    axes.set_title(f"{share:.0%} of heads closed: perplexity {values['dense']:.1f} → {values['pruned']:.1f}, "
+    axes.set_title(f"{share:.0%} of heads closed: perplexity {values['dense']:.1f} → {values['pruned']:.1f} → "
                    f"{values['fine_tuned']:.1f} after fine-tuning", fontsize=11)
     return figure
 
