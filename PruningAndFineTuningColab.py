@@ -830,6 +830,17 @@ def get_gates(model) -> torch.Tensor:
     return torch.stack([layer.projection.gates.detach().float().cpu() for layer in find_heads(model)])
 
 
+@contextlib.contextmanager
+def all_open(model):
+    """Within it all gates are open, and afterwards they are again as they were, also after an error."""
+    before = get_gates(model)
+    set_gates(model, torch.ones_like(before))
+    try:
+        yield
+    finally:
+        set_gates(model, before)
+
+
 # %%
 if __name__ == "__main__":
     add_gates(model)
@@ -1058,8 +1069,7 @@ def options_for(settings: Settings, dtype: torch.dtype) -> dict:
 # %%
 if __name__ == "__main__":
     calibration = blocks["validation"][: settings.calibration_blocks]
-    with run.step("importance"):
-        set_gates(model, torch.ones_like(get_gates(model)))
+    with run.step("importance"), all_open(model):
         importance = get_strategy(settings.strategy, **options_for(settings, dtype)).score(model, calibration)
         run.metrics["importance"] = importance.tolist()
     print(f"{settings.strategy}, on {len(calibration)} blocks of validation text")
@@ -1270,12 +1280,12 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
 # %%
 if __name__ == "__main__":
     with run.step("fine-tune"):
-        set_gates(model, torch.ones_like(gates))
-        dense_validation = perplexity(model, blocks["validation"][:16], dtype, settings.batch_size)
-        set_gates(model, gates)
+        with all_open(model):
+            dense_validation = perplexity(model, blocks["validation"][:16], dtype, settings.batch_size)
         tuned = None  # lets the last one go, if this cell is run again
         tuned = fine_tune(model, blocks, settings, run, "fine_tuned", dense_validation)
     measure(run, "fine_tuned", tuned, tokenizer, test_blocks, settings)
+    run.metrics.pop("heads_after_fine_tuning", None)
     if settings.reopen_heads:
         came_back = ((gates == 0) & (get_gates(tuned) != 0)).nonzero().tolist()
         run.metrics["heads_after_fine_tuning"] = describe_heads(get_gates(tuned)) | {"came_back": came_back}
@@ -1294,11 +1304,9 @@ if __name__ == "__main__":
     run.metrics.get("training", {}).pop("dense_fine_tuned", None)
     affordable = device.type != "cpu" or model.num_parameters() < LARGE
     if settings.control == "yes" or (settings.control == "auto" and affordable):
-        with run.step("fine-tune control"):
-            set_gates(model, torch.ones_like(gates))
-            settings_without_gates = dataclasses.replace(settings, reopen_heads=False)
-            dense_tuned = fine_tune(model, blocks, settings_without_gates, run, "dense_fine_tuned", dense_validation)
-            set_gates(model, gates)
+        with run.step("fine-tune control"), all_open(model):
+            all_heads = dataclasses.replace(settings, reopen_heads=False)
+            dense_tuned = fine_tune(model, blocks, all_heads, run, "dense_fine_tuned", dense_validation)
         measure(run, "dense_fine_tuned", dense_tuned, tokenizer, test_blocks, settings)
         del dense_tuned
     else:
@@ -1321,6 +1329,12 @@ def tokens_per_second(forwards: dict, tokens: int, rounds: int = 5) -> dict[str,
             forward()
             seconds[name].append(time.perf_counter() - start)
     return {name: round(tokens / statistics.median(times), 1) for name, times in seconds.items()}
+
+
+def require_fine_tuned(metrics: dict) -> None:
+    """Raises UserError where the heads were pruned anew and nothing was fine-tuned since."""
+    if "fine_tuned" not in metrics["perplexity"]:
+        raise UserError("the model was pruned after it was fine-tuned: run section 10 again, and then this cell.")
 
 
 def comparison(metrics: dict) -> str:
@@ -1382,7 +1396,7 @@ def write_report(run: Run) -> str:
     report = (f"# {metrics['settings']['model']}, {metrics['heads']['closed']} of {metrics['heads']['total']} heads closed\n\n"
               f"{comparison(metrics)}\n\n{conditions(metrics)}\n\n![comparison](comparison.png)\n\n![heads](heads.png)\n\n"
               f"Open heads per layer: {layers}\n\n![fine-tuning](fine_tuned.png)\n\n## Samples\n\n{samples}\n")
-    (run.folder / "report.md").write_text(report)
+    (run.folder / "report.md").write_text(report, encoding="utf-8")
     return report
 
 
@@ -1398,6 +1412,8 @@ def show_markdown(text: str) -> None:
 
 # %%
 if __name__ == "__main__":
+    require_fine_tuned(run.metrics)
+
     def forward(model, gates):
         set_gates(model, gates)
         perplexity(model, test_blocks[:2], dtype)
@@ -1466,6 +1482,7 @@ def deliver(archive: Path) -> None:
 
 # %%
 if __name__ == "__main__":
+    require_fine_tuned(run.metrics)
     if settings.save_model:
         with run.step("save model"):
             save_gated(tuned, tokenizer, run.folder / "model")

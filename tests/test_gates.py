@@ -62,6 +62,15 @@ def test_generate_with_cache_equals_without(family, tokens, gates):
     assert torch.equal(*outputs)
 
 
+def test_all_open_closes_again_also_after_an_error(gates):
+    model = make("opt")
+    nb.set_gates(model, gates)
+    with pytest.raises(KeyboardInterrupt), nb.all_open(model):
+        assert nb.get_gates(model).all()
+        raise KeyboardInterrupt
+    assert torch.equal(nb.get_gates(model), gates)
+
+
 def test_gates_live_in_the_state_dict_and_follow_a_copy(tokens, gates):
     model = make("llama")
     nb.set_gates(model, gates)

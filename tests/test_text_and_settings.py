@@ -71,6 +71,28 @@ def test_rows_are_joined_by_a_blank_line(kind, tmp_path, monkeypatch):
         nb.join_rows(datasets.Dataset.from_dict({"number": ["1"], "word": ["one"]}), "rows")
 
 
+def test_a_hub_dataset_keeps_its_splits(monkeypatch):
+    rows = {split: datasets.Dataset.from_dict({"text": [f"{split} {number}\n" for number in range(50)]}) for split in nb.SPLITS}
+    asked = []
+
+    def load_dataset(*arguments):
+        asked.append(arguments)
+        return datasets.DatasetDict(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    parts = nb.load_text(settings(dataset="some/dataset", dataset_config="part"))
+    assert asked == [("some/dataset", "part")]
+    assert all(parts[split] == "\n\n".join(rows[split]["text"]) for split in nb.SPLITS)
+    whole = parts["train"]
+    del rows["validation"]
+    parts = nb.load_text(settings(dataset="some/dataset"))
+    assert parts["train"] + parts["validation"] == whole and "test" not in whole and len(parts["validation"]) > 0
+    assert parts["test"] == "\n\n".join(rows["test"]["text"])
+    del rows["train"]
+    with pytest.raises(nb.UserError, match="'some/dataset' has the splits test, but 'train'"):
+        nb.load_text(settings(dataset="some/dataset"))
+
+
 def test_python_docs_are_real_text():
     assert len(nb.python_docs()) > 300_000 and nb.python_docs() == nb.python_docs()
 

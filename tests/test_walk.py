@@ -12,6 +12,7 @@ import nbformat
 import pytest
 import torch
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 import PruningAndFineTuningColab as nb
 
@@ -106,6 +107,7 @@ def test_the_notebook_runs_top_to_bottom_and_again(results, tmp_path):
         form.source = re.sub(rf"^{name} = \S+", f"{name} = {value}", form.source, flags=re.M)
     (prune,) = (cell for cell in notebook.cells if "gates = choose_gates(importance" in cell.source and "__main__" in cell.source)
     (settle,) = (cell for cell in notebook.cells if "settings = choose_sources(" in cell.source)
+    (compare,) = (cell for cell in notebook.cells if "draw_comparison(run.metrics)" in cell.source)
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
     with client.setup_kernel():
         def run(source):
@@ -130,6 +132,8 @@ def test_the_notebook_runs_top_to_bottom_and_again(results, tmp_path):
         run(settle.source)
         half = run(prune.source)
         closed = json.loads(run("print(run.metrics['heads']['closed_list'])"))
+        with pytest.raises(CellExecutionError, match="pruned after it was fine-tuned: run section 10 again"):
+            run(compare.source)
 
     # a fresh run at that level, from the record and the files alone
     tokenizer, model = nb.load_model(str(next((results.parents[1] / "cache/PruningAndFineTuningColab").iterdir())), torch.device("cpu"))
