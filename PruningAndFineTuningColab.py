@@ -1423,7 +1423,7 @@ if __name__ == "__main__":
     show_markdown(comparison(run.metrics) + "\n\n" + conditions(run.metrics))
     run.show(draw_comparison(run.metrics), "comparison.png")
     for stage, words in run.metrics["samples"].items():
-        print(f"\n{STAGES[stage]}:\n{words}")
+        print(f"\n{STAGES[stage]}:\n" + re.sub(r"\s*\n\s*", "\n  ", words))
 
 
 # %% [markdown]
