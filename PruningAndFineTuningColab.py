@@ -841,11 +841,25 @@ def all_open(model):
         set_gates(model, before)
 
 
+# %% [markdown]
+# How many gates a level closes is known before any head is scored, and so is a level that cannot be reached.
+
+# %%
+def heads_to_close(layers: int, heads: int, level: float, min_heads: int) -> int:
+    """round(level x all heads). Raises UserError where `min_heads` open heads in every layer do not allow so many."""
+    wanted, possible = round(level * layers * heads), layers * max(heads - min_heads, 0)
+    if wanted > possible:
+        raise UserError(f"pruning_level is {level:g} with min_heads {min_heads}, but at most {possible} of {layers * heads} heads "
+                        f"({possible / (layers * heads):.2f}) can be closed so: lower one of the two.")
+    return wanted
+
+
 # %%
 if __name__ == "__main__":
     add_gates(model)
-    total = get_gates(model).numel()
-    print(f"{len(get_gates(model))} layers with {get_gates(model).shape[1]} heads each: {total} gates, all open")
+    layers, heads = get_gates(model).shape
+    wanted = heads_to_close(layers, heads, settings.pruning_level, settings.min_heads)
+    print(f"{layers} layers with {heads} heads each: {layers * heads} gates, {wanted} of which will be closed")
 
 
 # %% [markdown]
@@ -1083,16 +1097,9 @@ if __name__ == "__main__":
 
 # %%
 def choose_gates(importance: torch.Tensor, level: float, min_heads: int = 1) -> torch.Tensor:
-    """Gates (layers, heads): the round(level x heads) least important are 0, but `min_heads` stay open in every layer.
-
-    Raises UserError where the level cannot be reached.
-    """
+    """Gates (layers, heads): the least important are 0, as many as heads_to_close() says, but `min_heads` stay open in every layer."""
     layers, heads = importance.shape
-    wanted, possible = round(level * layers * heads), layers * max(heads - min_heads, 0)
-    if wanted > possible:
-        raise UserError(f"pruning_level is {level:g} with min_heads {min_heads}, but at most {possible} of {layers * heads} heads "
-                        f"({possible / (layers * heads):.2f}) can be closed so: lower one of the two.")
-    gates = torch.ones(layers, heads)
+    wanted, gates = heads_to_close(layers, heads, level, min_heads), torch.ones(layers, heads)
     for index in importance.flatten().argsort(stable=True).tolist():
         layer, head = divmod(index, heads)
         if wanted and gates[layer].sum() > min_heads:
@@ -1148,12 +1155,12 @@ if __name__ == "__main__":
 #
 # Training changes a copy, and `model` keeps the original weights: so every cell above can be run again at any time.
 #
-# With `reopen_heads` the gates are trained too. A closed head gets a gradient on its gate even at zero, and may come
-# back; after training, gates that ended below `REOPENED` in size are closed for good.
+# With `reopen_heads` the gates are trained too, for the first half of the steps: a closed head gets a gradient on its gate even at
+# zero, and may come back. Half-way the heads with the largest gates stay, as many as the level allows, and the second
+# half repairs what that broke.
 
 # %%
-REOPENED = 0.1  # a trained gate below this size counts as closed
-GATE_LEARNING_RATE = 1e-2  # gates have to travel from 0 to about 1; weights hardly move
+GATE_LEARNING_RATE = 3e-2  # gates have to travel from 0 to about 1; weights hardly move
 
 
 def train_gates(model) -> None:
@@ -1164,12 +1171,27 @@ def train_gates(model) -> None:
         layer.projection.gates = torch.nn.Parameter(gates.clone())
 
 
-def settle_gates(model) -> None:
-    """Turns trained gates into buffers again, and closes those that are nearly so."""
+def untrain_gates(model) -> None:
+    """Turns the gates from parameters into buffers."""
     for layer in find_heads(model):
         gates = layer.projection.gates.detach()
         del layer.projection.gates
-        layer.projection.register_buffer("gates", torch.where(gates.abs() < REOPENED, 0.0, gates))
+        layer.projection.register_buffer("gates", gates)
+
+
+class CommitGates(TrainerCallback):
+    """Half-way through training, closes all gates but the largest and trains none of them any more."""
+
+    def __init__(self, level: float, min_heads: int):
+        self.level, self.min_heads = level, min_heads
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, model=None, **_):
+        if state.global_step == max(1, state.max_steps // 2):
+            values = get_gates(model)
+            set_gates(model, values * choose_gates(values.abs(), self.level, self.min_heads))
+            for layer in find_heads(model):
+                layer.projection.gates.requires_grad_(False)
 
 
 # %% [markdown]
@@ -1243,9 +1265,11 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
     def attempt(micro_batch):
         transformers.set_seed(settings.seed)
         tuned = copy.deepcopy(model)
-        optimizer = None
+        plot, optimizer = LivePlot(run, name, dense_validation), None
+        callbacks = [plot]
         if settings.reopen_heads:
             train_gates(tuned)
+            callbacks.append(CommitGates(settings.pruning_level, settings.min_heads))
             gates = [parameter for name, parameter in tuned.named_parameters() if name.endswith(".gates")]
             weights = [parameter for name, parameter in tuned.named_parameters() if not name.endswith(".gates")]
             optimizer = torch.optim.AdamW([{"params": weights, "weight_decay": 0.01},
@@ -1259,13 +1283,12 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
             eval_strategy="steps", eval_steps=max(1, steps // 10), logging_steps=max(1, steps // 25), save_strategy="no",
             bf16=run.dtype == torch.bfloat16, fp16=run.dtype == torch.float16, use_cpu=run.device.type == "cpu",
             seed=settings.seed, report_to="none", disable_tqdm=in_notebook(), dataloader_pin_memory=run.device.type == "cuda")
-        plot = LivePlot(run, name, dense_validation)
-        trainer = Trainer(tuned, arguments, train_dataset=train, eval_dataset=validation, callbacks=[plot],
+        trainer = Trainer(tuned, arguments, train_dataset=train, eval_dataset=validation, callbacks=callbacks,
                           optimizers=(optimizer, None))
         trainer.remove_callback(transformers.PrinterCallback)
         result = trainer.train()
         if settings.reopen_heads:
-            settle_gates(tuned)
+            untrain_gates(tuned)
         run.metrics.setdefault("training", {})[name] = {
             "steps": steps, "tokens_per_step": settings.batch_size * blocks["train"].shape[1], "micro_batch": micro_batch,
             "train_tokens_per_second": round(steps * settings.batch_size * blocks["train"].shape[1] / result.metrics["train_runtime"], 1),
@@ -1303,14 +1326,14 @@ LARGE = 50e6  # parameters above which 'auto' skips the control on a machine wit
 if __name__ == "__main__":
     run.metrics.get("training", {}).pop("dense_fine_tuned", None)
     affordable = device.type != "cpu" or model.num_parameters() < LARGE
-    if settings.control == "yes" or (settings.control == "auto" and affordable):
+    if settings.control == "auto" and not affordable:
+        print("No control: it would take long for a model of this size without an accelerator. --control runs it.")
+    elif settings.control != "no":
         with run.step("fine-tune control"), all_open(model):
             all_heads = dataclasses.replace(settings, reopen_heads=False)
             dense_tuned = fine_tune(model, blocks, all_heads, run, "dense_fine_tuned", dense_validation)
         measure(run, "dense_fine_tuned", dense_tuned, tokenizer, test_blocks, settings)
         del dense_tuned
-    else:
-        print("no control: this model is large for a processor; --control runs it")
 
 
 # %% [markdown]
