@@ -159,7 +159,7 @@ def test_fine_tuning_closed_heads_stay_closed_and_may_come_back_when_asked(resul
     assert not torch.equal(tuned.state_dict()["lm_head.weight"], before["lm_head.weight"])
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
-        patch.setattr(nb, "GATE_LEARNING_RATE", 0.2)
+        patch.setattr(nb, "GATE_LEARNING_RATE", 0.6)  # only three steps to come back in
         free = nb.fine_tune(model, blocks, nb.dataclasses.replace(settings, reopen_heads=True), run, "reopen", 50.0)
     reopened = nb.get_gates(free)
     assert ((gates == 0) & (reopened != 0)).any(), "no head came back"
