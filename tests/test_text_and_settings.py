@@ -94,7 +94,7 @@ def test_a_hub_dataset_keeps_its_splits(monkeypatch):
 
 
 def test_python_docs_are_real_text():
-    assert len(nb.python_docs()) > 300_000 and nb.python_docs() == nb.python_docs()
+    assert len(nb.python_docs()) > 300_000 and "The \"assert\" statement" in nb.python_docs()
 
 
 BAD = [
@@ -184,9 +184,6 @@ def test_a_results_folder_is_never_overwritten_and_its_record_is_whole(tmp_path)
     record = json.loads((runs[0].folder / "metrics.json").read_text())
     assert record["perplexity"] == {"dense": 7.0} and record["seconds"]["broken"] >= 0
     assert record["peak_memory_bytes"]["broken"]["ram"] > 0
-    (tmp_path / "readonly").write_text("")
-    with pytest.raises(nb.UserError, match="output_dir"):
-        settings(output_dir=str(tmp_path / "readonly"))
 
 
 def test_the_batch_halves_where_memory_runs_out(capsys):
