@@ -58,6 +58,8 @@ if __name__ == "__main__" and in_notebook():
 
 # %%
 import argparse
+import ast
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -67,8 +69,10 @@ import gc
 import hashlib
 import io
 import json
+import linecache
 import math
 import os
+import pickle
 import platform
 import re
 import shutil
@@ -77,6 +81,7 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate
 import datasets
@@ -86,11 +91,14 @@ import tokenizers
 import torch
 import transformers
 from accelerate.utils import find_executable_batch_size
+from huggingface_hub.errors import StrictDataclassError
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.pytorch_utils import Conv1D
 
 
@@ -111,6 +119,7 @@ MODEL = "auto"  # @param ["auto", "demo", "gpt2", "facebook/opt-125m", "Eleuther
 STRATEGY = "entropy"  # @param ["entropy", "magnitude", "random", "entropy-literal"]
 PRUNING_LEVEL = 0.3  # @param {type: "slider", min: 0, max: 0.9, step: 0.05}
 MIN_HEADS = 1  # @param {type: "integer"}
+UNIFORM = False  # @param {type: "boolean"}
 REOPEN_HEADS = False  # @param {type: "boolean"}
 
 # @markdown **Text**
@@ -135,9 +144,10 @@ CONTROL = "auto"  # @param ["auto", "yes", "no"]
 DEVICE = "auto"  # @param ["auto", "cuda", "tpu", "mps", "cpu"]
 PRECISION = "auto"  # @param ["auto", "fp32", "fp16", "bf16"]
 SEED = 0  # @param {type: "integer"}
-SAVE_MODEL = True  # @param {type: "boolean"}
+SAVE_MODEL = "compact"  # @param ["compact", "zeroed", "both", "no"]
 OUTPUT_DIR = "results"  # @param {type: "string"}
 OFFLINE = False  # @param {type: "boolean"}
+TRUST_REMOTE_CODE = False  # @param {type: "boolean"}
 
 # %% [markdown]
 # The form becomes one checked, unchangeable object, so that a typo is found now and not after ten minutes of
@@ -161,6 +171,8 @@ class Settings:
     strategy: str = option(STRATEGY, "model and pruning", "how heads are scored", STRATEGY_NAMES)
     pruning_level: float = option(PRUNING_LEVEL, "model and pruning", "share of all heads to close, 0 <= level < 1")
     min_heads: int = option(MIN_HEADS, "model and pruning", "heads that stay open in every layer")
+    uniform: bool = option(UNIFORM, "model and pruning", "close equally many heads in every layer, in whole key/value groups, so that the "
+                           "smaller model needs no code of its own (Llama-like models)")
     reopen_heads: bool = option(REOPEN_HEADS, "model and pruning", "let closed heads come back in fine-tuning")
     dataset: str = option(DATASET, "text", "hub dataset id, 'python-docs' (needs no network), or 'auto': WikiText-2, and python-docs "
                           "for the demo model")
@@ -185,9 +197,11 @@ class Settings:
                             "the GPU or TPU has it, fp16 on other CUDA GPUs, else fp32",
                             ("auto", "fp32", "fp16", "bf16"))
     seed: int = option(SEED, "machine and results", "seed of everything random")
-    save_model: bool = option(SAVE_MODEL, "machine and results", "keep the fine-tuned model in the results")
+    save_model: str = option(SAVE_MODEL, "machine and results", "form of the saved model: compact (smaller and faster), zeroed (full size, "
+                             "opens without code of its own), both, or no", ("compact", "zeroed", "both", "no"))
     output_dir: str = option(OUTPUT_DIR, "machine and results", "folder that gets a new results folder for each run")
     offline: bool = option(OFFLINE, "machine and results", "use no network, only what is on this machine")
+    trust_remote_code: bool = option(TRUST_REMOTE_CODE, "machine and results", "run the Python code that a model brings along, if it does")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -213,6 +227,7 @@ class Settings:
                 self._check(name, path.is_file(), "an existing file", "check the path")
                 self._check(name, bool(self.train_file), "given together with train_file", "name that file too")
                 self._check("dataset", self.dataset == "auto", "left alone where files are given", "drop one of the two")
+        self._check("uniform", not (self.uniform and self.reopen_heads), "off where reopen_heads is on", "drop one of the two")
         self._check("output_dir", not Path(self.output_dir).is_file(), "a folder", "choose another name")
 
     def _check(self, name, fine, allowed, remedy):
@@ -446,7 +461,7 @@ class Run:
             "versions": {"python": platform.python_version()} | {p.__name__: p.__version__ for p in packages},
             "device": describe_device(device),
             "precision": str(dtype).removeprefix("torch."),
-            "perplexity": {}, "tokens_per_second": {}, "heads": {}, "samples": {},
+            "perplexity": {}, "parameters": {}, "heads": {}, "size": {}, "samples": {},
             "seconds": {}, "peak_memory_bytes": {},
         }
         self.save()
@@ -488,6 +503,16 @@ class Run:
             display(Image(self.folder / name, width=760))
         else:
             print(f"picture: {self.folder / name}")
+
+
+def show_markdown(text: str) -> None:
+    """Rendered in a notebook, as it is in a terminal."""
+    if in_notebook():
+        from IPython.display import Markdown, display
+
+        display(Markdown(text))
+    else:
+        print(text)
 
 
 # %%
@@ -594,20 +619,22 @@ if __name__ == "__main__":
 # but a trained one: its heads differ, and closing the wrong ones hurts.
 
 # %%
-def load_model(name: str, device: torch.device):
+def load_model(name: str, device: torch.device, trust_remote_code: bool = False):
     """Tokenizer and float32 model, in evaluation mode. Raises UserError where the model cannot be had or used."""
-    path, options = name, {}
-    if name.endswith(".gguf"):
-        path, options = str(Path(name).parent), {"gguf_file": Path(name).name}
+    path, options, is_gguf = name, {"trust_remote_code": trust_remote_code}, name.endswith(".gguf")
+    if is_gguf:
+        path, options["gguf_file"] = str(Path(name).parent), Path(name).name
     try:
-        if options and not Path(name).is_file():
+        if is_gguf and not Path(name).is_file():
             raise OSError("no such file")
+        if not is_gguf and hasattr(AutoConfig.from_pretrained(path, **options), "kept_heads"):
+            raise UserError(f"model {name!r} is compact, its heads are cut out already: take the model that it was made from.")
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, pickle.UnpicklingError) as error:  # the last: weights in a .bin file that want to run code
         raise UserError(f"model {name!r} cannot be had ({first_sentence(error)}): it must be a causal language model on the "
                         "hub (with a network), a local folder, a .gguf file, or 'demo'.") from None
-    if options:
+    if is_gguf:
         # The weights are plain float32 now, but the model would still refuse save_pretrained as quantised.
         model.hf_quantizer, model.is_quantized = None, False
         del model.config.quantization_config
@@ -641,6 +668,7 @@ def make_demo(text: str, steps: int = 600) -> str:
                                   warmup_steps=steps // 10, lr_scheduler_type="cosine", seed=0, report_to="none",
                                   save_strategy="no", logging_strategy="no", use_cpu=True, dataloader_pin_memory=False)
     Trainer(model, arguments, train_dataset=[{"input_ids": block, "labels": block} for block in blocks]).train()
+    model.config.use_cache = True  # which the Trainer switched off
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     part.rename(folder)
@@ -674,7 +702,7 @@ def pack_all(text: dict[str, str], tokenizer, settings: Settings, longest: int) 
 if __name__ == "__main__":
     with run.step("load model"):
         name = make_demo(text["train"]) if settings.model == "demo" else settings.model
-        tokenizer, model = load_model(name, device)
+        tokenizer, model = load_model(name, device, settings.trust_remote_code)
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", settings.block_length)
         blocks = pack_all(text, tokenizer, settings, longest)
     test_blocks = blocks["test"][: settings.eval_blocks or None]
@@ -729,11 +757,12 @@ def measure(run: Run, stage: str, model, tokenizer, blocks: torch.Tensor, settin
     """Records a stage's test perplexity and sample text, and forgets those of later stages, which are out of date."""
     run.metrics["settings"] = dataclasses.asdict(settings)
     for outdated in list(STAGES)[list(STAGES).index(stage):]:
-        for record in ("perplexity", "samples", "tokens_per_second"):
+        for record in ("perplexity", "parameters", "samples", "size"):
             run.metrics[record].pop(outdated, None)
     with run.step(f"measure {stage}"):
         value = run.metrics["perplexity"][stage] = perplexity(model, blocks, run.dtype, settings.batch_size)
         run.metrics["samples"][stage] = sample(model, tokenizer, settings.prompt)
+        run.metrics["parameters"][stage] = model.num_parameters()
     print(f"{stage}: perplexity {value:.2f}")
 
 
@@ -759,6 +788,7 @@ if __name__ == "__main__":
 class HeadLayer:
     """Where one layer keeps its heads."""
 
+    path: str  # of the output projection, within the model
     block: torch.nn.Module  # the whole transformer layer
     attention: torch.nn.Module  # its attention module
     projection: torch.nn.Module  # the output projection, a Linear or Conv1D
@@ -787,7 +817,7 @@ def find_heads(model) -> list[HeadLayer]:
         is_output = name in ("c_proj", "out_proj", "o_proj", "dense") and isinstance(projection, (torch.nn.Linear, Conv1D))
         block = re.match(r".*?\.\d+(?=\.)", path)
         if is_output and block and "Attention" in type(modules[parent]).__name__:
-            layer = HeadLayer(modules[block[0]], modules[parent], projection, config.num_attention_heads)
+            layer = HeadLayer(path, modules[block[0]], modules[parent], projection, config.num_attention_heads)
             inputs = projection.weight.shape[0 if isinstance(projection, Conv1D) else 1]
             if inputs % layer.heads == 0:
                 layers.append(layer)
@@ -814,7 +844,15 @@ def add_gates(model) -> None:
     for layer in find_heads(model):
         if not hasattr(layer.projection, "gates"):
             layer.projection.register_buffer("gates", torch.ones(layer.heads, device=model.device))
-            layer.projection.register_forward_pre_hook(apply_gates)
+            layer.projection.gate_hook = layer.projection.register_forward_pre_hook(apply_gates)
+
+
+def remove_gates(model) -> None:
+    """Takes all gates away: the model is again as the library made it."""
+    for layer in find_heads(model):
+        if hasattr(layer.projection, "gates"):
+            layer.projection.gate_hook.remove()
+            del layer.projection.gates, layer.projection.gate_hook
 
 
 @torch.no_grad()
@@ -841,6 +879,17 @@ def all_open(model):
         set_gates(model, before)
 
 
+@contextlib.contextmanager
+def without_gates(model):
+    """Within it the model has no gates at all, not even open ones: for timing it as it came."""
+    before = get_gates(model)
+    remove_gates(model)
+    try:
+        yield
+    finally:
+        set_gates(model, before)
+
+
 # %% [markdown]
 # How many gates a level closes is known before any head is scored, and so is a level that cannot be reached.
 
@@ -854,11 +903,49 @@ def heads_to_close(layers: int, heads: int, level: float, min_heads: int) -> int
     return wanted
 
 
+# %% [markdown]
+# With `uniform` every layer loses equally many heads, and in whole groups: the query heads that share a key/value head stay or go together.
+# Llama-like families can say such a shape in their own configuration, so that the smaller model needs no code of its own.
+
+# %%
+NATIVE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
+
+
+def config_with_fewer(config, heads: int, key_value_heads: int, head_dim: int):
+    """A copy of a family's config with so many heads in every layer. Raises UserError where the family cannot have them."""
+    shape = f"{heads} heads over {key_value_heads} key/value heads in every layer"
+    if config.model_type not in NATIVE:
+        raise UserError(f"the configuration of {config.model_type!r} cannot say that a model has {shape} of the old width, only {', '.join(NATIVE)} "
+                        "can: leave uniform off, compacting does not need it.")
+    fewer = {"num_attention_heads": heads, "num_key_value_heads": key_value_heads, "head_dim": head_dim}
+    try:
+        return type(config).from_dict(config.to_dict() | fewer)
+    except (ValueError, StrictDataclassError) as error:
+        raise UserError(f"the configuration of {config.model_type!r} does not allow {shape} ({str(error).splitlines()[-1].strip()}): "
+                        "take another pruning_level, or leave uniform off.") from None
+
+
+def plan_uniform(model, level: float, min_heads: int) -> tuple[int, int]:
+    """(query heads in a group, groups to close in every layer). Raises UserError where level and family do not allow it."""
+    layer, config = find_heads(model)[0], model.config.get_text_config()
+    groups = getattr(config, "num_key_value_heads", None) or layer.heads
+    size, close = layer.heads // groups, round(level * groups)
+    if (level and not close) or (groups - close) * size < max(min_heads, 1):
+        possible = [f"{n / groups:.2f}" for n in range(1, groups) if (groups - n) * size >= min_heads]
+        raise UserError(f"pruning_level is {level:g} with uniform and min_heads {min_heads}, but every layer has {groups} groups of heads: "
+                        f"take {', '.join(possible) or 'a smaller min_heads'}.")
+    config_with_fewer(config, (groups - close) * size, groups - close, layer.head_dim)
+    return size, close
+
+
 # %%
 if __name__ == "__main__":
     add_gates(model)
     layers, heads = get_gates(model).shape
     wanted = heads_to_close(layers, heads, settings.pruning_level, settings.min_heads)
+    if settings.uniform:
+        size, close = plan_uniform(model, settings.pruning_level, settings.min_heads)
+        wanted = layers * size * close
     print(f"{layers} layers with {heads} heads each: {layers * heads} gates, {wanted} of which will be closed")
 
 
@@ -893,28 +980,38 @@ class Random:
 # BLOOM, Falcon).
 
 # %%
+def find_rows(attention, heads: int, head_dim: int) -> list[tuple[str, torch.Tensor]]:
+    """For query, key and value: the name of the projection that computes it, and which of its outputs each head owns, (n, head_dim).
+
+    Raises ValueError for an attention module that keeps them in another way.
+    """
+    parts = dict(attention.named_children())
+
+    def outputs(name):
+        weight = parts[name].weight
+        return torch.arange(weight.shape[1 if isinstance(parts[name], Conv1D) else 0]).view(-1, head_dim)
+
+    if "q_proj" in parts:
+        return [(name, outputs(name)) for name in ("q_proj", "k_proj", "v_proj")]
+    fused = next((name for name in ("query_key_value", "c_attn", "qkv_proj") if name in parts), None)
+    if fused is None:
+        raise ValueError(f"{type(attention).__name__} has the projections {', '.join(parts)}: none that is known here")
+    rows = outputs(fused)
+    shared = (len(rows) - heads) // 2  # key heads, and value heads
+    if fused == "query_key_value":
+        rows = rows.view(shared, -1, head_dim)  # each group: its queries, one key, one value
+        return [(fused, rows[:, :-2].flatten(0, 1)), (fused, rows[:, -2]), (fused, rows[:, -1])]
+    return [(fused, part) for part in rows.split([heads, shared, shared])]
+
+
 def query_key_value_weights(layer: HeadLayer) -> list[torch.Tensor]:
     """[query, key, value] weights of a layer, each (heads, head_dim, hidden), shared key/value heads repeated."""
-    def split(weight):  # (n x head_dim, hidden) -> (n, head_dim, hidden)
-        return weight.unflatten(0, (-1, layer.head_dim))
-
-    parts = dict(layer.attention.named_children())
-    if "q_proj" in parts:
-        weights = [split(parts[name].weight) for name in ("q_proj", "k_proj", "v_proj")]
-    elif "query_key_value" in parts:
-        rows = split(parts["query_key_value"].weight)
-        groups = (len(rows) - layer.heads) // 2
-        rows = rows.unflatten(0, (groups, -1))  # each group: its queries, one key, one value
-        weights = [rows[:, :-2].flatten(0, 1), rows[:, -2], rows[:, -1]]
-    elif "c_attn" in parts or "qkv_proj" in parts:
-        fused = parts.get("c_attn") or parts["qkv_proj"]
-        rows = split(fused.weight.T if isinstance(fused, Conv1D) else fused.weight)
-        groups = (len(rows) - layer.heads) // 2
-        weights = list(rows.split([layer.heads, groups, groups]))
-    else:
-        raise UserError(f"strategy 'magnitude' does not know the projections {', '.join(parts)} of "
-                        f"{type(layer.attention).__name__}: take another strategy.")
-    return [weight.repeat_interleave(layer.heads // len(weight), dim=0) for weight in weights]
+    weights = []
+    for name, rows in find_rows(layer.attention, layer.heads, layer.head_dim):
+        projection = getattr(layer.attention, name)
+        weight = projection.weight.T if isinstance(projection, Conv1D) else projection.weight
+        weights.append(weight[rows].repeat_interleave(layer.heads // len(rows), dim=0))
+    return weights
 
 
 # %% [markdown]
@@ -929,7 +1026,10 @@ class Magnitude:
     def score(self, model, blocks=None) -> torch.Tensor:
         scores = []
         for layer in find_heads(model):
-            weights = [*query_key_value_weights(layer), layer.output_weight]
+            try:
+                weights = [*query_key_value_weights(layer), layer.output_weight]
+            except ValueError as error:
+                raise UserError(f"strategy 'magnitude' cannot find the weights of a head ({error}): take another strategy.") from None
             scores.append(sum(weight.float().flatten(1).square().sum(1) for weight in weights).sqrt().cpu())
         return torch.stack(scores)
 
@@ -1108,6 +1208,13 @@ def choose_gates(importance: torch.Tensor, level: float, min_heads: int = 1) -> 
     return gates
 
 
+def choose_uniform_gates(importance: torch.Tensor, size: int, close: int) -> torch.Tensor:
+    """Gates (layers, heads): in every layer the `close` least important groups of `size` neighbouring heads are 0."""
+    groups = importance.unflatten(1, (-1, size)).mean(-1)
+    lowest = groups.argsort(dim=1, stable=True)[:, :close]
+    return torch.ones_like(groups).scatter(1, lowest, 0).repeat_interleave(size, 1)
+
+
 def describe_heads(gates: torch.Tensor) -> dict:
     """Counts for the record: total, closed, open_per_layer, and closed_list as [layer, head] pairs."""
     closed = gates == 0
@@ -1137,7 +1244,10 @@ def draw_heads(importance: torch.Tensor, gates: torch.Tensor, title: str) -> Fig
 
 # %%
 if __name__ == "__main__":
-    gates = choose_gates(importance, settings.pruning_level, settings.min_heads)
+    if settings.uniform:
+        gates = choose_uniform_gates(importance, *plan_uniform(model, settings.pruning_level, settings.min_heads))
+    else:
+        gates = choose_gates(importance, settings.pruning_level, settings.min_heads)
     set_gates(model, gates)
     run.metrics["heads"] = describe_heads(gates)
     measure(run, "pruned", model, tokenizer, test_blocks, settings)
@@ -1147,16 +1257,254 @@ if __name__ == "__main__":
                         f"perplexity {ppl['dense']:.1f} → {ppl['pruned']:.1f}"), "heads.png")
 
 # %% [markdown]
-# ## 10. Fine-tune
+# ## 10. Compact: cut the closed heads out
+#
+# So far the model is as large and as slow as before: a gate multiplies by zero what has been computed all the same. Now the closed
+# heads really go: their rows of the query, key and value projections and their columns of the output projection. Where several query heads
+# share a key/value head, that one goes when the last query head that reads it is gone. What is left is the same function with fewer
+# numbers, so the logits may not change by more than rounding, and the cell that does it checks that.
+#
+# No configuration file can say "layer 3 has 7 heads", which is why pruned models usually cannot be opened again. Here the functions
+# of this section travel with the saved model (section 14): opening it builds the full model without weights and cuts it the same
+# way. So they stand on their own, with torch and transformers and nothing else.
+
+# %%
+def slice_projection(projection, rows: torch.Tensor, inputs: bool = False) -> None:
+    """Keeps only these outputs, or inputs, of a Linear or Conv1D, in this order."""
+    is_conv = isinstance(projection, Conv1D)  # its weight is (inputs, outputs), that of a Linear (outputs, inputs)
+    weight, bias = projection.weight, projection.bias
+    rows = rows.to(weight.device)
+    projection.weight = torch.nn.Parameter(weight.detach().index_select(int(is_conv != inputs), rows), weight.requires_grad)
+    if bias is not None and not inputs:
+        projection.bias = torch.nn.Parameter(bias.detach()[rows], bias.requires_grad)
+    for name, size in zip(("nx", "nf") if is_conv else ("out_features", "in_features"), projection.weight.shape):
+        setattr(projection, name, size)
+
+
+def cut_attention(attention, output: str, kept: list[int]):
+    """The attention module with only the heads in `kept`, cut in place; `output` is the name of its output projection."""
+    if not kept:
+        return NoHeads(attention, output)
+    heads, projection = attention.config.num_attention_heads, getattr(attention, output)
+    columns = torch.arange(projection.weight.shape[0 if isinstance(projection, Conv1D) else 1]).view(heads, -1)
+    query, key, value = find_rows(attention, heads, columns.shape[1])
+    sharing = heads // len(key[1])  # query heads that read the same key/value head
+    kept_shared = sorted({head // sharing for head in kept})
+    rows = {}
+    for (name, table), wanted in zip((query, key, value), (kept, kept_shared, kept_shared)):
+        rows.setdefault(name, []).append(table[wanted].flatten())
+    for name, parts in rows.items():
+        slice_projection(getattr(attention, name), torch.cat(parts).sort().values)
+    slice_projection(projection, columns[kept].flatten(), inputs=True)
+
+    attention.readers = [sum(head // sharing == shared for head in kept) for shared in kept_shared]
+    even = len(set(attention.readers)) == 1
+    if not even:
+        attention.register_forward_pre_hook(repeat_by_readers, with_kwargs=True)
+    sizes = {"num_heads": len(kept), "split_size": len(kept) * columns.shape[1], "num_key_value_heads": len(kept_shared),
+             "num_key_value_groups": attention.readers[0] if even else 1}
+    for name, size in sizes.items():
+        if hasattr(attention, name):
+            setattr(attention, name, size)
+    attention.config = LayerConfig(attention.config, len(kept))
+    return attention
+
+
+def cut_heads(model, kept_heads: dict[str, list[int]]) -> None:
+    """Cuts a model in place. `kept_heads`: path of an attention output projection -> the heads that stay."""
+    for path, kept in kept_heads.items():
+        parent, _, output = path.rpartition(".")
+        model.set_submodule(parent, cut_attention(model.get_submodule(parent), output, kept))
+
+
+# %% [markdown]
+# The attention code of transformers copes with fewer heads by itself, but for three things. Key/value heads that are read by an *uneven*
+# number of query heads have to be handed out one by one; a layer may have lost *all* its heads; and a module may ask the model's
+# configuration how many heads it has.
+
+# %%
+def repeat_by_readers(attention, args, kwargs):
+    """Forward pre-hook: the cache goes on holding few key/value heads, but hands out one for every query head that reads it."""
+    cache = kwargs.get("past_key_values")
+
+    def repeat(states):  # (batch, key/value heads, time, head_dim)
+        return torch.cat([states[:, i, None].expand(-1, n, -1, -1) for i, n in enumerate(attention.readers)], dim=1)
+
+    def update(keys, values, *position):
+        if cache is not None:
+            keys, values = cache.update(keys, values, *position)
+        return repeat(keys), repeat(values)
+
+    return args, kwargs | {"past_key_values": SimpleNamespace(update=update)}
+
+
+class NoHeads(torch.nn.Module):
+    """The attention of a layer that has lost all its heads: what remains is the output projection's bias."""
+
+    def __init__(self, attention, output: str):
+        super().__init__()
+        self.layer_idx = attention.layer_idx
+        self.dropout = getattr(attention, "resid_dropout", torch.nn.Identity())
+        self.register_parameter("output_bias", getattr(attention, output).bias)
+
+    def forward(self, hidden_states, past_key_values=None, layer_past=None, **_):
+        cache = layer_past if past_key_values is None else past_key_values
+        if cache is not None:  # it knows how many tokens it has seen by what its layers hold: here one number each
+            token = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
+            cache.update(token, token, self.layer_idx)
+        nothing = torch.zeros_like(hidden_states)
+        return self.dropout(nothing if self.output_bias is None else nothing + self.output_bias), None
+
+
+class LayerConfig:
+    """The model's config as one layer sees it: with the number of heads that this layer has left."""
+
+    def __init__(self, config, heads: int):
+        self.config, self.num_attention_heads = config, heads
+
+    def __getattr__(self, name):
+        if name == "config":  # asked for while a copy is made, when nothing is there yet
+            raise AttributeError(name)
+        return getattr(self.config, name)
+
+
+# %% [markdown]
+# With these, compacting is to fold the gates into the weights and cut.
+
+# %%
+COMPACTABLE = ("gpt2", "opt", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3")
+
+
+def can_compact(model) -> bool:
+    """True where the model's family is one that compact() is tested on; others keep their gates."""
+    return model.config.model_type in COMPACTABLE
+
+
+@torch.no_grad()
+def compact(model):
+    """A copy of a gated model without gates and without the heads that they close; its config lists `kept_heads`."""
+    if not can_compact(model):
+        raise UserError(f"a model of the family {model.config.model_type!r} cannot be compacted, only {', '.join(COMPACTABLE)}: keep its gates.")
+    small, kept = copy.deepcopy(model), {}
+    for layer in find_heads(small):
+        layer.output_weight.mul_(layer.projection.gates[:, None, None])  # a gate that was trained may be any number
+        kept[layer.path] = layer.projection.gates.nonzero().flatten().tolist()
+    remove_gates(small)
+    cut_heads(small, kept)
+    small.config.kept_heads = kept
+    return small
+
+
+@torch.no_grad()
+def largest_difference(model, other, blocks: torch.Tensor) -> float:
+    """The largest difference between two models' float32 logits on blocks (n, time), relative to the largest logit."""
+    logits, others = (m.eval()(blocks.to(m.device), use_cache=False).logits.float() for m in (model, other))
+    return ((logits - others).abs().max() / logits.abs().max()).item()
+
+
+# %% [markdown]
+# What did it bring? Four things can be counted: parameters, bytes, what the model has to remember of every token while it writes (the
+# **KV cache**), and the floating-point operations of a forward pass. From the last follows how much faster it *should* be;
+# how much faster it *is* has to be measured, in turns, so that both models meet the same weather.
+
+# %%
+@torch.no_grad()
+def count_flops(model, tokens: int) -> float:
+    """Floating-point operations per token of a forward pass over `tokens` tokens, in matrix products; nothing is computed."""
+    shapes = {name: tensor.to("meta") for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        # With a cache, or the library would look into the (absent) token positions for packed texts.
+        torch.func.functional_call(model.eval(), shapes, (ids,), {"use_cache": True})
+    return counter.get_total_flops() / tokens
+
+
+@torch.no_grad()
+def cache_bytes(model, tokens: int = 8) -> int:
+    """Bytes of keys and values that the model keeps for each token it has read."""
+    cache = model.eval()(torch.zeros(1, tokens, dtype=torch.long, device=model.device), use_cache=True).past_key_values
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // tokens
+
+
+def tokens_per_second(models: dict, batch: torch.Tensor, dtype: torch.dtype, training: bool = False, rounds: int = 5) -> dict[str, float]:
+    """Median speed of several models on token ids (batch, time), in turns, after a warm-up; training is forward and backward."""
+    seconds = {name: [] for name in models}
+    for _ in range(rounds + 1):
+        for name, model in models.items():
+            ids, start = batch.to(model.device), time.perf_counter()
+            with torch.set_grad_enabled(training), autocast(model.device, dtype):
+                output = model.train(training)(ids, labels=ids if training else None, use_cache=False)
+            if training:
+                output.loss.backward()
+                model.get_input_embeddings().weight.grad[0, 0].item()  # the last to be computed: waits for the device
+            else:
+                output.logits[0, -1, 0].item()
+            seconds[name].append(time.perf_counter() - start)
+            model.zero_grad(set_to_none=True)
+            model.eval()
+    return {name: round(batch.numel() / statistics.median(times[1:]), 1) for name, times in seconds.items()}
+
+
+# %% [markdown]
+# Both kinds of numbers go side by side into one table.
+
+# %%
+def weigh(models: dict, block: torch.Tensor, dtype: torch.dtype) -> dict[str, dict]:
+    """Size and speed of models without gates, as {name: {quantity: number}}; speeds on one block (1, time)."""
+    sizes = {name: {"parameters": model.num_parameters(), "bytes": sum(p.nbytes for p in model.parameters()),
+                    "cache_bytes_per_token": cache_bytes(model), "flops_per_token": count_flops(model, block.shape[1])}
+             for name, model in models.items()}
+    for kind, training in (("forward", False), ("training", True)):
+        for name, speed in tokens_per_second(models, block, dtype, training).items():
+            sizes[name][f"{kind}_tokens_per_second"] = speed
+    return sizes
+
+
+def size_table(sizes: dict[str, dict], small: str = "pruned") -> str:
+    """Dense and compact model side by side, as a Markdown table."""
+    rows = [("parameters, million", "parameters", 1e-6, ",.2f"), ("weights, MB", "bytes", 1e-6, ",.1f"),
+            ("KV cache, bytes per token", "cache_bytes_per_token", 1, ",.0f"), ("forward pass, MFLOP per token", "flops_per_token", 1e-6, ",.1f"),
+            ("forward pass, tokens/s", "forward_tokens_per_second", 1, ",.0f"), ("training, tokens/s", "training_tokens_per_second", 1, ",.0f")]
+    lines = ["| | dense | compact | ratio |", "|---|---|---|---|"]
+    for title, key, unit, form in rows:
+        before, after = sizes["dense"][key], sizes[small][key]
+        lines.append(f"| {title} | {before * unit:{form}} | {after * unit:{form}} | {after / before:.3f} |")
+    return "\n".join(lines)
+
+
+# %%
+if __name__ == "__main__":
+    run.metrics["size"] = {}
+    if can_compact(model):
+        with run.step("compact"):
+            small = compact(model)
+            difference = run.metrics["compact_difference"] = largest_difference(model, small, test_blocks[:1])
+            with without_gates(model):
+                run.metrics["size"] = sizes = weigh({"dense": model, "pruned": small}, test_blocks[:1], dtype)
+            run.metrics["parameters"]["pruned"] = small.num_parameters()
+            del small
+        show_markdown(size_table(sizes))
+        expected = sizes["dense"]["flops_per_token"] / sizes["pruned"]["flops_per_token"]
+        measured = sizes["pruned"]["forward_tokens_per_second"] / sizes["dense"]["forward_tokens_per_second"]
+        print(f"forward pass {measured:.2f} x as fast, {expected:.2f} x by arithmetic; "
+              f"largest difference to the gated logits: {difference:.1e} of the largest logit")
+        if difference > 1e-3:
+            raise RuntimeError(f"the compact model differs from the gated one by {difference:.1e}: please report this, with the model's name.")
+    else:
+        print(f"{type(model).__name__} keeps its gates: compacting knows {', '.join(COMPACTABLE)}.")
+
+# %% [markdown]
+# ## 11. Fine-tune
 #
 # The remaining heads can learn to do without the closed ones. Training is `transformers.Trainer`: AdamW, a short warm-up, then a cosine
-# decay. A closed gate lets no gradient through, so closed heads stay closed. The effective batch is `batch_size` blocks,
-# always; where they do not fit into memory at once, fewer are computed at a time and their gradients added up.
+# decay. The effective batch is `batch_size` blocks, always; where they do not fit into memory at once, fewer are computed at a time
+# and their gradients added up.
 #
-# Training changes a copy, and `model` keeps the original weights: so every cell above can be run again at any time.
+# What is trained is the compact model: a closed gate lets no gradient through, so with gates it would be the same training, only slower. It is
+# a copy, and `model` keeps the original weights: so every cell above can be run again at any time.
 #
-# With `reopen_heads` the gates are trained too, for the first half of the steps: a closed head gets a gradient on its gate even at
-# zero, and may come back. Half-way the heads with the largest gates stay, as many as the level allows, and the second
+# With `reopen_heads` the gated model is trained instead, and compacted afterwards. Its gates are trained too, for the first half of the steps: a
+# closed head gets a gradient on its gate even at zero, and may come back. Half-way the heads with the largest gates stay, as many as the level allows, and the second
 # half repairs what that broke.
 
 # %%
@@ -1256,15 +1604,18 @@ class LivePlot(TrainerCallback):
 
 
 # %%
-def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: Run, name: str, dense_validation: float):
-    """A fine-tuned copy of the model, its gates included. `name` names the picture; `dense_validation` is a line in it."""
+def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: Run, name: str, dense_validation: float, start=copy.deepcopy):
+    """A fine-tuned copy of the model. `start` makes the copy that is trained: copy.deepcopy (with its gates) or compact.
+
+    `name` names the picture; `dense_validation` is a line in it.
+    """
     steps = settings.max_steps or math.ceil(settings.epochs * len(blocks["train"]) / settings.batch_size)
     train, validation = ([{"input_ids": block, "labels": block} for block in part]
                          for part in (blocks["train"], blocks["validation"][:16]))
 
     def attempt(micro_batch):
         transformers.set_seed(settings.seed)
-        tuned = copy.deepcopy(model)
+        tuned = start(model)
         plot, optimizer = LivePlot(run, name, dense_validation), None
         callbacks = [plot]
         if settings.reopen_heads:
@@ -1287,6 +1638,7 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
                           optimizers=(optimizer, None))
         trainer.remove_callback(transformers.PrinterCallback)
         result = trainer.train()
+        tuned.config.use_cache = model.config.use_cache  # which the Trainer switches off, and would be saved so
         if settings.reopen_heads:
             untrain_gates(tuned)
         run.metrics.setdefault("training", {})[name] = {
@@ -1306,16 +1658,19 @@ if __name__ == "__main__":
         with all_open(model):
             dense_validation = perplexity(model, blocks["validation"][:16], dtype, settings.batch_size)
         tuned = None  # lets the last one go, if this cell is run again
-        tuned = fine_tune(model, blocks, settings, run, "fine_tuned", dense_validation)
-    measure(run, "fine_tuned", tuned, tokenizer, test_blocks, settings)
+        start = compact if can_compact(model) and not settings.reopen_heads else copy.deepcopy
+        tuned = fine_tune(model, blocks, settings, run, "fine_tuned", dense_validation, start)
     run.metrics.pop("heads_after_fine_tuning", None)
     if settings.reopen_heads:
         came_back = ((gates == 0) & (get_gates(tuned) != 0)).nonzero().tolist()
         run.metrics["heads_after_fine_tuning"] = describe_heads(get_gates(tuned)) | {"came_back": came_back}
         print(f"{len(came_back)} of {closed} closed heads came back [layer, head]: {came_back}")
+        if can_compact(model):
+            tuned = compact(tuned)
+    measure(run, "fine_tuned", tuned, tokenizer, test_blocks, settings)
 
 # %% [markdown]
-# ## 11. The control: the dense model, fine-tuned too
+# ## 12. The control: the dense model, fine-tuned too
 #
 # Fine-tuning on text like the test text helps *any* model. To know what pruning cost, the pruned model has to be compared with
 # the dense one after the same number of steps on the same text, and not only with the untouched one.
@@ -1337,49 +1692,40 @@ if __name__ == "__main__":
 
 
 # %% [markdown]
-# ## 12. Compare
+# ## 13. Compare
 #
-# The numbers side by side. *Pruned + fine-tuned* against *dense + fine-tuned* is what pruning really cost. Speed is measured in
-# turns, so that all models meet the same weather. A gate multiplies by zero and makes nothing faster: the speeds should be alike.
+# The numbers side by side. *Pruned + fine-tuned* against *dense + fine-tuned* is what pruning really cost.
 
 # %%
-@torch.no_grad()
-def tokens_per_second(models: dict, batch: torch.Tensor, dtype: torch.dtype, rounds: int = 5) -> dict[str, float]:
-    """Median forward speed of several (model, gates) pairs on token ids (batch, time), called in turn after a warm-up."""
-    seconds = {name: [] for name in models}
-    for _ in range(rounds + 1):
-        for name, (model, gates) in models.items():
-            set_gates(model.eval(), gates)
-            start = time.perf_counter()
-            with autocast(model.device, dtype):
-                model(batch.to(model.device), use_cache=False).logits[0, -1, 0].item()  # waits for the device
-            seconds[name].append(time.perf_counter() - start)
-    return {name: round(batch.numel() / statistics.median(times[1:]), 1) for name, times in seconds.items()}
-
-
 def require_fine_tuned(metrics: dict) -> None:
     """Raises UserError where the heads were pruned anew and nothing was fine-tuned since."""
     if "fine_tuned" not in metrics["perplexity"]:
-        raise UserError("the model was pruned after it was fine-tuned: run section 10 again, and then this cell.")
+        raise UserError("the model was pruned after it was fine-tuned: run sections 10 and 11 again, and then this cell.")
 
 
 def comparison(metrics: dict) -> str:
     """The comparison as a Markdown table."""
-    heads, dense, speed = metrics["heads"], metrics["perplexity"]["dense"], metrics["tokens_per_second"]
+    heads, dense = metrics["heads"], metrics["perplexity"]["dense"]
     after = metrics.get("heads_after_fine_tuning", heads)
     closed = {"dense": 0, "dense_fine_tuned": 0, "pruned": heads["closed"], "fine_tuned": after["closed"]}
-    rows = ["| model | open heads | test perplexity | against dense | tokens/s |", "|---|---|---|---|---|"]
+    rows = ["| model | heads | parameters | test perplexity | against dense |", "|---|---|---|---|---|"]
     for stage, value in metrics["perplexity"].items():
-        rows.append(f"| {STAGES[stage]} | {heads['total'] - closed[stage]} / {heads['total']} | {value:.2f} | "
-                    f"{value / dense - 1:+.1%} | {format(speed[stage], ',.0f') if stage in speed else ''} |")
+        rows.append(f"| {STAGES[stage]} | {heads['total'] - closed[stage]} / {heads['total']} | {metrics['parameters'][stage] / 1e6:,.2f} M | "
+                    f"{value:.2f} | {value / dense - 1:+.1%} |")
     return "\n".join(rows)
+
+
+def bare_name(name: str) -> str:
+    """A model or file name without the folders of this machine."""
+    return Path(name).name if Path(name).exists() else name
 
 
 def conditions(metrics: dict) -> str:
     """One paragraph: everything that the numbers depend on."""
     s, versions = metrics["settings"], metrics["versions"]
-    text = s["train_file"] and ", ".join(s[f"{split}_file"] or f"{split} cut from it" for split in SPLITS)
-    return (f"Model {s['model']}; text {text or s['dataset']}; strategy {s['strategy']}, level {s['pruning_level']:g}, scored on "
+    text = s["train_file"] and ", ".join(bare_name(s[f"{split}_file"]) if s[f"{split}_file"] else f"{split} cut from it" for split in SPLITS)
+    uniform = " in every layer alike" if s["uniform"] else ""
+    return (f"Model {bare_name(s['model'])}; text {text or s['dataset']}; strategy {s['strategy']}, level {s['pruning_level']:g}{uniform}, scored on "
             f"{min(s['calibration_blocks'], metrics['blocks']['validation'])} validation blocks; tested on {metrics['blocks']['tested']} "
             f"test blocks of {s['block_length']} tokens; seed {s['seed']}; {metrics['precision']} on {metrics['device']}; "
             + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
@@ -1419,29 +1765,17 @@ def write_report(run: Run) -> str:
     metrics = run.metrics
     samples = "\n\n".join(f"**{STAGES[stage]}**\n\n> " + text.replace("\n", "\n> ") for stage, text in metrics["samples"].items())
     layers = ", ".join(map(str, metrics["heads"]["open_per_layer"]))
-    report = (f"# {metrics['settings']['model']}, {metrics['heads']['closed']} of {metrics['heads']['total']} heads closed\n\n"
-              f"{comparison(metrics)}\n\n{conditions(metrics)}\n\n![comparison](comparison.png)\n\n![heads](heads.png)\n\n"
+    size = size_table(metrics["size"]) + "\n\n" if "pruned" in metrics["size"] else ""
+    report = (f"# {bare_name(metrics['settings']['model'])}, {metrics['heads']['closed']} of {metrics['heads']['total']} heads closed\n\n"
+              f"{comparison(metrics)}\n\n{conditions(metrics)}\n\n{size}![comparison](comparison.png)\n\n![heads](heads.png)\n\n"
               f"Open heads per layer: {layers}\n\n![fine-tuning](fine_tuned.png)\n\n## Samples\n\n{samples}\n")
     (run.folder / "report.md").write_text(report, encoding="utf-8")
     return report
 
 
-def show_markdown(text: str) -> None:
-    """Rendered in a notebook, as it is in a terminal."""
-    if in_notebook():
-        from IPython.display import Markdown, display
-
-        display(Markdown(text))
-    else:
-        print(text)
-
-
 # %%
 if __name__ == "__main__":
     require_fine_tuned(run.metrics)
-    with run.step("speed"):
-        models = {"dense": (model, torch.ones_like(gates)), "pruned": (model, gates), "fine_tuned": (tuned, get_gates(tuned))}
-        run.metrics["tokens_per_second"] = tokens_per_second(models, test_blocks[:1], dtype)
     write_report(run)
     show_markdown(comparison(run.metrics) + "\n\n" + conditions(run.metrics))
     run.show(draw_comparison(run.metrics), "comparison.png")
@@ -1450,13 +1784,114 @@ if __name__ == "__main__":
 
 
 # %% [markdown]
-# ## 13. Save and download
+# ## 14. Save and download
 #
-# The saved model opens with plain `AutoModelForCausalLM.from_pretrained(folder)`, anywhere, and gives the logits of the gated model: the
-# gates are multiplied into the output projections. What they erased is kept beside it in `gates.safetensors`, so that `load_gated`
-# can open any head again.
+# The **compact** model is saved so that anyone can open it, without this notebook: weights as safetensors, configuration, tokenizer, a model card,
+# and `modeling_pruned.py`, a short file with the functions of section 10, which cuts the model while it is being opened. It is
+# written from the source of those very functions, so the logic exists once.
 
 # %%
+def source_of(thing) -> str:
+    """The source of a function or class of this file; inspect.getsource cannot find the classes of a notebook."""
+    code = (thing.__init__ if isinstance(thing, type) else thing).__code__
+    text = "".join(linecache.getlines(code.co_filename))
+    return next(ast.get_source_segment(text, node) for node in ast.parse(text).body if getattr(node, "name", "") == thing.__name__)
+
+
+def native_class(model) -> type:
+    """The class of transformers that a model has, or is derived from."""
+    return next(base for base in type(model).__mro__ if base.__module__.startswith("transformers.models."))
+
+
+def modeling_code(name: str) -> str:
+    """The text of modeling_pruned.py: the class Pruned<name>, derived from the class <name> of transformers."""
+    pieces = (find_rows, slice_projection, cut_attention, cut_heads, repeat_by_readers, NoHeads, LayerConfig)
+    return f'''"""{name} with some of its attention heads removed; `kept_heads` in config.json lists those that are left.
+
+Written by PruningAndFineTuningColab. Needs torch and transformers, nothing else.
+"""
+
+from types import SimpleNamespace
+
+import torch
+from transformers import {name}
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.pytorch_utils import Conv1D
+
+# Some weights have another name in files than in models; the class here has the same ones as the class it derives from.
+renamed = get_checkpoint_conversion_mapping("{name}")
+if renamed:
+    register_checkpoint_conversion_mapping("Pruned{name}", renamed, overwrite=True)
+
+
+class Pruned{name}({name}):
+    """Builds the full model and cuts it before its weights are loaded."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        cut_heads(self, getattr(config, "kept_heads", {{}}))
+
+
+''' + "\n\n\n".join(source_of(piece) for piece in pieces) + "\n"
+
+
+# %% [markdown]
+# Where all layers have lost equally many heads, in whole groups, and the family's own configuration can say so, no code has to travel:
+# the folder is an ordinary, smaller checkpoint. That is what `uniform` prunes for.
+
+# %%
+def native_config(model):
+    """A compact model's configuration in the words of its family alone, or None where they do not suffice."""
+    config, kept_heads = copy.deepcopy(model.config), model.config.kept_heads
+    del config.kept_heads
+    sharing = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    readers = {tuple(collections.Counter(head // sharing for head in kept).values()) for kept in kept_heads.values()}
+    if len(readers) > 1 or len(set(min(readers))) != 1:
+        return None  # layers differ, key/value heads are read by different numbers of query heads, or no head is left
+    projection = model.get_submodule(next(iter(kept_heads)))
+    try:
+        return config_with_fewer(config, sum(min(readers)), len(min(readers)), projection.in_features // sum(min(readers)))
+    except UserError:
+        return None
+
+
+def save_compact(model, tokenizer, folder: Path) -> None:
+    """Saves a compact model for from_pretrained: natively where that is possible, else with modeling_pruned.py."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = native_config(model)
+    if config is None:
+        config, name = copy.deepcopy(model.config), native_class(model).__name__
+        config.architectures, config.auto_map = [f"Pruned{name}"], {"AutoModelForCausalLM": f"modeling_pruned.Pruned{name}"}
+        (folder / "modeling_pruned.py").write_text(modeling_code(name), encoding="utf-8")
+    config.save_pretrained(folder)
+
+
+# %% [markdown]
+# Some tools allow no code at all. For them there is the **zeroed** form, the full-sized model with the gates multiplied into its output projections: it
+# opens plainly and has the same logits. What the gates erased is kept beside it in `gates.safetensors`, so that `load_gated` can open any
+# head again. To get there from a compact model, its weights go back to where they came from; the cut itself tells where that is.
+
+# %%
+@torch.no_grad()
+def expand(small, model):
+    """A copy of the gated `model` with the weights of `small`, which was compacted from it; closed heads keep those of `model`."""
+    full, weights = copy.deepcopy(model), dict(small.named_parameters())
+    for path, kept in small.config.kept_heads.items():
+        parent, _, output = path.rpartition(".")
+        origin = copy.deepcopy(model.get_submodule(parent))
+        for parameter in origin.parameters():  # every number says where it stands, and is then cut with the rest
+            parameter.requires_grad_(False).data = torch.arange(parameter.numel(), device=parameter.device).view_as(parameter)
+        for name, position in cut_attention(origin, output, kept).named_parameters():
+            target = full.get_parameter(f"{parent}.{name.replace('output_bias', f'{output}.bias')}")
+            target.view(-1)[position.flatten()] = weights.pop(f"{parent}.{name}").flatten()
+    for name, weight in weights.items():
+        full.get_parameter(name).copy_(weight)
+    set_gates(full, torch.tensor([[float(head in kept) for head in range(layer.heads)]
+                                  for layer, kept in zip(find_heads(full), small.config.kept_heads.values())]))
+    return full
+
+
 @torch.no_grad()
 def save_gated(model, tokenizer, folder: Path) -> None:
     """Saves a gated model as a plain checkpoint, with its gates and what they erased in gates.safetensors."""
@@ -1466,7 +1901,7 @@ def save_gated(model, tokenizer, folder: Path) -> None:
         gates = layer.projection.gates
         kept[f"output_weight.{number}"] = layer.output_weight[gates != 1].clone().contiguous()
         layer.output_weight.mul_(gates[:, None, None])
-        del layer.projection.gates
+    remove_gates(plain)
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     save_file(kept, folder / "gates.safetensors")
@@ -1484,9 +1919,81 @@ def load_gated(folder: Path, device: str | torch.device = "cpu"):
 
 
 # %% [markdown]
-# In Colab the last cell downloads everything as one zip file; elsewhere it tells you where it is.
+# The model card says what the model is made from, what was removed, what that cost, and how to open it.
 
 # %%
+def model_card(metrics: dict, folder: Path) -> str:
+    """The README.md of a saved model, with the metadata that the Hugging Face hub reads."""
+    name, heads = bare_name(metrics["settings"]["model"]), metrics.get("heads_after_fine_tuning", metrics["heads"])
+    removed = {}
+    for layer, head in heads["closed_list"]:
+        removed.setdefault(layer, []).append(str(head))
+    on_hub = name == metrics["settings"]["model"] and name != "demo"
+    with_code = (folder / "modeling_pruned.py").exists()
+    closed = "closed (their output weights are zero)" if (folder / "gates.safetensors").exists() else "removed"
+    return f"""---
+{f'base_model: {name}{chr(10)}' if on_hub else ''}library_name: transformers
+pipeline_tag: text-generation
+tags: [attention-head-pruning]
+---
+
+# {name}, {heads["closed"]} of {heads["total"]} attention heads {closed.split()[0]}
+
+Made from `{name}` with PruningAndFineTuningColab: heads were scored, the least important ones {closed}, and what is left was fine-tuned.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{', trust_remote_code=True' if with_code else ''})
+```
+{'''
+`trust_remote_code=True` runs `modeling_pruned.py`, which is in this folder: read it first. It needs torch and transformers only.
+''' if with_code else ''}
+{comparison(metrics)}
+
+{conditions(metrics)}
+
+Heads {closed.split()[0]}, by layer: {"; ".join(f"{layer}: {', '.join(numbers)}" for layer, numbers in removed.items()) or "none"}.
+"""
+
+
+# %% [markdown]
+# Before it is handed over, the folder is opened again as a stranger would do it, and must give the same logits. In Colab the last cell then
+# downloads everything as one zip file; elsewhere it tells you where it is.
+
+# %%
+def reopen(folder: Path):
+    """The model of a folder that this section wrote, opened as AutoModelForCausalLM.from_pretrained(trust_remote_code=True) does."""
+    # Step by step, because some versions of AutoModelForCausalLM then use the folder's class for all models of the family.
+    code = getattr(AutoConfig.from_pretrained(folder), "auto_map", {}).get("AutoModelForCausalLM")
+    opener = get_class_from_dynamic_module(code, folder) if code else AutoModelForCausalLM
+    return opener.from_pretrained(folder)
+
+
+def save_models(run: Run, tuned, model, tokenizer, settings: Settings, block: torch.Tensor) -> None:
+    """Saves `tuned`, which came from `model`, in the forms that the settings ask for, and opens each again."""
+    is_compact = hasattr(tuned.config, "kept_heads")
+    forms = {"compact": ["compact"], "zeroed": ["zeroed"], "both": ["compact", "zeroed"], "no": []}[settings.save_model]
+    if forms and not is_compact:
+        print(f"{type(tuned).__name__} is not compact, so it is saved in the zeroed form, with its gates.")
+        forms = ["zeroed"]
+    run.metrics["reopened_difference"] = {}
+    for form in forms:
+        folder = run.folder / f"model-{form}"
+        shutil.rmtree(folder, ignore_errors=True)  # from an earlier run of this cell
+        if form == "compact":
+            save_compact(tuned, tokenizer, folder)
+        else:
+            save_gated(expand(tuned, model) if is_compact else tuned, tokenizer, folder)
+        (folder / "README.md").write_text(model_card(run.metrics, folder), encoding="utf-8")
+        difference = run.metrics["reopened_difference"][form] = largest_difference(tuned, reopen(folder).to(run.device), block)
+        print(f"{folder}: {sum(file.stat().st_size for file in folder.glob('*.safetensors')) / 1e6:.1f} MB; opened again, "
+              + ("with the same logits" if not difference else f"logits differ by {difference:.0e} of the largest"))
+        if difference > 1e-3:
+            raise RuntimeError(f"{folder} does not open as the model that was saved: please report this, with the model's name.")
+
+
 def deliver(archive: Path) -> None:
     """Downloads a file in Colab; elsewhere says where it is, with a link in a notebook."""
     if "google.colab" in sys.modules:
@@ -1503,9 +2010,7 @@ def deliver(archive: Path) -> None:
 # %%
 if __name__ == "__main__":
     require_fine_tuned(run.metrics)
-    if settings.save_model:
-        with run.step("save model"):
-            save_gated(tuned, tokenizer, run.folder / "model")
-    run.save()
+    with run.step("save model"):
+        save_models(run, tuned, model, tokenizer, settings, test_blocks[:1])
     archive = Path(shutil.make_archive(str(run.folder), "zip", run.folder.parent, run.folder.name))
     deliver(archive)

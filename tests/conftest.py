@@ -66,6 +66,18 @@ def zero_heads(model, family: str, gates: torch.Tensor):
     return model
 
 
+def logits(model, tokens):
+    with torch.no_grad():
+        return model.eval()(tokens).logits
+
+
+def tiny_tokenizer():
+    import tokenizers
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request):
     return request.param

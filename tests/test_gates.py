@@ -5,14 +5,9 @@ import copy
 import pytest
 import torch
 import transformers
-from conftest import make, zero_heads
+from conftest import logits, make, tiny_tokenizer, zero_heads
 
 import PruningAndFineTuningColab as nb
-
-
-def logits(model, tokens):
-    with torch.no_grad():
-        return model(tokens).logits
 
 
 def check_gates(model, family, tokens, gates, close):
@@ -103,10 +98,3 @@ def test_an_architecture_without_identifiable_heads_is_named():
     config.num_attention_heads = 4
     with pytest.raises(nb.UserError, match="MambaForCausalLM.*GPT-2, OPT"):
         nb.find_heads(transformers.AutoModelForCausalLM.from_config(config))
-
-
-def tiny_tokenizer():
-    import tokenizers
-
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")

@@ -125,10 +125,10 @@ def test_the_form_the_dataclass_and_the_options_agree():
     parsed = nb.read_settings([])
     assert parsed == nb.Settings()
     arguments = {"--model": "demo", "--pruning-level": "0.5", "--eval-blocks": "0", "--strategy": "random", "--no-control": None,
-                 "--no-save-model": None, "--offline": None, "--precision": "fp32"}
+                 "--save-model": "no", "--uniform": None, "--offline": None, "--precision": "fp32"}
     changed = nb.read_settings([word for pair in arguments.items() for word in pair if word is not None])
-    assert (changed.model, changed.pruning_level, changed.eval_blocks, changed.control, changed.save_model, changed.offline) == (
-        "demo", 0.5, 0, "no", False, True)
+    assert (changed.model, changed.pruning_level, changed.eval_blocks, changed.control, changed.save_model, changed.uniform, changed.offline) == (
+        "demo", 0.5, 0, "no", "no", True, True)
     assert set(nb.STRATEGY_NAMES) == set(nb.STRATEGIES)
 
 

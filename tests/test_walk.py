@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,6 +12,7 @@ import jupytext
 import nbformat
 import pytest
 import torch
+import transformers
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
@@ -34,7 +36,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def script_run(home):
-    arguments = [word for name, value in FEW.items() for word in ("--" + name.lower().replace("_", "-"), value)]
+    arguments = ["--save-model", "both"] + [word for name, value in FEW.items() for word in ("--" + name.lower().replace("_", "-"), value)]
     return subprocess.run([sys.executable, SCRIPT, *arguments], cwd=home, capture_output=True, text=True)
 
 
@@ -60,7 +62,11 @@ def test_the_record_holds_everything(results):
     assert metrics["heads"]["total"] == 32 and metrics["heads"]["closed"] == 10 == len(metrics["heads"]["closed_list"])
     assert torch.tensor(metrics["importance"]).shape == (4, 8)
     assert set(metrics["samples"]) == set(metrics["perplexity"])
-    assert set(metrics["tokens_per_second"]) == {"dense", "pruned", "fine_tuned"}
+    assert set(metrics["size"]) == {"dense", "pruned"}
+    assert all(0 < metrics["size"]["pruned"][quantity] < value for quantity, value in metrics["size"]["dense"].items() if "second" not in quantity)
+    assert metrics["parameters"]["fine_tuned"] == metrics["parameters"]["pruned"] == metrics["size"]["pruned"]["parameters"]
+    assert metrics["parameters"]["dense_fine_tuned"] == metrics["parameters"]["dense"] == metrics["model"]["parameters"]
+    assert metrics["compact_difference"] < 1e-5 and metrics["reopened_difference"] == {"compact": 0, "zeroed": pytest.approx(0, abs=1e-5)}
     assert all(text.startswith("The history of the city began") for text in metrics["samples"].values())
     assert set(metrics["seconds"]) == set(metrics["peak_memory_bytes"]) >= {"load model", "importance", "fine-tune", "save model"}
     assert {"python", "torch", "transformers", "datasets"} <= set(metrics["versions"])
@@ -76,13 +82,25 @@ def test_the_zip_holds_the_report_the_pictures_and_a_model_that_opens(results, t
     for picture in (*re.findall(r"\((\w+\.png)\)", report), "dense_fine_tuned.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     metrics = json.loads((folder / "metrics.json").read_text())
-    tokenizer, model = nb.load_gated(folder / "model")
+    tokenizer, model = nb.load_gated(folder / "model-zeroed")
     text = nb.load_text(nb.Settings(dataset="python-docs"))
     blocks = nb.pack(text["test"], tokenizer, 512)[:8]
     assert nb.perplexity(model, blocks) == pytest.approx(metrics["perplexity"]["fine_tuned"], rel=1e-4)
-    plain = nb.load_model(str(folder / "model"), torch.device("cpu"))[1]
-    assert nb.perplexity(plain, blocks) == pytest.approx(metrics["perplexity"]["fine_tuned"], rel=1e-4)
     assert int((nb.get_gates(model) == 0).sum()) == 10
+    for form in ("compact", "zeroed"):
+        assert nb.perplexity(nb.reopen(folder / f"model-{form}"), blocks) == pytest.approx(metrics["perplexity"]["fine_tuned"], rel=1e-4)
+    sizes = [(folder / f"model-{form}" / "model.safetensors").stat().st_size for form in ("compact", "zeroed")]
+    assert sizes[0] == pytest.approx(metrics["size"]["pruned"]["bytes"], abs=10_000) and sizes[0] < sizes[1]
+    card = (folder / "model-compact" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n") and "trust_remote_code=True" in card and "10 of 32 attention heads removed" in card
+    assert f"| pruned + fine-tuned | 22 / 32 | {metrics['parameters']['pruned'] / 1e6:.2f} M | {metrics['perplexity']['fine_tuned']:.2f} |" in card
+    assert not [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".json", ".safetensors", ".md", ".png", ".py")]
+    assert json.loads((folder / "model-compact" / "config.json").read_text())["use_cache"] is True
+
+
+def test_no_folder_of_this_machine_is_named_in_what_is_handed_on(results):
+    for path in (*results.glob("model-*/*.json"), *results.glob("model-*/*.md"), *results.glob("*.md")):
+        assert str(results.parents[1]) not in path.read_text()
 
 
 STAND_IN = """
@@ -126,13 +144,16 @@ def test_the_notebook_runs_top_to_bottom_and_again(results, tmp_path):
         assert len(pictures) >= 4  # heads, two live plots, comparison
         (folder,) = (path for path in (tmp_path / "results").iterdir() if path.is_dir())
         metrics = json.loads((folder / "metrics.json").read_text())
+        travels = "model-compact/modeling_pruned.py"
+        assert (folder / travels).read_text() == (results / travels).read_text(), "the same code from a notebook as from the script"
+        assert metrics["reopened_difference"] == {"compact": 0}
         again = run(prune.source)
         assert f"pruned: perplexity {metrics['perplexity']['pruned']:.2f}" in again
         run("PRUNING_LEVEL = 0.5")
         run(settle.source)
         half = run(prune.source)
         closed = json.loads(run("print(run.metrics['heads']['closed_list'])"))
-        with pytest.raises(CellExecutionError, match="pruned after it was fine-tuned: run section 10 again"):
+        with pytest.raises(CellExecutionError, match="pruned after it was fine-tuned: run sections 10 and 11 again"):
             run(compare.source)
 
     # a fresh run at that level, from the record and the files alone
@@ -165,6 +186,21 @@ def test_fine_tuning_closed_heads_stay_closed_and_may_come_back_when_asked(resul
     assert ((gates == 0) & (reopened != 0)).any(), "no head came back"
     assert (reopened != 0).sum() == (gates != 0).sum(), "as many heads are open as the level says"
     assert not any(parameter_name.endswith("gates") for parameter_name, _ in free.named_parameters())
+
+
+def test_a_family_that_cannot_be_compacted_keeps_its_gates_and_says_so(results, tmp_path):
+    cache = next((results.parents[1] / "cache/PruningAndFineTuningColab").iterdir())
+    shutil.copytree(cache, tmp_path / "bloom", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=1024, hidden_size=32, n_layer=2, n_head=4)).save_pretrained(tmp_path / "bloom")
+    words = ["--model", "bloom", "--dataset", "python-docs", "--block-length", "64", "--eval-blocks", "4", "--calibration-blocks", "2",
+             "--max-steps", "2", "--no-control"]
+    run = subprocess.run([sys.executable, SCRIPT, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "BloomForCausalLM keeps its gates: compacting knows gpt2, opt" in run.stdout
+    assert "is not compact, so it is saved in the zeroed form" in run.stdout
+    (folder,) = (path for path in (tmp_path / "results").iterdir() if path.is_dir())
+    assert [path.name for path in folder.glob("model-*")] == ["model-zeroed"]
+    assert "2 of 8 attention heads closed" in (folder / "model-zeroed" / "README.md").read_text()
 
 
 def test_the_notebook_is_the_script_without_outputs():

@@ -8,6 +8,7 @@ as a multiple of a plain forward pass over the same tokens.
 """
 
 import argparse
+import copy
 import dataclasses
 import statistics
 import sys
@@ -53,7 +54,7 @@ def main():
 
     def tuned(gates, name):
         nb.set_gates(model, gates)
-        return measured(nb.fine_tune(model, blocks, settings, run, name, 1.0))
+        return measured(nb.fine_tune(model, blocks, settings, run, name, 1.0, nb.compact if nb.can_compact(model) else copy.deepcopy))
 
     dense = measured(model)
     level = chosen.fine_tune_level
