@@ -915,8 +915,8 @@ def config_with_fewer(config, heads: int, key_value_heads: int, head_dim: int):
     """A copy of a family's config with so many heads in every layer. Raises UserError where the family cannot have them."""
     shape = f"{heads} heads over {key_value_heads} key/value heads in every layer"
     if config.model_type not in NATIVE:
-        raise UserError(f"the configuration of {config.model_type!r} cannot say that a model has {shape} of the old width, only {', '.join(NATIVE)} "
-                        "can: leave uniform off, compacting does not need it.")
+        raise UserError(f"the configuration of {config.model_type!r} cannot say that a model has {shape} of the old width, "
+                        f"only {', '.join(NATIVE)} can: leave uniform off, compacting does not need it.")
     fewer = {"num_attention_heads": heads, "num_key_value_heads": key_value_heads, "head_dim": head_dim}
     try:
         return type(config).from_dict(config.to_dict() | fewer)
@@ -1384,7 +1384,8 @@ def can_compact(model) -> bool:
 def compact(model):
     """A copy of a gated model without gates and without the heads that they close; its config lists `kept_heads`."""
     if not can_compact(model):
-        raise UserError(f"a model of the family {model.config.model_type!r} cannot be compacted, only {', '.join(COMPACTABLE)}: keep its gates.")
+        raise UserError(f"a model of the family {model.config.model_type!r} cannot be compacted, only {', '.join(COMPACTABLE)}: "
+                        "keep its gates.")
     small, kept = copy.deepcopy(model), {}
     for layer in find_heads(small):
         layer.output_weight.mul_(layer.projection.gates[:, None, None])  # a gate that was trained may be any number
@@ -1462,9 +1463,12 @@ def weigh(models: dict, block: torch.Tensor, dtype: torch.dtype) -> dict[str, di
 
 def size_table(sizes: dict[str, dict], small: str = "pruned") -> str:
     """Dense and compact model side by side, as a Markdown table."""
-    rows = [("parameters, million", "parameters", 1e-6, ",.2f"), ("weights, MB", "bytes", 1e-6, ",.1f"),
-            ("KV cache, bytes per token", "cache_bytes_per_token", 1, ",.0f"), ("forward pass, MFLOP per token", "flops_per_token", 1e-6, ",.1f"),
-            ("forward pass, tokens/s", "forward_tokens_per_second", 1, ",.0f"), ("training, tokens/s", "training_tokens_per_second", 1, ",.0f")]
+    rows = [("parameters, million", "parameters", 1e-6, ",.2f"),
+            ("weights, MB", "bytes", 1e-6, ",.1f"),
+            ("KV cache, bytes per token", "cache_bytes_per_token", 1, ",.0f"),
+            ("forward pass, MFLOP per token", "flops_per_token", 1e-6, ",.1f"),
+            ("forward pass, tokens/s", "forward_tokens_per_second", 1, ",.0f"),
+            ("training, tokens/s", "training_tokens_per_second", 1, ",.0f")]
     lines = ["| | dense | compact | ratio |", "|---|---|---|---|"]
     for title, key, unit, form in rows:
         before, after = sizes["dense"][key], sizes[small][key]
@@ -1489,7 +1493,7 @@ if __name__ == "__main__":
         print(f"forward pass {measured:.2f} x as fast, {expected:.2f} x by arithmetic; "
               f"largest difference to the gated logits: {difference:.1e} of the largest logit")
         if difference > 1e-3:
-            raise RuntimeError(f"the compact model differs from the gated one by {difference:.1e}: please report this, with the model's name.")
+            raise RuntimeError(f"the compact model differs from the gated one by {difference:.1e}: please report this, naming the model.")
     else:
         print(f"{type(model).__name__} keeps its gates: compacting knows {', '.join(COMPACTABLE)}.")
 
@@ -1500,12 +1504,12 @@ if __name__ == "__main__":
 # decay. The effective batch is `batch_size` blocks, always; where they do not fit into memory at once, fewer are computed at a time
 # and their gradients added up.
 #
-# What is trained is the compact model: a closed gate lets no gradient through, so with gates it would be the same training, only slower. It is
-# a copy, and `model` keeps the original weights: so every cell above can be run again at any time.
+# What is trained is the compact model: a closed gate lets no gradient through, so with gates it would be the same training, only
+# slower. It is a copy, and `model` keeps the original weights: so every cell above can be run again at any time.
 #
-# With `reopen_heads` the gated model is trained instead, and compacted afterwards. Its gates are trained too, for the first half of the steps: a
-# closed head gets a gradient on its gate even at zero, and may come back. Half-way the heads with the largest gates stay, as many as the level allows, and the second
-# half repairs what that broke.
+# With `reopen_heads` the gated model is trained instead, and compacted afterwards. Its gates are trained too, for the first half of the
+# steps: a closed head gets a gradient on its gate even at zero, and may come back. Half-way the heads with the largest gates stay, as
+# many as the level allows, and the second half repairs what that broke.
 
 # %%
 GATE_LEARNING_RATE = 3e-2  # gates have to travel from 0 to about 1; weights hardly move
@@ -1723,7 +1727,8 @@ def bare_name(name: str) -> str:
 def conditions(metrics: dict) -> str:
     """One paragraph: everything that the numbers depend on."""
     s, versions = metrics["settings"], metrics["versions"]
-    text = s["train_file"] and ", ".join(bare_name(s[f"{split}_file"]) if s[f"{split}_file"] else f"{split} cut from it" for split in SPLITS)
+    files = [(split, s[f"{split}_file"]) for split in SPLITS]
+    text = s["train_file"] and ", ".join(bare_name(file) if file else f"{split} cut from it" for split, file in files)
     uniform = " in every layer alike" if s["uniform"] else ""
     return (f"Model {bare_name(s['model'])}; text {text or s['dataset']}; strategy {s['strategy']}, level {s['pruning_level']:g}{uniform}, scored on "
             f"{min(s['calibration_blocks'], metrics['blocks']['validation'])} validation blocks; tested on {metrics['blocks']['tested']} "
@@ -1786,9 +1791,9 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## 14. Save and download
 #
-# The **compact** model is saved so that anyone can open it, without this notebook: weights as safetensors, configuration, tokenizer, a model card,
-# and `modeling_pruned.py`, a short file with the functions of section 10, which cuts the model while it is being opened. It is
-# written from the source of those very functions, so the logic exists once.
+# The **compact** model is saved so that anyone can open it, without this notebook: weights as safetensors, configuration, tokenizer,
+# a model card, and `modeling_pruned.py`, a short file with the functions of section 10, which cuts the model while it is being
+# opened. It is written from the source of those very functions, so the logic exists once.
 
 # %%
 def source_of(thing) -> str:
@@ -1868,9 +1873,10 @@ def save_compact(model, tokenizer, folder: Path) -> None:
 
 
 # %% [markdown]
-# Some tools allow no code at all. For them there is the **zeroed** form, the full-sized model with the gates multiplied into its output projections: it
-# opens plainly and has the same logits. What the gates erased is kept beside it in `gates.safetensors`, so that `load_gated` can open any
-# head again. To get there from a compact model, its weights go back to where they came from; the cut itself tells where that is.
+# Some tools allow no code at all. For them there is the **zeroed** form, the full-sized model with the gates multiplied into its
+# output projections: it opens plainly and has the same logits. What the gates erased is kept beside it in `gates.safetensors`, so that
+# `load_gated` can open any head again. To get there from a compact model, its weights go back to where they came from; the cut
+# itself tells where that is.
 
 # %%
 @torch.no_grad()
@@ -1991,7 +1997,7 @@ def save_models(run: Run, tuned, model, tokenizer, settings: Settings, block: to
         print(f"{folder}: {sum(file.stat().st_size for file in folder.glob('*.safetensors')) / 1e6:.1f} MB; opened again, "
               + ("with the same logits" if not difference else f"logits differ by {difference:.0e} of the largest"))
         if difference > 1e-3:
-            raise RuntimeError(f"{folder} does not open as the model that was saved: please report this, with the model's name.")
+            raise RuntimeError(f"{folder} does not open as the model that was saved: please report this, naming the model.")
 
 
 def deliver(archive: Path) -> None:

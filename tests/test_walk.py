@@ -188,19 +188,51 @@ def test_fine_tuning_closed_heads_stay_closed_and_may_come_back_when_asked(resul
     assert not any(parameter_name.endswith("gates") for parameter_name, _ in free.named_parameters())
 
 
-def test_a_family_that_cannot_be_compacted_keeps_its_gates_and_says_so(results, tmp_path):
-    cache = next((results.parents[1] / "cache/PruningAndFineTuningColab").iterdir())
-    shutil.copytree(cache, tmp_path / "bloom", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=1024, hidden_size=32, n_layer=2, n_head=4)).save_pretrained(tmp_path / "bloom")
-    words = ["--model", "bloom", "--dataset", "python-docs", "--block-length", "64", "--eval-blocks", "4", "--calibration-blocks", "2",
-             "--max-steps", "2", "--no-control"]
-    run = subprocess.run([sys.executable, SCRIPT, *words], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert "BloomForCausalLM keeps its gates: compacting knows gpt2, opt" in run.stdout
-    assert "is not compact, so it is saved in the zeroed form" in run.stdout
-    (folder,) = (path for path in (tmp_path / "results").iterdir() if path.is_dir())
+@pytest.fixture
+def short_run(results, tmp_path):
+    """Runs the script on a small random model with the demo's tokenizer; the run's folder and what it printed."""
+    def run_on(model, *words):
+        cache = next((results.parents[1] / "cache/PruningAndFineTuningColab").iterdir())
+        shutil.copytree(cache, tmp_path / "tiny", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+        model.save_pretrained(tmp_path / "tiny")
+        words = ["--model", "tiny", "--dataset", "python-docs", "--block-length", "64", "--eval-blocks", "4", "--calibration-blocks", "2",
+                 "--max-steps", "4", "--no-control", *words]
+        run = subprocess.run([sys.executable, SCRIPT, *words], cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-3000:]
+        (folder,) = (path for path in (tmp_path / "results").iterdir() if path.is_dir())
+        return folder, run.stdout
+    return run_on
+
+
+def test_a_family_that_cannot_be_compacted_keeps_its_gates_and_says_so(short_run):
+    folder, said = short_run(transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=1024, hidden_size=32, n_layer=2, n_head=4)))
+    assert "BloomForCausalLM keeps its gates: compacting knows gpt2, opt" in said
+    assert "is not compact, so it is saved in the zeroed form" in said
     assert [path.name for path in folder.glob("model-*")] == ["model-zeroed"]
     assert "2 of 8 attention heads closed" in (folder / "model-zeroed" / "README.md").read_text()
+
+
+def test_a_uniform_run_saves_an_ordinary_smaller_checkpoint(short_run):
+    config = transformers.LlamaConfig(vocab_size=1024, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=6,
+                                      num_key_value_heads=3, max_position_embeddings=64)
+    folder, said = short_run(transformers.LlamaForCausalLM(config), "--uniform", "--pruning-level", "0.3")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["heads"]["open_per_layer"] == [4, 4, 4] and "18 gates, 6 of which will be closed" in said
+    assert all(first % 2 == 0 and second == first + 1 for (_, first), (_, second) in zip(*[iter(metrics["heads"]["closed_list"])] * 2))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model-compact")
+    assert model.config.num_attention_heads == 4 and model.num_parameters() == metrics["parameters"]["fine_tuned"]
+    assert not list(folder.glob("model-compact/*.py")) and "trust_remote_code" not in (folder / "model-compact" / "README.md").read_text()
+
+
+def test_reopened_heads_are_in_the_compact_model_too(short_run):
+    config = transformers.OPTConfig(vocab_size=1024, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
+                                    word_embed_proj_dim=32)
+    folder, said = short_run(transformers.OPTForCausalLM(config), "--reopen-heads", "--save-model", "both", "--pruning-level", "0.5")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    kept = json.loads((folder / "model-compact" / "config.json").read_text())["kept_heads"]
+    assert [len(heads) for heads in kept.values()] == metrics["heads_after_fine_tuning"]["open_per_layer"]
+    assert sum(len(heads) for heads in kept.values()) == 4 and "closed heads came back" in said
+    assert metrics["reopened_difference"]["compact"] == 0 and metrics["reopened_difference"]["zeroed"] < 1e-5
 
 
 def test_the_notebook_is_the_script_without_outputs():
