@@ -637,7 +637,7 @@ def load_model(name: str, device: torch.device, trust_remote_code: bool = False)
     if is_gguf:
         # The weights are plain float32 now, but the model would still refuse save_pretrained as quantised.
         model.hf_quantizer, model.is_quantized = None, False
-        del model.config.quantization_config
+        model.config.__dict__.pop("quantization_config", None)
     return tokenizer, model.to(device).eval()
 
 
@@ -1414,8 +1414,9 @@ def count_flops(model, tokens: int) -> float:
     """Floating-point operations per token of a forward pass over `tokens` tokens, in matrix products; nothing is computed."""
     shapes = {name: tensor.to("meta") for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        # With a cache, or the library would look into the (absent) token positions for packed texts.
+    # Where nothing is computed nothing can be looked at: eager attention does not look whether tokens are masked, and with a cache
+    # nobody looks whether several texts are packed together.
+    with eager_attention(model), FlopCounterMode(display=False) as counter:
         torch.func.functional_call(model.eval(), shapes, (ids,), {"use_cache": True})
     return counter.get_total_flops() / tokens
 
@@ -1831,6 +1832,8 @@ if renamed:
 
 class Pruned{name}({name}):
     """Builds the full model and cuts it before its weights are loaded."""
+
+    _auto_class = "AutoModelForCausalLM"  # so that save_pretrained takes this file along
 
     def __init__(self, config):
         super().__init__(config)

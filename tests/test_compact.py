@@ -427,9 +427,9 @@ def write_gguf(model, path):
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{number}" for number in range(config.vocab_size - 3)] + ["a", "b", "ab"])
+    writer.add_token_list([f"t{number}" for number in range(config.vocab_size - 4)] + ["a", "b", "ab", "ba"])
     writer.add_token_types([1] * config.vocab_size)
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "b a"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "self_attn.q_proj": "attn_q",
