@@ -1323,19 +1323,24 @@ def cut_heads(model, kept_heads: dict[str, list[int]]) -> None:
 # configuration how many heads it has.
 
 # %%
+def find_cache(arguments: dict):
+    """(name, KV cache) among the arguments of an attention module: its name depends on the family and the version of transformers."""
+    return next((name, arguments[name]) for name in ("past_key_values", "layer_past", "cache") if name in arguments)
+
+
 def repeat_by_readers(attention, args, kwargs):
     """Forward pre-hook: the cache goes on holding few key/value heads, but hands out one for every query head that reads it."""
-    cache = kwargs.get("past_key_values")
+    name, cache = find_cache(kwargs)
 
     def repeat(states):  # (batch, key/value heads, time, head_dim)
         return torch.cat([states[:, i, None].expand(-1, n, -1, -1) for i, n in enumerate(attention.readers)], dim=1)
 
-    def update(keys, values, *position):
+    def update(keys, values, *position, **options):
         if cache is not None:
-            keys, values = cache.update(keys, values, *position)
+            keys, values = cache.update(keys, values, *position, **options)
         return repeat(keys), repeat(values)
 
-    return args, kwargs | {"past_key_values": SimpleNamespace(update=update)}
+    return args, kwargs | {name: SimpleNamespace(update=update)}
 
 
 class NoHeads(torch.nn.Module):
@@ -1347,8 +1352,8 @@ class NoHeads(torch.nn.Module):
         self.dropout = getattr(attention, "resid_dropout", torch.nn.Identity())
         self.register_parameter("output_bias", getattr(attention, output).bias)
 
-    def forward(self, hidden_states, past_key_values=None, layer_past=None, **_):
-        cache = layer_past if past_key_values is None else past_key_values
+    def forward(self, hidden_states, **arguments):
+        _, cache = find_cache(arguments)
         if cache is not None:  # it knows how many tokens it has seen by what its layers hold: here one number each
             token = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
             cache.update(token, token, self.layer_idx)
@@ -1811,7 +1816,7 @@ def native_class(model) -> type:
 
 def modeling_code(name: str) -> str:
     """The text of modeling_pruned.py: the class Pruned<name>, derived from the class <name> of transformers."""
-    pieces = (find_rows, slice_projection, cut_attention, cut_heads, repeat_by_readers, NoHeads, LayerConfig)
+    pieces = (find_rows, slice_projection, cut_attention, cut_heads, find_cache, repeat_by_readers, NoHeads, LayerConfig)
     return f'''"""{name} with some of its attention heads removed; `kept_heads` in config.json lists those that are left.
 
 Written by PruningAndFineTuningColab. Needs torch and transformers, nothing else.
