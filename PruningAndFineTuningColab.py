@@ -1861,9 +1861,10 @@ def native_config(model):
     readers = {tuple(collections.Counter(head // sharing for head in kept).values()) for kept in kept_heads.values()}
     if len(readers) > 1 or len(set(min(readers))) != 1:
         return None  # layers differ, key/value heads are read by different numbers of query heads, or no head is left
-    projection = model.get_submodule(next(iter(kept_heads)))
+    (readers,) = readers
+    output_weight = model.get_submodule(next(iter(kept_heads))).weight
     try:
-        return config_with_fewer(config, sum(min(readers)), len(min(readers)), projection.in_features // sum(min(readers)))
+        return config_with_fewer(config, sum(readers), len(readers), output_weight.numel() // config.hidden_size // sum(readers))
     except UserError:
         return None
 

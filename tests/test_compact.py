@@ -309,12 +309,12 @@ def test_the_zeroed_form_opens_plainly_and_can_be_reopened(family, mask, tokens,
     assert_same(logits(nb.reopen(tmp_path), tokens), logits(small, tokens))
     _, again = nb.load_gated(tmp_path)
     nb.set_gates(again, torch.ones(2, 4))
-    dense = {name: value for name, value in model.state_dict().items() if "gates" not in name}
+    names = {name for name in model.state_dict() if "gates" not in name}
     for layer, row in zip(nb.find_heads(again), MASKS[mask]):
         before = nb.find_heads(model)[int(layer.path.split(".")[-3])].output_weight
         for head, gate in enumerate(row):
             torch.testing.assert_close(layer.output_weight[head], before[head] + 0.01 * gate)
-    assert dense.keys() == {name for name in again.state_dict() if "gates" not in name}
+    assert names == {name for name in again.state_dict() if "gates" not in name}
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"])
@@ -364,6 +364,15 @@ def test_shapes_that_a_family_cannot_say_get_code(mask, tmp_path):
     assert nb.native_config(small) is None
     nb.save_compact(small, tiny_tokenizer(), tmp_path)
     assert (tmp_path / "modeling_pruned.py").exists()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "phi"])
+@pytest.mark.parametrize("mask", [[[1, 0, 1, 0], [0, 1, 1, 0]], MASKS["all open"]])
+def test_other_families_get_code_also_where_all_layers_are_alike(family, mask, tokens, tmp_path):
+    _, small = pair(family, mask)
+    nb.save_compact(small, tiny_tokenizer(), tmp_path)
+    assert (tmp_path / "modeling_pruned.py").exists()
+    assert torch.equal(logits(nb.reopen(tmp_path), tokens), logits(small, tokens))
 
 
 # --- what is opened
