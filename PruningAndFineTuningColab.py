@@ -62,9 +62,11 @@ import ast
 import collections
 import contextlib
 import copy
+import csv
 import dataclasses
 import datetime
 import difflib
+import functools
 import gc
 import hashlib
 import io
@@ -97,7 +99,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.pytorch_utils import Conv1D
 
@@ -116,9 +118,13 @@ class UserError(Exception):
 # %%
 # @title Settings
 MODEL = "auto"  # @param ["auto", "demo", "gpt2", "facebook/opt-125m", "EleutherAI/pythia-160m", "HuggingFaceTB/SmolLM2-135M"] {allow-input: true}
-STRATEGY = "entropy"  # @param ["entropy", "magnitude", "random", "entropy-literal"]
+STRATEGY = "learned"  # @param ["learned", "fisher", "gradient", "entropy", "magnitude", "random", "entropy-literal"]
 PRUNING_LEVEL = 0.3  # @param {type: "slider", min: 0, max: 0.9, step: 0.05}
 MIN_HEADS = 1  # @param {type: "integer"}
+ROUNDS = 1  # @param {type: "integer"}
+GATE_STEPS = 240  # @param {type: "integer"}
+REPAIR = True  # @param {type: "boolean"}
+REPAIR_BLOCKS = 64  # @param {type: "integer"}
 UNIFORM = False  # @param {type: "boolean"}
 REOPEN_HEADS = False  # @param {type: "boolean"}
 
@@ -137,8 +143,17 @@ PROMPT = "The history of the city began"  # @param {type: "string"}
 MAX_STEPS = 200  # @param {type: "integer"}
 EPOCHS = 1.0  # @param {type: "number"}
 LEARNING_RATE = 1e-4  # @param {type: "number"}
+WARMUP = 0.1  # @param {type: "number"}
+WEIGHT_DECAY = 0.01  # @param {type: "number"}
+DISTILLATION = 0.0  # @param {type: "slider", min: 0, max: 1, step: 0.1}
+PATIENCE = 3  # @param {type: "integer"}
 BATCH_SIZE = 4  # @param {type: "integer"}
 CONTROL = "auto"  # @param ["auto", "yes", "no"]
+
+# @markdown **Sweep**
+SWEEP = False  # @param {type: "boolean"}
+SWEEP_STRATEGIES = "learned fisher gradient entropy magnitude random"  # @param {type: "string"}
+SWEEP_LEVELS = "0.1 0.3 0.5"  # @param {type: "string"}
 
 # @markdown **Machine and results**
 DEVICE = "auto"  # @param ["auto", "cuda", "tpu", "mps", "cpu"]
@@ -154,7 +169,8 @@ TRUST_REMOTE_CODE = False  # @param {type: "boolean"}
 # computing. The help texts say what each setting means and what it may be.
 
 # %%
-STRATEGY_NAMES = ("entropy", "magnitude", "random", "entropy-literal")
+STRATEGY_NAMES = ("learned", "fisher", "gradient", "entropy", "magnitude", "random", "entropy-literal")
+REPEATABLE = ("fisher", "gradient", "entropy", "entropy-literal")  # strategies whose scores change as heads are closed
 
 
 def option(default, group, text, choices=None):
@@ -171,6 +187,11 @@ class Settings:
     strategy: str = option(STRATEGY, "model and pruning", "how heads are scored", STRATEGY_NAMES)
     pruning_level: float = option(PRUNING_LEVEL, "model and pruning", "share of all heads to close, 0 <= level < 1")
     min_heads: int = option(MIN_HEADS, "model and pruning", "heads that stay open in every layer")
+    rounds: int = option(ROUNDS, "model and pruning", "close the heads in so many rounds and score those that are left anew in each "
+                         f"({', '.join(REPEATABLE)})")
+    gate_steps: int = option(GATE_STEPS, "model and pruning", "steps that the strategy 'learned' trains the gates for")
+    repair: bool = option(REPAIR, "model and pruning", "after pruning, refit the output projections by least squares, without training")
+    repair_blocks: int = option(REPAIR_BLOCKS, "model and pruning", "blocks of training text that the repair is solved on")
     uniform: bool = option(UNIFORM, "model and pruning", "close equally many heads in every layer, in whole key/value groups, so that the "
                            "smaller model needs no code of its own (Llama-like models)")
     reopen_heads: bool = option(REOPEN_HEADS, "model and pruning", "let closed heads come back in fine-tuning")
@@ -188,10 +209,18 @@ class Settings:
     max_steps: int = option(MAX_STEPS, "fine-tuning", "optimizer steps, 0 = as many as --epochs needs")
     epochs: float = option(EPOCHS, "fine-tuning", "passes over the training text where --max-steps is 0")
     learning_rate: float = option(LEARNING_RATE, "fine-tuning", "peak learning rate")
+    warmup: float = option(WARMUP, "fine-tuning", "share of the steps in which the learning rate rises to its peak")
+    weight_decay: float = option(WEIGHT_DECAY, "fine-tuning", "AdamW's weight decay")
+    distillation: float = option(DISTILLATION, "fine-tuning", "share of the loss that asks for the dense model's predictions instead of "
+                                 "the text's next token, 0 to 1")
+    patience: int = option(PATIENCE, "fine-tuning", "stop when validation did not improve in so many evaluations, 0 = never; the best weights are kept")
     batch_size: int = option(BATCH_SIZE, "fine-tuning", "blocks in one optimizer step, however many fit at once")
     control: str = option(CONTROL, "fine-tuning", "fine-tune the dense model with the same budget, to compare: yes, no, "
                           "or auto (yes, unless the model is large and the machine has no accelerator)",
                           ("auto", "yes", "no"))
+    sweep: bool = option(SWEEP, "sweep", "prune with every strategy at every level below, and compare; a script stops after it")
+    sweep_strategies: str = option(SWEEP_STRATEGIES, "sweep", "strategies, separated by spaces")
+    sweep_levels: str = option(SWEEP_LEVELS, "sweep", "pruning levels, separated by spaces")
     device: str = option(DEVICE, "machine and results", "where to compute", ("auto", "cuda", "tpu", "mps", "cpu"))
     precision: str = option(PRECISION, "machine and results", "number format of the computations; auto: bf16 where "
                             "the GPU or TPU has it, fp16 on other CUDA GPUs, else fp32",
@@ -215,9 +244,18 @@ class Settings:
         self._check("epochs", 0 < self.epochs < math.inf, "above 0", "1 is one pass over the text")
         self._check("block_length", self.block_length >= 2, "at least 2", "a first token predicts a second")
         self._check("prompt", self.prompt.strip(), "some words", "write the start of a sentence")
-        for name in ("batch_size", "calibration_blocks"):
+        self._check("warmup", 0 <= self.warmup <= 1, "from 0 to 1", "0.1 is a good start")
+        self._check("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more", "0.01 is a good start")
+        self._check("distillation", 0 <= self.distillation <= 1, "from 0 to 1", "0.5 is a good start")
+        self._check("rounds", self.rounds == 1 or self.strategy in REPEATABLE, f"1 with the strategy {self.strategy!r}",
+                    f"rounds are for {', '.join(REPEATABLE)}")
+        self._check("sweep_strategies", set(self.sweep_strategies.split()) <= set(STRATEGY_NAMES), f"out of {', '.join(STRATEGY_NAMES)}",
+                    "correct the names")
+        self._check("sweep_levels", all(re.fullmatch(r"0?\.\d+|0", word) for word in self.sweep_levels.split()),
+                    "numbers from 0 to below 1, separated by spaces", "0.1 0.3 0.5 is a good start")
+        for name in ("batch_size", "calibration_blocks", "rounds", "gate_steps", "repair_blocks"):
             self._check(name, getattr(self, name) >= 1, "1 or more", "choose a larger number")
-        for name in ("max_steps", "eval_blocks", "min_heads", "seed"):
+        for name in ("max_steps", "eval_blocks", "min_heads", "seed", "patience"):
             self._check(name, getattr(self, name) >= 0, "0 or more", "choose a larger number")
         for name in ("train_file", "validation_file", "test_file"):
             path = Path(getattr(self, name))
@@ -228,6 +266,7 @@ class Settings:
                 self._check(name, bool(self.train_file), "given together with train_file", "name that file too")
                 self._check("dataset", self.dataset == "auto", "left alone where files are given", "drop one of the two")
         self._check("uniform", not (self.uniform and self.reopen_heads), "off where reopen_heads is on", "drop one of the two")
+        self._check("sweep", not (self.sweep and self.uniform), "off where uniform is on", "drop one of the two")
         self._check("output_dir", not Path(self.output_dir).is_file(), "a folder", "choose another name")
 
     def _check(self, name, fine, allowed, remedy):
@@ -749,7 +788,7 @@ def sample(model, tokenizer, prompt: str, new_tokens: int = 40) -> str:
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
 
-STAGES = {"dense": "dense, untouched", "pruned": "pruned", "fine_tuned": "pruned + fine-tuned",
+STAGES = {"dense": "dense, untouched", "pruned": "pruned", "repaired": "pruned + repaired", "fine_tuned": "pruned + fine-tuned",
           "dense_fine_tuned": "dense + fine-tuned"}
 
 
@@ -764,6 +803,29 @@ def measure(run: Run, stage: str, model, tokenizer, blocks: torch.Tensor, settin
         run.metrics["samples"][stage] = sample(model, tokenizer, settings.prompt)
         run.metrics["parameters"][stage] = model.num_parameters()
     print(f"{stage}: perplexity {value:.2f}")
+
+
+# %% [markdown]
+# A perplexity without its conditions is worth nothing, so they go with every table.
+
+# %%
+def bare_name(name: str) -> str:
+    """A model or file name without the folders of this machine."""
+    return Path(name).name if Path(name).exists() else name
+
+
+def conditions(metrics: dict) -> str:
+    """One paragraph: everything that the numbers depend on."""
+    s, versions = metrics["settings"], metrics["versions"]
+    files = [(split, s[f"{split}_file"]) for split in SPLITS]
+    text = s["train_file"] and ", ".join(bare_name(file) if file else f"{split} cut from it" for split, file in files)
+    how = (" in every layer alike" if s["uniform"] else "") + (f" in {s['rounds']} rounds" if s["rounds"] > 1 else "")
+    how += f", {s['gate_steps']} gate steps" if s["strategy"] == "learned" else ""
+    how += f", repaired on {min(s['repair_blocks'], metrics['blocks']['train'])} training blocks" if s["repair"] else ""
+    return (f"Model {bare_name(s['model'])}; text {text or s['dataset']}; strategy {s['strategy']}, level {s['pruning_level']:g}{how}, scored on "
+            f"{min(s['calibration_blocks'], metrics['blocks']['validation'])} validation blocks; tested on {metrics['blocks']['tested']} "
+            f"test blocks of {s['block_length']} tokens; seed {s['seed']}; {metrics['precision']} on {metrics['device']}; "
+            + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
 
 
 # %%
@@ -833,10 +895,13 @@ def find_heads(model) -> list[HeadLayer]:
 
 # %%
 def apply_gates(projection, inputs):
-    """Forward pre-hook of an output projection: scales every head's slice of its input (..., heads x head_dim)."""
+    """Forward pre-hook of an output projection: scales every head's slice of its input (batch, time, heads x head_dim).
+
+    Gates are (heads,), or (batch, 1, heads) where every text has its own.
+    """
     x, *rest = inputs
     gates = projection.gates.to(x.dtype)
-    return (x * gates.repeat_interleave(x.shape[-1] // len(gates)), *rest)
+    return (x * gates.repeat_interleave(x.shape[-1] // gates.shape[-1], dim=-1), *rest)
 
 
 def add_gates(model) -> None:
@@ -888,6 +953,32 @@ def without_gates(model):
         yield
     finally:
         set_gates(model, before)
+
+
+# %% [markdown]
+# Gates can also be asked questions: what would happen to the loss if this one moved? For that they become tensors that gradients flow to, while
+# all weights stand still, which saves a third of the computing.
+
+# %%
+@contextlib.contextmanager
+def movable_gates(model):
+    """Within it weights are frozen and `place(rows)` puts tensors in the place of the gates, one for a layer; afterwards all is as it was."""
+    add_gates(model)
+    projections = [layer.projection for layer in find_heads(model)]
+    before, trained = [projection.gates for projection in projections], [p for p in model.parameters() if p.requires_grad]
+
+    def place(rows):
+        for projection, row in zip(projections, rows, strict=True):
+            projection.gates = row
+
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield place
+    finally:
+        place(before)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 # %% [markdown]
@@ -1149,35 +1240,195 @@ class Entropy:
             yield layer.block.register_forward_hook(leave_block)
 
 
+# %% [markdown]
+# **Gradient** asks the loss instead of the attention: by how much would it change if the head's gate moved a little? One backward pass over some
+# text answers for all heads at once, and a head whose gate moves nothing is not needed. The importance is the mean over texts
+# of $|\partial L/\partial g|$ ([Michel et al. 2019](https://arxiv.org/abs/1905.10650)); squared, it is the diagonal of the
+# **Fisher** information, which says how fast the model's predictions change ([Kwon et al. 2022](https://arxiv.org/abs/2204.09656)).
+
+# %%
+@dataclasses.dataclass
+class Gradient:
+    """Mean over blocks of |d loss / d gate|; `squared=True` is the mean square instead (Fisher)."""
+
+    squared: bool = False
+    batch_size: int = 4
+    dtype: torch.dtype = torch.float32
+
+    def score(self, model, blocks: torch.Tensor) -> torch.Tensor:
+        """Importance (layers, heads) on blocks (n, time), at the gates that the model has."""
+        model.eval()
+        with movable_gates(model) as place:
+            return fit_batch_size(lambda size: self._score(model, blocks, size, place), self.batch_size)
+
+    def _score(self, model, blocks, batch_size, place):
+        gates = torch.stack([layer.projection.gates for layer in find_heads(model)]).detach()
+        total = torch.zeros_like(gates)
+        for batch in tqdm(blocks.to(model.device).split(batch_size), "importance", leave=False):
+            own = gates[:, None, None].repeat(1, len(batch), 1, 1).requires_grad_()  # (layers, batch, 1, heads): every block has its own
+            place(own)
+            with autocast(model.device, self.dtype):
+                logits = model(batch, use_cache=False).logits[:, :-1]
+            nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum")
+            (slope,) = torch.autograd.grad(nll / (batch.shape[1] - 1), own)  # of each block's mean loss, for no block's gate moves another's
+            total += (slope.square() if self.squared else slope.abs()).sum((1, 2))
+            place(gates)
+        return total.cpu() / len(blocks)
+
+
+# %% [markdown]
+# A score describes the model that was scored, and once some heads are closed it is another model: of two heads that do the same, neither is
+# missed until the other is gone. With `rounds` a part of the heads is closed at a time, and the rest are scored anew before the next part
+# goes.
+
+# %%
+@dataclasses.dataclass
+class InRounds:
+    """Scores by another strategy, closing heads in `rounds` equal parts up to `level` and scoring again in between."""
+
+    strategy: object
+    rounds: int
+    level: float
+    min_heads: int = 1
+
+    def score(self, model, blocks: torch.Tensor) -> torch.Tensor:
+        """Importance (layers, heads): heads closed in round n are in [n, n + 1), so that choose_gates() closes these very heads."""
+        layers = find_heads(model)
+        importance, gates = torch.zeros(len(layers), layers[0].heads), torch.ones(len(layers), layers[0].heads)
+        with all_open(model):
+            for number in range(1, self.rounds + 1):
+                set_gates(model, gates)
+                rank = self.strategy.score(model, blocks).flatten().argsort(stable=True).argsort().view_as(gates) / gates.numel()
+                importance = torch.where(gates == 0, importance, number + rank)
+                gates = choose_gates(importance, self.level * number / self.rounds, self.min_heads)
+        return importance
+
+
+# %% [markdown]
+# **Learned** goes all the way: the gates are trained, with all weights frozen, to keep the predictions of the dense model while only so many may be
+# open. During training a gate is a number between 0 and 1, $g=\sigma\big((a-\tau+\varepsilon)/T\big)$ (the *concrete* relaxation:
+# [Louizos et al. 2018](https://arxiv.org/abs/1712.01312), used for heads by [Voita et al. 2019](https://arxiv.org/abs/1905.09418)).
+# Three choices differ from theirs:
+#
+# - The budget is kept exactly, in every step, by the threshold $\tau$; so there is no penalty to weigh against the loss.
+# - The loss is the Kullback-Leibler divergence from the dense model's predictions. It is zero for the dense model, and
+#   says more per token than the one word that happened to come next.
+# - The temperature $T$ falls, so gates are soft at first and nearly decided in the end. The start is the Fisher score.
+#
+# It costs a few minutes instead of half a minute, and it is the best there is here: whether a head can go depends on which others go.
+
+# %%
+def soft_gates(scores: torch.Tensor, open_gates: float, temperature: float) -> torch.Tensor:
+    """sigmoid((scores - threshold) / temperature), the threshold being such that the sum is `open_gates`; differentiable."""
+    low, high = scores.detach().min() - 20 * temperature, scores.detach().max() + 20 * temperature
+    for _ in range(40):
+        middle = (low + high) / 2
+        too_many = torch.sigmoid((scores.detach() - middle) / temperature).sum() > open_gates
+        low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
+    slope = torch.sigmoid((scores.detach() - low) / temperature)
+    slope = slope * (1 - slope)
+    threshold = (slope * scores).sum() / slope.sum().clamp_min(1e-12)  # moves with the scores as the true one does, and
+    return torch.sigmoid((scores - low - (threshold - threshold.detach())) / temperature)  # has the right value
+
+
+@dataclasses.dataclass
+class Learned:
+    """Gates trained on the dense model's predictions, with frozen weights and exactly `level` of them closed."""
+
+    level: float
+    steps: int = 240
+    seed: int = 0
+    batch_size: int = 4
+    dtype: torch.dtype = torch.float32
+
+    def score(self, model, blocks: torch.Tensor) -> torch.Tensor:
+        """Importance (layers, heads) learned on blocks (n, time): one block in a step, or more where they are shorter than 512 tokens."""
+        start = Gradient(True, self.batch_size, self.dtype).score(model, blocks).clamp_min(1e-20).log()
+        scores = ((start - start.mean()) / start.std().clamp_min(1e-6)).to(model.device).requires_grad_()
+        open_gates = scores.numel() - round(self.level * scores.numel())
+        if open_gates == scores.numel():
+            return start
+        optimizer, generator = torch.optim.Adam([scores], lr=LEARNED["rate"], betas=(0.9, 0.98)), torch.Generator().manual_seed(self.seed)
+        with movable_gates(model) as place:
+            dense = fit_batch_size(lambda size: self._last_states(model, blocks, size), self.batch_size)
+            for step in tqdm(range(self.steps), "learning gates", leave=False):
+                done = step / max(self.steps - 1, 1)
+                temperature = LEARNED["hot"] * (LEARNED["cold"] / LEARNED["hot"]) ** done
+                optimizer.param_groups[0]["lr"] = LEARNED["rate"] * (1 - 0.9 * done)
+                chance = torch.rand(scores.shape, generator=generator).clamp(1e-4, 1 - 1e-4).logit().to(model.device)
+                place(soft_gates(scores + LEARNED["noise"] * temperature * chance, open_gates, temperature))
+                chosen = torch.randint(len(blocks), (max(1, 512 // blocks.shape[1]),), generator=generator)
+                self._divergence(model, blocks[chosen].to(model.device), dense[chosen].to(model.device)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return scores.detach().cpu()
+
+    @torch.no_grad()
+    def _last_states(self, model, blocks, batch_size):
+        """What the model's last layer gives, (n, time, hidden): the logits are one multiplication away, and a hundred times larger."""
+        with autocast(model.device, self.dtype):
+            return torch.cat([model.base_model(batch.to(model.device), use_cache=False).last_hidden_state.cpu()
+                              for batch in tqdm(blocks.split(batch_size), "importance", leave=False)])
+
+    def _divergence(self, model, batch, dense):
+        """Mean Kullback-Leibler divergence, per token, of the gated model's predictions from the dense one's."""
+        to_logits = model.get_output_embeddings()
+        with autocast(model.device, self.dtype):
+            gated = to_logits(model.base_model(batch, use_cache=False).last_hidden_state)
+            with torch.no_grad():
+                wanted = to_logits(dense.to(gated.dtype))
+        gated, wanted = (logits.float().flatten(0, 1).log_softmax(-1) for logits in (gated, wanted))
+        return torch.nn.functional.kl_div(gated, wanted, log_target=True, reduction="batchmean")
+
+
+LEARNED = {"rate": 0.1, "hot": 1.0, "cold": 0.03, "noise": 0.5}  # found on SmolLM2, see tests/benchmarks
+
+# %% [markdown]
+# All of them by name:
+
 # %%
 STRATEGIES = {
-    "random": Random,
-    "magnitude": Magnitude,
+    "learned": Learned,
+    "fisher": lambda **options: Gradient(squared=True, **options),
+    "gradient": Gradient,
     "entropy": Entropy,
+    "magnitude": Magnitude,
+    "random": Random,
     "entropy-literal": lambda **options: Entropy(literal=True, **options),
 }
 
 
-def get_strategy(name: str, **options):
+def get_strategy(name: str, rounds: int = 1, **options):
     """A strategy by name, for every architecture. Raises UserError for a name or an option that it does not have.
 
-    Options: `random` takes seed; the entropy strategies take batch_size and dtype.
+    Options: `random` takes seed; the gradient and entropy strategies take batch_size and dtype, and, with rounds above 1, level and
+    min_heads; `learned` takes level, steps, seed, batch_size and dtype.
     """
     if name not in STRATEGIES:
         nearest = difflib.get_close_matches(name, STRATEGIES, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else "take one of these."
         raise UserError(f"strategy is {name!r}, but must be one of {', '.join(STRATEGIES)}: {hint}")
+    if rounds > 1 and name not in REPEATABLE:
+        raise UserError(f"strategy {name!r} is not scored in rounds, only {', '.join(REPEATABLE)} are: leave rounds out.")
     try:
+        if rounds > 1:
+            own = {key: value for key, value in options.items() if key not in ("level", "min_heads")}
+            return InRounds(STRATEGIES[name](**own), rounds, **{key: options[key] for key in options.keys() - own.keys()})
         return STRATEGIES[name](**options)
     except TypeError as error:
-        raise UserError(f"strategy {name!r} does not take these options ({error}): leave them out.") from None
+        raise UserError(f"strategy {name!r} does not take these options ({error}): correct them.") from None
 
 
 def options_for(settings: Settings, dtype: torch.dtype) -> dict:
     """What the chosen strategy takes from the settings."""
-    if settings.strategy == "random":
-        return {"seed": settings.seed}
-    return {"batch_size": settings.batch_size, "dtype": dtype} if settings.strategy.startswith("entropy") else {}
+    if settings.strategy in ("random", "magnitude"):
+        return {"seed": settings.seed} if settings.strategy == "random" else {}
+    options = {"batch_size": settings.batch_size, "dtype": dtype}
+    if settings.strategy == "learned":
+        options |= {"level": settings.pruning_level, "steps": settings.gate_steps, "seed": settings.seed}
+    elif settings.rounds > 1:
+        options |= {"rounds": settings.rounds, "level": settings.pruning_level, "min_heads": settings.min_heads}
+    return options
 
 
 # %%
@@ -1216,10 +1467,10 @@ def choose_uniform_gates(importance: torch.Tensor, size: int, close: int) -> tor
 
 
 def describe_heads(gates: torch.Tensor) -> dict:
-    """Counts for the record: total, closed, open_per_layer, and closed_list as [layer, head] pairs."""
+    """Counts for the record: total, closed, open_per_layer, closed_per_layer, and closed_list as [layer, head] pairs."""
     closed = gates == 0
     return {"total": gates.numel(), "closed": int(closed.sum()), "open_per_layer": (~closed).sum(1).tolist(),
-            "closed_list": closed.nonzero().tolist()}
+            "closed_per_layer": closed.sum(1).tolist(), "closed_list": closed.nonzero().tolist()}
 
 
 # %% [markdown]
@@ -1253,11 +1504,263 @@ if __name__ == "__main__":
     measure(run, "pruned", model, tokenizer, test_blocks, settings)
     ppl = run.metrics["perplexity"]
     closed, total = run.metrics["heads"]["closed"], run.metrics["heads"]["total"]
+    print(f"heads lost, layer by layer: {' '.join(map(str, run.metrics['heads']['closed_per_layer']))}")
     run.show(draw_heads(importance, gates, f"{closed} of {total} heads closed (×) by {settings.strategy}: "
                         f"perplexity {ppl['dense']:.1f} → {ppl['pruned']:.1f}"), "heads.png")
 
 # %% [markdown]
-# ## 10. Compact: cut the closed heads out
+# ## 10. Repair without training
+#
+# What a closed head wrote is gone, but part of it can be said by the others: the heads of a layer are not independent. Which mix of the open heads
+# comes nearest to what the dense model computed is a linear least-squares problem, and has an exact solution. With $X$ the open
+# heads' outputs on some training text, $W$ their rows of the output projection and $Y$ what should come out,
+#
+# $$W' = W + (X^\top X + \lambda I)^{-1} X^\top (Y - XW).$$
+#
+# It is solved layer by layer from the bottom, on what the *pruned* model computes: $Y$ is what the stream has to receive to be where
+# the dense model's is, so a layer also corrects what was lost below it. The MLP writes into the same stream, so its output projection is refitted
+# too, more carefully ($\lambda$ is larger, because it was not pruned). It takes two forward passes. (Relatives:
+# [FLAP](https://arxiv.org/abs/2312.11983), [SlimGPT](https://arxiv.org/abs/2412.18110), which refit a layer alone.)
+
+# %%
+RIDGE = {"attention": 0.1, "mlp": 1.0}  # lambda, as a share of the mean diagonal of X'X
+
+
+def weight_and_bias(projection):
+    """A projection's weight as (inputs, outputs), a view whatever way round it is stored, and its bias or None."""
+    return projection.weight if isinstance(projection, Conv1D) else projection.weight.T, projection.bias
+
+
+def find_mlp_output(layer: HeadLayer):
+    """The projection with which a layer's MLP writes into the stream, or None where there is not exactly one (mixtures of experts)."""
+    attention, names = set(layer.attention.modules()), ("c_proj", "fc2", "fc_out", "down_proj", "dense_4h_to_h")
+    found = [module for path, module in layer.block.named_modules() if path.rpartition(".")[2] in names and module not in attention
+             and isinstance(module, (torch.nn.Linear, Conv1D))]
+    return found[0] if len(found) == 1 else None
+
+
+@torch.no_grad()
+def refit(projection, inputs: torch.Tensor, target: torch.Tensor, ridge: float, kept=slice(None)) -> None:
+    """Least squares in place: the `kept` inputs (..., in) of a projection shall give `target` (..., out); ridge pulls to the old weight."""
+    weight, bias = weight_and_bias(projection)
+    with torch.autocast(inputs.device.type, enabled=False):
+        x, y = inputs.flatten(0, -2).float()[:, kept], target.flatten(0, -2).float()
+        error = y - x @ weight[kept].float() - (0 if bias is None else bias.float())
+        if bias is not None:  # the bias takes care of the means
+            x_mean, error_mean = x.mean(0), error.mean(0)
+            x, error = x - x_mean, error - error_mean
+        gram, wanted = (x.T @ x).cpu().double(), (x.T @ error).cpu().double()
+        gram.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(1e-12))
+        change = torch.linalg.solve(gram, wanted).to(weight)
+        weight[kept] += change
+        if bias is not None:
+            bias += error_mean - x_mean @ change
+
+
+# %% [markdown]
+# Both passes are ordinary forward passes with hooks: the first notes where the dense model's stream is after every attention and every MLP,
+# the second changes each projection just before it is used. Some families (Gemma 2 and 3) normalise what a layer writes before it is
+# added; there the sum does not add up, and only the attention's own output is refitted.
+
+# %%
+def watch_layer(layer: HeadLayer, seen: dict):
+    """Hooks that note in `seen` a layer's stream in and out, and what attention and MLP add to it; yields their handles."""
+    def keep(name):
+        def hook(module, args, output):
+            seen[name] = (output[0] if isinstance(output, tuple) else output).detach().clone()  # Falcon goes on adding to it
+        return hook
+
+    def enter(block, args, kwargs):
+        seen["in"] = (args[0] if args else kwargs["hidden_states"]).detach()
+
+    yield layer.block.register_forward_pre_hook(enter, with_kwargs=True)
+    yield layer.projection.register_forward_hook(keep("attention"))
+    if find_mlp_output(layer) is not None:
+        yield find_mlp_output(layer).register_forward_hook(keep("mlp"))
+    yield layer.block.register_forward_hook(keep("out"))
+
+
+@torch.no_grad()
+def dense_targets(model, blocks: torch.Tensor, dtype: torch.dtype, batch_size: int = 4) -> list[dict]:
+    """For each layer, on the processor: the dense stream after attention ("middle") and MLP ("out"), or the attention's output ("attention")."""
+    layers = find_heads(model)
+    seen, parts = [{} for _ in layers], [collections.defaultdict(list) for _ in layers]
+    with contextlib.ExitStack() as hooks, all_open(model):
+        for layer, notes in zip(layers, seen):
+            for handle in watch_layer(layer, notes):
+                hooks.callback(handle.remove)
+        for batch in blocks.split(batch_size):
+            with autocast(model.device, dtype):
+                model.base_model(batch.to(model.device), use_cache=False)
+            for notes, part in zip(seen, parts):
+                out, middle = notes["out"].float(), notes["in"].float() + notes["attention"].float()
+                # (The MLP of OPT sees all tokens of a batch in one row.)
+                adds_up = "mlp" in notes and torch.dist(middle + notes["mlp"].float().view_as(out), out) < 0.02 * out.norm()
+                for name, value in {"middle": middle, "out": notes["out"]}.items() if adds_up else [("attention", notes["attention"])]:
+                    part[name].append(value.to(torch.bfloat16).cpu())  # 2 layers x tokens x hidden numbers: half the memory
+    return [{name: torch.cat(values) for name, values in part.items()} for part in parts]
+
+
+@torch.no_grad()
+def repair(model, blocks: torch.Tensor, dtype: torch.dtype = torch.float32, batch_size: int = 4):
+    """A copy of a gated model whose output projections are refitted on blocks (n, time), so that it follows the model with open gates."""
+    targets = fit_batch_size(lambda size: dense_targets(model, blocks, dtype, size), batch_size)
+
+    def attempt(number):
+        fixed = copy.deepcopy(model).eval()
+        with contextlib.ExitStack() as hooks, autocast(fixed.device, dtype):
+            for layer, target in zip(find_heads(fixed), targets):
+                for handle in repair_layer(layer, {name: value[:number] for name, value in target.items()}):
+                    hooks.callback(handle.remove)
+            fixed.base_model(blocks[:number].to(fixed.device), use_cache=False)
+        return fixed
+
+    return fit_batch_size(attempt, len(blocks))  # all blocks have to go through a layer before the next one can be repaired
+
+
+def spread(blocks: torch.Tensor, number: int) -> torch.Tensor:
+    """So many blocks, evenly spread over all of them."""
+    return blocks[torch.linspace(0, len(blocks) - 1, min(number, len(blocks))).round().long()]
+
+
+def repair_layer(layer: HeadLayer, target: dict):
+    """Hooks that refit a layer's output projections the moment their inputs are there; yields their handles."""
+    seen, mlp = {}, find_mlp_output(layer)
+
+    def before_projection(projection, args):
+        kept = (projection.gates != 0).repeat_interleave(layer.head_dim)
+        wanted = target["middle"].to(args[0].device) - seen["in"].float() if "middle" in target else target["attention"].to(args[0].device)
+        if kept.any():
+            refit(projection, args[0], wanted, RIDGE["attention"], kept)
+
+    def before_mlp_output(projection, args):
+        refit(projection, args[0], target["out"].to(args[0].device) - seen["in"].float() - seen["attention"], RIDGE["mlp"])
+
+    yield from watch_layer(layer, seen)
+    yield layer.projection.register_forward_pre_hook(before_projection)  # after the gates' own hook, which was there first
+    if "out" in target:
+        yield mlp.register_forward_pre_hook(before_mlp_output)
+
+
+# %%
+if __name__ == "__main__":
+    pruned, repair_text = model, spread(blocks["train"], settings.repair_blocks)
+    if settings.repair and closed:
+        with run.step("repair"):
+            pruned = repair(model, repair_text, dtype, settings.batch_size)
+        measure(run, "repaired", pruned, tokenizer, test_blocks, settings)
+
+# %% [markdown]
+# ## 11. Sweep: which strategy, how many heads?
+#
+# One strategy at one level says little. With `sweep` every strategy meets every level, on the same model and text: the dense model is loaded once,
+# and heads are scored once per strategy (once per level where the score depends on it). A point is written down the moment it is known, so
+# an interrupted sweep goes on where it was.
+
+# %%
+def sweep_file(run: Run, settings: Settings, *texts: torch.Tensor) -> Path:
+    """Where the points of a sweep are kept: one file for each model, text and setting that they depend on."""
+    depends = [run.metrics["perplexity"]["dense"], run.metrics["versions"], run.metrics["precision"], settings.model, settings.seed,
+               settings.min_heads, settings.rounds, settings.gate_steps, settings.repair, *(text.tolist() for text in texts)]
+    return Path(settings.output_dir, f"sweep-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12]}.json")
+
+
+def sweep(model, calibration: torch.Tensor, repair_text: torch.Tensor, test: torch.Tensor, settings: Settings, dtype: torch.dtype, file: Path,
+          known=()) -> list[dict]:
+    """Prunes with every strategy at every level: a list of {strategy, level, closed, pruned, repaired}, the last two being perplexities.
+
+    Points that are in `file` or `known` are not computed again. Raises UserError, before anything is computed, for a level that is
+    out of reach.
+    """
+    layers, heads = get_gates(model).shape
+    names, levels = settings.sweep_strategies.split(), [float(level) for level in settings.sweep_levels.split()]
+    for level in levels:
+        heads_to_close(layers, heads, level, settings.min_heads)
+    points = {(point["strategy"], point["level"]): point for point in [*(json.loads(file.read_text()) if file.exists() else []), *known]}
+    wanted = [(name, level) for name in names for level in levels]
+    with all_open(model):
+        last = None
+        for name, level in tqdm([pair for pair in wanted if pair not in points], "sweep"):
+            own = dataclasses.replace(settings, strategy=name, pruning_level=level, rounds=settings.rounds if name in REPEATABLE else 1)
+            options = options_for(own, dtype)
+            if last != name or "level" in options:  # else the score of the last level serves this one too
+                set_gates(model, torch.ones(layers, heads))
+                importance, last = get_strategy(name, **options).score(model, calibration), name
+            gates = choose_gates(importance, level, settings.min_heads)
+            set_gates(model, gates)
+            point = {"strategy": name, "level": level, "closed": int((gates == 0).sum()),
+                     "pruned": perplexity(model, test, dtype, settings.batch_size), "repaired": None}
+            if settings.repair:
+                fixed = repair(model, repair_text, dtype, settings.batch_size) if point["closed"] else model
+                point["repaired"] = perplexity(fixed, test, dtype, settings.batch_size)
+            points[name, level] = point
+            part = file.with_suffix(".part")
+            part.write_text(json.dumps(list(points.values()), indent=1))
+            part.replace(file)
+    return [points[pair] for pair in wanted]
+
+
+def sweep_table(points: list[dict], dense: float) -> str:
+    """Strategies × levels as a Markdown table: perplexity after pruning → after repair."""
+    levels = sorted({point["level"] for point in points})
+    rows = ["| strategy | " + " | ".join(f"{level:.0%}" for level in levels) + " |", "|---" * (len(levels) + 1) + "|"]
+    for name in dict.fromkeys(point["strategy"] for point in points):
+        cells = {point["level"]: f"{point['pruned']:.2f}" + (f" → {point['repaired']:.2f}" if point["repaired"] else "")
+                 for point in points if point["strategy"] == name}
+        rows.append(f"| {name} | " + " | ".join(cells[level] for level in levels) + " |")
+    return "\n".join([*rows, "", f"Test perplexity after pruning{' → after repair' if points[0]['repaired'] else ''}; dense: {dense:.2f}."])
+
+
+# %% [markdown]
+# As a picture: solid lines are what is left in the end, thin dotted ones what it was before the repair.
+
+# %%
+def draw_sweep(points: list[dict], dense: float, total: int) -> Figure:
+    """Perplexity (log axis) against the share of closed heads, one line a strategy, the dense model as a horizontal line."""
+    figure = Figure(figsize=(8, 4.6), facecolor="white", layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(dense, color="#555555", linestyle="--", linewidth=1.2, label="dense")
+    colors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+    for name, color, marker in zip(STRATEGY_NAMES, colors, "os^Dv<>"):
+        mine = sorted((point for point in points if point["strategy"] == name), key=lambda point: point["closed"])
+        if not mine:
+            continue
+        shares = [point["closed"] / total for point in mine]
+        if mine[0]["repaired"]:
+            axes.plot(shares, [point["pruned"] for point in mine], color=color, linestyle=":", linewidth=1)
+        axes.plot(shares, [point["repaired"] or point["pruned"] for point in mine], color=color, marker=marker, markersize=5, label=name)
+    best = min(points, key=lambda point: (-point["level"], point["repaired"] or point["pruned"]))
+    axes.set(yscale="log", xlabel="share of heads closed", ylabel="test perplexity (log scale)",
+             title=f"Closing {best['level']:.0%} of the heads: {best['strategy']} leaves perplexity "
+                   f"{best['repaired'] or best['pruned']:.1f} (dense {dense:.1f})")
+    axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if axes.get_ylim()[1] < 10 * axes.get_ylim()[0] else "")
+    axes.grid(alpha=0.3, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+# %%
+if __name__ == "__main__" and settings.sweep:
+    own_point = {"strategy": settings.strategy, "level": settings.pruning_level, "closed": closed, "pruned": run.metrics["perplexity"]["pruned"],
+                 "repaired": run.metrics["perplexity"].get("repaired")}
+    with run.step("sweep"):
+        texts = (calibration, repair_text, test_blocks)
+        points = sweep(model, *texts, settings, dtype, sweep_file(run, settings, *texts), [own_point] if closed else [])
+        run.metrics["sweep"] = points
+        with (run.folder / "sweep.csv").open("w", newline="") as file:
+            table = csv.DictWriter(file, points[0])
+            table.writeheader()
+            table.writerows(points)
+    show_markdown(sweep_table(points, run.metrics["perplexity"]["dense"]) + "\n\n" + conditions(run.metrics))
+    run.show(draw_sweep(points, run.metrics["perplexity"]["dense"], total), "sweep.png")
+    if not in_notebook():
+        raise SystemExit(print(f"results: {run.folder}"))
+
+# %% [markdown]
+# ## 12. Compact: cut the closed heads out
 #
 # So far the model is as large and as slow as before: a gate multiplies by zero what has been computed all the same. Now the closed
 # heads really go: their rows of the query, key and value projections and their columns of the output projection. Where several query heads
@@ -1265,7 +1768,7 @@ if __name__ == "__main__":
 # numbers, so the logits may not change by more than rounding, and the cell that does it checks that.
 #
 # No configuration file can say "layer 3 has 7 heads", which is why pruned models usually cannot be opened again. Here the functions
-# of this section travel with the saved model (section 14): opening it builds the full model without weights and cuts it the same
+# of this section travel with the saved model (section 16): opening it builds the full model without weights and cuts it the same
 # way. So they stand on their own, with torch and transformers and nothing else.
 
 # %%
@@ -1487,11 +1990,12 @@ if __name__ == "__main__":
     run.metrics["size"] = {}
     if can_compact(model):
         with run.step("compact"):
-            small = compact(model)
-            difference = run.metrics["compact_difference"] = largest_difference(model, small, test_blocks[:1])
+            small = compact(pruned)
+            difference = run.metrics["compact_difference"] = largest_difference(pruned, small, test_blocks[:1])
             with without_gates(model):
                 run.metrics["size"] = sizes = weigh({"dense": model, "pruned": small}, test_blocks[:1], dtype)
-            run.metrics["parameters"]["pruned"] = small.num_parameters()
+            for stage in {"pruned", "repaired"} & set(run.metrics["parameters"]):
+                run.metrics["parameters"][stage] = small.num_parameters()
             del small
         show_markdown(size_table(sizes))
         expected = sizes["dense"]["flops_per_token"] / sizes["pruned"]["flops_per_token"]
@@ -1504,14 +2008,18 @@ if __name__ == "__main__":
         print(f"{type(model).__name__} keeps its gates: compacting knows {', '.join(COMPACTABLE)}.")
 
 # %% [markdown]
-# ## 11. Fine-tune
+# ## 13. Fine-tune
 #
 # The remaining heads can learn to do without the closed ones. Training is `transformers.Trainer`: AdamW, a short warm-up, then a cosine
 # decay. The effective batch is `batch_size` blocks, always; where they do not fit into memory at once, fewer are computed at a time
 # and their gradients added up.
 #
 # What is trained is the compact model: a closed gate lets no gradient through, so with gates it would be the same training, only
-# slower. It is a copy, and `model` keeps the original weights: so every cell above can be run again at any time.
+# slower. It is a copy, and `model` keeps the original weights (`pruned` has the repaired ones): so every cell above can be run again at any time.
+#
+# The weights that are kept are those with the best perplexity on validation text, and training stops early when that has not improved for
+# `patience` evaluations. With `distillation` a share of the loss asks for the dense model's predictions instead of the next token of the text
+# ([Hinton et al. 2015](https://arxiv.org/abs/1503.02531), for pruned models [Muralidharan et al. 2024](https://arxiv.org/abs/2407.14679)).
 #
 # With `reopen_heads` the gated model is trained instead, and compacted afterwards. Its gates are trained too, for the first half of the
 # steps: a closed head gets a gradient on its gate even at zero, and may come back. Half-way the heads with the largest gates stay, as
@@ -1614,46 +2122,81 @@ class LivePlot(TrainerCallback):
 
 
 # %%
-def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: Run, name: str, dense_validation: float, start=copy.deepcopy):
+class DistillingTrainer(Trainer):
+    """A Trainer whose loss is, to a share, the divergence from a teacher's predictions."""
+
+    def __init__(self, *args, teacher, share: float, **options):
+        super().__init__(*args, **options)
+        self.teacher, self.share = teacher, share
+        self.model_accepts_loss_kwargs = False  # the loss below is a mean over the micro-batch, to be divided by their number
+
+    def compute_loss(self, model, inputs, return_outputs=False, **_):
+        output = model(**inputs)
+        loss = output.loss
+        if model.training:  # validation stays comparable: the text's own tokens
+            with torch.no_grad():
+                wanted = self.teacher(inputs["input_ids"], use_cache=False).logits[:, :-1].float().flatten(0, 1).log_softmax(-1)
+            given = output.logits[:, :-1].float().flatten(0, 1).log_softmax(-1)
+            divergence = torch.nn.functional.kl_div(given, wanted, log_target=True, reduction="batchmean")
+            loss = (1 - self.share) * loss + self.share * divergence
+        return (loss, output) if return_outputs else loss
+
+
+# %%
+def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: Run, name: str, dense_validation: float, start=copy.deepcopy,
+              teacher=None):
     """A fine-tuned copy of the model. `start` makes the copy that is trained: copy.deepcopy (with its gates) or compact.
 
-    `name` names the picture; `dense_validation` is a line in it.
+    `name` names the picture; `dense_validation` is a line in it; `teacher` is the dense model, for settings.distillation. The weights are
+    those of the evaluation with the best validation loss.
     """
     steps = settings.max_steps or math.ceil(settings.epochs * len(blocks["train"]) / settings.batch_size)
-    train, validation = ([{"input_ids": block, "labels": block} for block in part]
+    # The first label is masked: nothing predicts it, but the Trainer would count it, and every loss would be a little too small.
+    train, validation = ([{"input_ids": block, "labels": torch.cat([block.new_tensor([-100]), block[1:]])} for block in part]
                          for part in (blocks["train"], blocks["validation"][:16]))
 
     def attempt(micro_batch):
         transformers.set_seed(settings.seed)
         tuned = start(model)
+        names = [dict(tuned.named_parameters(remove_duplicate=duplicates)) for duplicates in (True, False)]
+        tuned._keys_to_ignore_on_save = list(names[1].keys() - names[0].keys()) or None  # tied weights are not missed in checkpoints
         plot, optimizer = LivePlot(run, name, dense_validation), None
-        callbacks = [plot]
+        callbacks = [plot] + ([EarlyStoppingCallback(settings.patience)] if settings.patience and not settings.reopen_heads else [])
         if settings.reopen_heads:
             train_gates(tuned)
             callbacks.append(CommitGates(settings.pruning_level, settings.min_heads))
             gates = [parameter for name, parameter in tuned.named_parameters() if name.endswith(".gates")]
             weights = [parameter for name, parameter in tuned.named_parameters() if not name.endswith(".gates")]
-            optimizer = torch.optim.AdamW([{"params": weights, "weight_decay": 0.01},
+            optimizer = torch.optim.AdamW([{"params": weights, "weight_decay": settings.weight_decay},
                                            {"params": gates, "lr": GATE_LEARNING_RATE, "weight_decay": 0.0}],
                                           lr=settings.learning_rate)
         arguments = TrainingArguments(
-            str(run.folder / "trainer"), max_steps=steps, learning_rate=settings.learning_rate, weight_decay=0.01,
-            warmup_steps=steps // 10, lr_scheduler_type="cosine", max_grad_norm=1.0,
+            str(run.folder / "trainer"), max_steps=steps, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay,
+            warmup_steps=round(settings.warmup * steps), lr_scheduler_type="cosine", max_grad_norm=1.0,
             per_device_train_batch_size=micro_batch, gradient_accumulation_steps=settings.batch_size // micro_batch,
             per_device_eval_batch_size=micro_batch, prediction_loss_only=True,
-            eval_strategy="steps", eval_steps=max(1, steps // 10), logging_steps=max(1, steps // 25), save_strategy="no",
+            eval_strategy="steps", eval_steps=max(1, steps // 10), logging_steps=max(1, steps // 25),
+            # Gates that are still being chosen have no best moment: with them the last weights count.
+            save_strategy="no" if settings.reopen_heads else "steps", save_steps=max(1, steps // 10), save_total_limit=1, save_only_model=True,
+            load_best_model_at_end=not settings.reopen_heads, metric_for_best_model="loss",
             bf16=run.dtype == torch.bfloat16, fp16=run.dtype == torch.float16, use_cpu=run.device.type == "cpu",
             seed=settings.seed, report_to="none", disable_tqdm=in_notebook(), dataloader_pin_memory=run.device.type == "cuda")
-        trainer = Trainer(tuned, arguments, train_dataset=train, eval_dataset=validation, callbacks=callbacks,
-                          optimizers=(optimizer, None))
+        distil = bool(settings.distillation and teacher is not None)
+        kind = functools.partial(DistillingTrainer, teacher=teacher, share=settings.distillation) if distil else Trainer
+        trainer = kind(tuned, arguments, train_dataset=train, eval_dataset=validation, callbacks=callbacks, optimizers=(optimizer, None))
         trainer.remove_callback(transformers.PrinterCallback)
-        result = trainer.train()
+        with all_open(teacher) if distil else contextlib.nullcontext():
+            result = trainer.train()
+        seen = [value for _, value in plot.history["perplexity"]]
+        del tuned._keys_to_ignore_on_save
         tuned.config.use_cache = model.config.use_cache  # which the Trainer switches off, and would be saved so
         if settings.reopen_heads:
             untrain_gates(tuned)
         run.metrics.setdefault("training", {})[name] = {
-            "steps": steps, "tokens_per_step": settings.batch_size * blocks["train"].shape[1], "micro_batch": micro_batch,
-            "train_tokens_per_second": round(steps * settings.batch_size * blocks["train"].shape[1] / result.metrics["train_runtime"], 1),
+            "steps": trainer.state.global_step, "planned_steps": steps, "kept_step": steps if settings.reopen_heads else
+            plot.history["perplexity"][seen.index(min(seen))][0], "tokens_per_step": settings.batch_size * blocks["train"].shape[1], "micro_batch": micro_batch,
+            "train_tokens_per_second": round(trainer.state.global_step * settings.batch_size * blocks["train"].shape[1]
+                                             / result.metrics["train_runtime"], 1),
             "history": plot.history}
         return tuned.eval()
 
@@ -1669,7 +2212,7 @@ if __name__ == "__main__":
             dense_validation = perplexity(model, blocks["validation"][:16], dtype, settings.batch_size)
         tuned = None  # lets the last one go, if this cell is run again
         start = compact if can_compact(model) and not settings.reopen_heads else copy.deepcopy
-        tuned = fine_tune(model, blocks, settings, run, "fine_tuned", dense_validation, start)
+        tuned = fine_tune(pruned, blocks, settings, run, "fine_tuned", dense_validation, start, teacher=model)
     run.metrics.pop("heads_after_fine_tuning", None)
     if settings.reopen_heads:
         came_back = ((gates == 0) & (get_gates(tuned) != 0)).nonzero().tolist()
@@ -1680,7 +2223,7 @@ if __name__ == "__main__":
     measure(run, "fine_tuned", tuned, tokenizer, test_blocks, settings)
 
 # %% [markdown]
-# ## 12. The control: the dense model, fine-tuned too
+# ## 14. The control: the dense model, fine-tuned too
 #
 # Fine-tuning on text like the test text helps *any* model. To know what pruning cost, the pruned model has to be compared with
 # the dense one after the same number of steps on the same text, and not only with the untouched one.
@@ -1702,7 +2245,7 @@ if __name__ == "__main__":
 
 
 # %% [markdown]
-# ## 13. Compare
+# ## 15. Compare
 #
 # The numbers side by side. *Pruned + fine-tuned* against *dense + fine-tuned* is what pruning really cost.
 
@@ -1710,36 +2253,19 @@ if __name__ == "__main__":
 def require_fine_tuned(metrics: dict) -> None:
     """Raises UserError where the heads were pruned anew and nothing was fine-tuned since."""
     if "fine_tuned" not in metrics["perplexity"]:
-        raise UserError("the model was pruned after it was fine-tuned: run sections 10 and 11 again, and then this cell.")
+        raise UserError("the model was pruned after it was fine-tuned: run sections 9 to 13 again, and then this cell.")
 
 
 def comparison(metrics: dict) -> str:
     """The comparison as a Markdown table."""
     heads, dense = metrics["heads"], metrics["perplexity"]["dense"]
     after = metrics.get("heads_after_fine_tuning", heads)
-    closed = {"dense": 0, "dense_fine_tuned": 0, "pruned": heads["closed"], "fine_tuned": after["closed"]}
+    closed = {"dense": 0, "dense_fine_tuned": 0, "pruned": heads["closed"], "repaired": heads["closed"], "fine_tuned": after["closed"]}
     rows = ["| model | heads | parameters | test perplexity | against dense |", "|---|---|---|---|---|"]
     for stage, value in metrics["perplexity"].items():
         rows.append(f"| {STAGES[stage]} | {heads['total'] - closed[stage]} / {heads['total']} | {metrics['parameters'][stage] / 1e6:,.2f} M | "
                     f"{value:.2f} | {value / dense - 1:+.1%} |")
     return "\n".join(rows)
-
-
-def bare_name(name: str) -> str:
-    """A model or file name without the folders of this machine."""
-    return Path(name).name if Path(name).exists() else name
-
-
-def conditions(metrics: dict) -> str:
-    """One paragraph: everything that the numbers depend on."""
-    s, versions = metrics["settings"], metrics["versions"]
-    files = [(split, s[f"{split}_file"]) for split in SPLITS]
-    text = s["train_file"] and ", ".join(bare_name(file) if file else f"{split} cut from it" for split, file in files)
-    uniform = " in every layer alike" if s["uniform"] else ""
-    return (f"Model {bare_name(s['model'])}; text {text or s['dataset']}; strategy {s['strategy']}, level {s['pruning_level']:g}{uniform}, scored on "
-            f"{min(s['calibration_blocks'], metrics['blocks']['validation'])} validation blocks; tested on {metrics['blocks']['tested']} "
-            f"test blocks of {s['block_length']} tokens; seed {s['seed']}; {metrics['precision']} on {metrics['device']}; "
-            + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
 
 
 # %% [markdown]
@@ -1751,7 +2277,7 @@ def draw_comparison(metrics: dict) -> Figure:
     values = metrics["perplexity"]
     figure = Figure(figsize=(8, 0.55 * len(values) + 1.3), facecolor="white", layout="constrained")
     axes = figure.subplots()
-    colors = {"dense": "#999999", "pruned": "#D55E00", "fine_tuned": "#0072B2", "dense_fine_tuned": "#56B4E9"}
+    colors = {"dense": "#999999", "pruned": "#D55E00", "repaired": "#E69F00", "fine_tuned": "#0072B2", "dense_fine_tuned": "#56B4E9"}
     axes.axvline(values["dense"], color=colors["dense"], linestyle="--", linewidth=1)
     for row, (stage, value) in enumerate(values.items()):
         axes.plot([values["dense"], value], [row, row], color=colors[stage], linewidth=3)
@@ -1766,8 +2292,9 @@ def draw_comparison(metrics: dict) -> Figure:
     axes.margins(x=0.1)
     axes.spines[["top", "right"]].set_visible(False)
     share = metrics["heads"]["closed"] / metrics["heads"]["total"]
-    axes.set_title(f"{share:.0%} of heads closed: perplexity {values['dense']:.1f} → {values['pruned']:.1f} → "
-                   f"{values['fine_tuned']:.1f} after fine-tuning", fontsize=11)
+    axes.set_title(f"{share:.0%} of heads closed: perplexity {values['dense']:.1f} → {values['pruned']:.1f}"
+                   + (f" → {values['repaired']:.1f} repaired" if "repaired" in values else "")
+                   + f" → {values['fine_tuned']:.1f} fine-tuned", fontsize=11)
     return figure
 
 
@@ -1775,11 +2302,13 @@ def write_report(run: Run) -> str:
     """Writes report.md into the run's folder, and returns it."""
     metrics = run.metrics
     samples = "\n\n".join(f"**{STAGES[stage]}**\n\n> " + text.replace("\n", "\n> ") for stage, text in metrics["samples"].items())
-    layers = ", ".join(map(str, metrics["heads"]["open_per_layer"]))
+    layers = " | ".join(map(str, metrics["heads"]["open_per_layer"]))
+    lost = " | ".join(map(str, metrics["heads"]["closed_per_layer"]))
+    numbers = " | ".join(map(str, range(len(metrics["heads"]["open_per_layer"]))))
     size = size_table(metrics["size"]) + "\n\n" if "pruned" in metrics["size"] else ""
     report = (f"# {bare_name(metrics['settings']['model'])}, {metrics['heads']['closed']} of {metrics['heads']['total']} heads closed\n\n"
               f"{comparison(metrics)}\n\n{conditions(metrics)}\n\n{size}![comparison](comparison.png)\n\n![heads](heads.png)\n\n"
-              f"Open heads per layer: {layers}\n\n![fine-tuning](fine_tuned.png)\n\n## Samples\n\n{samples}\n")
+              f"| layer | {numbers} |\n|---|{'---|' * len(metrics['heads']['open_per_layer'])}\n| heads open | {layers} |\n| heads lost | {lost} |\n\n![fine-tuning](fine_tuned.png)\n\n## Samples\n\n{samples}\n")
     (run.folder / "report.md").write_text(report, encoding="utf-8")
     return report
 
@@ -1795,10 +2324,10 @@ if __name__ == "__main__":
 
 
 # %% [markdown]
-# ## 14. Save and download
+# ## 16. Save and download
 #
 # The **compact** model is saved so that anyone can open it, without this notebook: weights as safetensors, configuration, tokenizer,
-# a model card, and `modeling_pruned.py`, a short file with the functions of section 10, which cuts the model while it is being
+# a model card, and `modeling_pruned.py`, a short file with the functions of section 12, which cuts the model while it is being
 # opened. It is written from the source of those very functions, so the logic exists once.
 
 # %%
@@ -1987,7 +2516,7 @@ def reopen(folder: Path):
 
 
 def save_models(run: Run, tuned, model, tokenizer, settings: Settings, block: torch.Tensor) -> None:
-    """Saves `tuned`, which came from `model`, in the forms that the settings ask for, and opens each again."""
+    """Saves `tuned`, which came from the gated `model`, in the forms that the settings ask for, and opens each again."""
     is_compact = hasattr(tuned.config, "kept_heads")
     forms = {"compact": ["compact"], "zeroed": ["zeroed"], "both": ["compact", "zeroed"], "no": []}[settings.save_model]
     if forms and not is_compact:
@@ -2026,6 +2555,6 @@ def deliver(archive: Path) -> None:
 if __name__ == "__main__":
     require_fine_tuned(run.metrics)
     with run.step("save model"):
-        save_models(run, tuned, model, tokenizer, settings, test_blocks[:1])
+        save_models(run, tuned, pruned, tokenizer, settings, test_blocks[:1])
     archive = Path(shutil.make_archive(str(run.folder), "zip", run.folder.parent, run.folder.name))
     deliver(archive)

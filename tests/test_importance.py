@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import FAMILIES, make
+from conftest import FAMILIES, make, zero_heads
 
 import PruningAndFineTuningColab as nb
 
@@ -69,12 +69,80 @@ def test_scoring_leaves_the_model_as_it_was(family, tokens):
     with torch.no_grad():
         logits = model(tokens).logits
     for name in nb.STRATEGIES:
-        score = nb.get_strategy(name).score(model, tokens)
+        options = {"level": 0.5, "steps": 3} if name == "learned" else {"rounds": 2, "level": 0.5} if name == "fisher" else {}
+        score = nb.get_strategy(name, **options).score(model, tokens)
         assert score.shape == (2, 4) and score.isfinite().all() and len(set(score.flatten().tolist())) > 1
     assert model.config._attn_implementation == before
     assert not any(m._forward_hooks or len(m._forward_pre_hooks) > 1 for m in model.modules())
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, logits)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def block_losses(model, tokens):
+    with torch.no_grad():
+        logits = model(tokens).logits[:, :-1].double()
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
+
+
+def test_gradient_equals_finite_differences(family, tokens):
+    """Moves one head's output weights a little, by path and without hooks."""
+    slopes, small = torch.zeros(2, 2, 4, dtype=torch.double), 1e-2
+    for layer in range(2):
+        for head in range(4):
+            def moved(by, layer=layer, head=head):
+                scale = torch.ones(2, 4)
+                scale[layer, head] += by
+                return block_losses(zero_heads(make(family), family, scale), tokens)
+            slopes[:, layer, head] = (moved(small) - moved(-small)) / (2 * small)
+    for size in (1, 2):
+        for name, expected in (("gradient", slopes.abs().mean(0)), ("fisher", slopes.square().mean(0))):
+            score = nb.get_strategy(name, batch_size=size).score(make(family), tokens).double()
+            torch.testing.assert_close(score, expected, rtol=2e-2, atol=2e-2 * expected.max().item())
+
+
+def test_rounds_score_what_is_left(tokens):
+    model = make("gpt2")
+    nb.add_gates(model)
+    first = nb.choose_gates(nb.get_strategy("fisher").score(model, tokens), 0.25)
+    importance = nb.get_strategy("fisher", rounds=2, level=0.5).score(model, tokens)
+    assert torch.equal(importance < 2, first == 0), "the first round closes what one-shot scoring would"
+    nb.set_gates(model, first)
+    again = nb.get_strategy("fisher").score(model, tokens)  # a closed gate has a gradient too
+    lowest = again.masked_fill(first == 0, torch.inf).flatten().argsort()[:2]
+    final = nb.choose_gates(importance, 0.5)
+    assert (final == 0).sum() == 4 and (final.flatten()[lowest] == 0).all()
+
+
+def test_rounds_are_for_scores_that_change():
+    for name in ("random", "magnitude", "learned"):
+        with pytest.raises(nb.UserError, match=f"{name}.*rounds"):
+            nb.get_strategy(name, rounds=3, level=0.3)
+        with pytest.raises(nb.UserError, match="rounds is 3.*1 with the strategy"):
+            nb.Settings(strategy=name, rounds=3)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.03])
+def test_soft_gates_keep_the_budget_and_their_slope(temperature):
+    scores = torch.randn(3, 5, dtype=torch.double, requires_grad=True)
+    gates = nb.soft_gates(scores, 9.0, temperature)
+    assert gates.sum().item() == pytest.approx(9, abs=1e-3)
+    assert (gates.detach().flatten()[scores.detach().flatten().argsort()].diff() >= 0).all()
+    if temperature == 1:
+        assert torch.autograd.gradcheck(lambda s: nb.soft_gates(s, 9.0, temperature), scores, eps=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "llama"])
+def test_learned_gates_find_the_heads_that_do_nothing(family, tokens):
+    dead = torch.tensor([[1.0, 0, 1, 1], [0, 1, 0, 1]])
+    model = zero_heads(make(family), family, dead)
+    score = nb.get_strategy("learned", level=3 / 8, steps=40).score(model, tokens)
+    assert torch.equal(nb.choose_gates(score, 3 / 8), dead)
+
+
+def test_learned_gates_are_the_same_for_the_same_seed(tokens):
+    first, again, other = (nb.get_strategy("learned", level=0.5, steps=10, seed=seed).score(make("gpt2"), tokens) for seed in (3, 3, 4))
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_random_depends_on_its_seed_only(tokens):
@@ -113,7 +181,7 @@ def test_magnitude_equals_a_hand_computation(family):
 
 
 def test_unknown_strategies_and_options_are_refused():
-    with pytest.raises(nb.UserError, match="'entropie'.*random, magnitude.*mean 'entropy'"):
+    with pytest.raises(nb.UserError, match="'entropie'.*learned, fisher.*mean 'entropy'"):
         nb.get_strategy("entropie")
     with pytest.raises(nb.UserError, match="'magnitude'.*seed"):
         nb.get_strategy("magnitude", seed=1)

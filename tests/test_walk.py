@@ -20,7 +20,7 @@ import PruningAndFineTuningColab as nb
 
 SCRIPT = Path(nb.__file__)
 NOTEBOOK = SCRIPT.with_suffix(".ipynb")
-FEW = {"MAX_STEPS": "12", "EVAL_BLOCKS": "8", "CALIBRATION_BLOCKS": "8"}
+FEW = {"MAX_STEPS": "12", "EVAL_BLOCKS": "8", "CALIBRATION_BLOCKS": "8", "GATE_STEPS": "20", "REPAIR_BLOCKS": "16"}
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +55,7 @@ def test_the_script_says_that_it_is_the_demo_and_how_to_use_a_real_model(script_
 
 def test_the_record_holds_everything(results):
     metrics = json.loads((results / "metrics.json").read_text())
-    assert list(metrics["perplexity"]) == ["dense", "pruned", "fine_tuned", "dense_fine_tuned"]
+    assert list(metrics["perplexity"]) == ["dense", "pruned", "repaired", "fine_tuned", "dense_fine_tuned"]
     assert metrics["perplexity"]["dense"] < 200, "the demo model has learned something"
     assert metrics["perplexity"]["dense"] != metrics["perplexity"]["pruned"]
     assert metrics["settings"]["model"] == "demo" and metrics["settings"]["pruning_level"] == 0.3
@@ -153,7 +153,7 @@ def test_the_notebook_runs_top_to_bottom_and_again(results, tmp_path):
         run(settle.source)
         half = run(prune.source)
         closed = json.loads(run("print(run.metrics['heads']['closed_list'])"))
-        with pytest.raises(CellExecutionError, match="pruned after it was fine-tuned: run sections 10 and 11 again"):
+        with pytest.raises(CellExecutionError, match="pruned after it was fine-tuned: run sections 9 to 13 again"):
             run(compare.source)
 
     # a fresh run at that level, from the record and the files alone

@@ -1,0 +1,123 @@
+"""Repair against closed forms and against models whose closed heads can be replaced exactly."""
+
+import pytest
+import torch
+from conftest import FAMILIES, logits, make
+from transformers.pytorch_utils import Conv1D
+
+import PruningAndFineTuningColab as nb
+
+
+@pytest.fixture
+def text():
+    return torch.randint(3, 97, (16, 24), generator=torch.Generator().manual_seed(2))
+
+
+def weight_of(projection):
+    return projection.weight if isinstance(projection, Conv1D) else projection.weight.T
+
+
+@pytest.mark.parametrize("kind", ["linear", "linear without bias", "conv1d"])
+def test_refit_is_least_squares(kind):
+    projection = Conv1D(5, 8) if kind == "conv1d" else torch.nn.Linear(8, 5, bias=kind == "linear")
+    x, target, kept = torch.randn(2, 30, 8), torch.randn(2, 30, 5), torch.arange(8) != 3
+    before = weight_of(projection).detach().clone()
+    design = x.flatten(0, 1)[:, kept]
+    if projection.bias is not None:
+        design = torch.cat([design, torch.ones(60, 1)], 1)
+    best = torch.linalg.lstsq(design, target.flatten(0, 1)).solution
+    nb.refit(projection, x, target, 1e-9, kept)
+    torch.testing.assert_close(weight_of(projection)[kept], best[:7], rtol=1e-3, atol=1e-4)
+    assert torch.equal(weight_of(projection)[3], before[3]), "a closed head's weights stay as they are"
+    if projection.bias is not None:
+        torch.testing.assert_close(projection.bias, best[7], rtol=1e-3, atol=1e-4)
+
+
+def test_a_strong_ridge_changes_nothing():
+    projection = torch.nn.Linear(8, 5)
+    before = projection.weight.detach().clone()
+    nb.refit(projection, torch.randn(2, 30, 8), torch.randn(2, 30, 5), 1e9)
+    torch.testing.assert_close(projection.weight, before)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "phi", "gptj"])
+def test_a_head_that_another_one_repeats_is_repaired_exactly(family, text, monkeypatch):
+    """Head 1 of every layer gets the query, key and value weights of head 0; its own output weights differ."""
+    monkeypatch.setattr(nb, "RIDGE", {"attention": 1e-9, "mlp": 1.0})
+    model = make(family)
+    nb.add_gates(model)
+    with torch.no_grad():
+        for layer in nb.find_heads(model):
+            for name, rows in nb.find_rows(layer.attention, layer.heads, layer.head_dim):
+                projection = getattr(layer.attention, name)
+                weight = projection.weight.T if isinstance(projection, Conv1D) else projection.weight
+                weight[rows[1]] = weight[rows[0]]
+                if projection.bias is not None:
+                    projection.bias[rows[1]] = projection.bias[rows[0]]
+    dense, unseen = logits(model, text), torch.randint(3, 97, (2, 24))
+    dense_unseen = logits(model, unseen)
+    nb.set_gates(model, torch.tensor([[1.0, 0, 1, 1], [1, 0, 1, 1]]))
+    pruned = logits(model, text)
+    fixed = nb.repair(model, text)
+    torch.testing.assert_close(logits(fixed, text), dense, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(logits(fixed, unseen), dense_unseen, rtol=1e-2, atol=1e-2)
+    assert (pruned - dense).abs().max() > 0.1, "closing the head did something"
+    if nb.can_compact(fixed):
+        assert nb.largest_difference(fixed, nb.compact(fixed), text) < 1e-5
+
+
+def test_repair_comes_nearer_to_the_dense_model_and_touches_nothing_else(family, text, gates):
+    model = make(family)
+    nb.add_gates(model)
+    dense = logits(model, text)
+    nb.set_gates(model, gates)
+    before, pruned = {name: value.clone() for name, value in model.state_dict().items()}, logits(model, text)
+    fixed = nb.repair(model, text, batch_size=4)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.dist(logits(fixed, text), dense) < 0.95 * torch.dist(pruned, dense)
+    assert torch.equal(nb.get_gates(fixed), gates)
+    written = [path.removesuffix(f".{part}") for path, value in fixed.state_dict().items() for part in ("weight", "bias")
+               if path.endswith(f".{part}") and not torch.equal(value, before[path])]
+    attention = {FAMILIES[family][2].format(number) for number in range(2)}
+    assert attention <= set(written)
+    assert len(set(written)) == (2 if family in ("gemma2", "gemma3") else 4), written
+    for number, row in enumerate(gates):  # closed heads can come back as they were
+        path = FAMILIES[family][2].format(number)
+        for head in (row == 0).nonzero().flatten().tolist():
+            columns = slice(head * 8, head * 8 + 8)
+            now, then = fixed.get_submodule(path).weight, before[f"{path}.weight"]
+            assert torch.equal(now[columns], then[columns]) if family == "gpt2" else torch.equal(now[:, columns], then[:, columns])
+    assert not any(module._forward_hooks or len(module._forward_pre_hooks) > 1 for module in fixed.modules())
+
+
+def test_repair_with_nothing_closed_changes_nothing_that_counts(text):
+    model = make("gpt2")
+    nb.add_gates(model)
+    torch.testing.assert_close(logits(nb.repair(model, text), text), logits(model, text), rtol=1e-2, atol=1e-2)  # targets are kept in bfloat16
+
+
+def test_a_layer_without_heads_is_repaired_by_the_others(text):
+    model = make("opt")
+    nb.add_gates(model)
+    dense = logits(model, text)
+    nb.set_gates(model, torch.tensor([[0.0, 0, 0, 0], [1, 1, 1, 1]]))
+    pruned = logits(model, text)
+    assert torch.dist(logits(nb.repair(model, text), text), dense) < torch.dist(pruned, dense)
+
+
+def test_memory_that_runs_out_means_fewer_blocks_and_a_fresh_start(text, gates, monkeypatch, capsys):
+    model = make("llama")
+    nb.set_gates(model, gates)
+    expected = nb.repair(model, text[:8])
+    real, sizes = nb.refit, []
+
+    def greedy(projection, inputs, *rest):
+        sizes.append(len(inputs))
+        if len(sizes) > 2 and len(inputs) > 8:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+        return real(projection, inputs, *rest)
+
+    monkeypatch.setattr(nb, "refit", greedy)
+    fixed = nb.repair(model, text)
+    assert torch.equal(logits(fixed, text), logits(expected, text)) and 16 in sizes
+    assert "out of memory: trying 8 blocks" in capsys.readouterr().out

@@ -1,0 +1,117 @@
+"""The sweep, and what fine-tuning keeps: on small random models, without a network."""
+
+import json
+
+import pytest
+import torch
+from conftest import make
+
+import PruningAndFineTuningColab as nb
+
+
+@pytest.fixture
+def place(tmp_path):
+    settings = nb.Settings(output_dir=str(tmp_path), sweep_strategies="random gradient learned", sweep_levels="0 0.25 0.5", gate_steps=2, batch_size=2,
+                           max_steps=10, learning_rate=1e-2, block_length=16)
+    return settings, nb.Run(settings, torch.device("cpu"), torch.float32), tmp_path / "sweep.json"
+
+
+@pytest.fixture
+def blocks():
+    text = torch.randint(3, 97, (24, 16), generator=torch.Generator().manual_seed(5))
+    return {"train": text[:12], "validation": text[12:18], "test": text[18:]}
+
+
+def test_a_sweep_goes_on_where_it_was_interrupted(place, blocks, monkeypatch):
+    settings, _, file = place
+    model = make("gpt2")
+    nb.add_gates(model)
+    scored, measured, real, score = [], [], nb.perplexity, nb.Gradient.score
+
+    def counting(*arguments):
+        measured.append(1)
+        if len(measured) == 8:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(nb, "perplexity", counting)
+    monkeypatch.setattr(nb.Gradient, "score", lambda self, *arguments: scored.append(self.squared) or score(self, *arguments))
+    with pytest.raises(KeyboardInterrupt):
+        nb.sweep(model, blocks["validation"], blocks["train"], blocks["test"], settings, torch.float32, file)
+    kept = json.loads(file.read_text())
+    assert len(kept) == 3 and (nb.get_gates(model) == 1).all(), "what was finished is kept, and the model is as it was"
+    points = nb.sweep(model, blocks["validation"], blocks["train"], blocks["test"], settings, torch.float32, file)
+    assert points[:3] == kept and len(points) == 9
+    assert [(point["strategy"], point["level"]) for point in points] == [(s, v) for s in ("random", "gradient", "learned") for v in (0, 0.25, 0.5)]
+    assert [point["closed"] for point in points] == [0, 2, 4] * 3
+    assert scored.count(False) == 2, "the interrupted scoring and one more: once for all levels"
+    assert scored.count(True) == 3, "learned gates depend on the level"
+    done = len(measured)
+    assert nb.sweep(model, blocks["validation"], blocks["train"], blocks["test"], settings, torch.float32, file) == points and len(measured) == done
+
+
+def test_the_points_of_a_sweep_are_right(place, blocks):
+    settings, _, file = place
+    model = make("opt")
+    nb.add_gates(model)
+    dense = nb.perplexity(model, blocks["test"])
+    points = nb.sweep(model, blocks["validation"], blocks["train"], blocks["test"], settings, torch.float32, file)
+    assert points[0]["pruned"] == points[3]["pruned"] == points[0]["repaired"] == pytest.approx(dense)
+    nb.set_gates(model, nb.choose_gates(nb.get_strategy("gradient").score(model, blocks["validation"]), 0.5))
+    assert points[5]["pruned"] == pytest.approx(nb.perplexity(model, blocks["test"]))
+    assert points[5]["repaired"] == pytest.approx(nb.perplexity(nb.repair(model, blocks["train"]), blocks["test"]))
+    table = nb.sweep_table(points, dense).splitlines()
+    assert table[0] == "| strategy | 0% | 25% | 50% |" and f"{points[5]['pruned']:.2f} → {points[5]['repaired']:.2f}" in table[3]
+    figure = nb.draw_sweep(points, dense, 8)
+    (axes,) = figure.axes
+    assert axes.get_yscale() == "log" and [text.get_text() for text in axes.get_legend().get_texts()] == ["dense", "learned", "gradient", "random"]
+
+
+def test_a_level_out_of_reach_is_refused_before_anything_is_computed(place, blocks):
+    settings, _, file = place
+    model = make("gpt2")
+    nb.add_gates(model)
+    with pytest.raises(nb.UserError, match="pruning_level is 0.95"):
+        nb.sweep(model, blocks["validation"], blocks["train"], blocks["test"], nb.dataclasses.replace(settings, sweep_levels="0.1 0.95"), torch.float32, file)
+    assert not file.exists()
+    with pytest.raises(nb.UserError, match="sweep_levels is '0.1 1.5'"):
+        nb.dataclasses.replace(settings, sweep_levels="0.1 1.5")
+    with pytest.raises(nb.UserError, match="sweep_strategies is 'best'"):
+        nb.dataclasses.replace(settings, sweep_strategies="best")
+
+
+def test_the_best_weights_are_kept_and_training_stops(place, blocks):
+    """At this learning rate a random model learns its few training texts by heart, and validation gets worse."""
+    settings, run, _ = place
+    settings = nb.dataclasses.replace(settings, max_steps=100, patience=2)
+    tuned = nb.fine_tune(make("gpt2"), blocks, settings, run, "fine_tuned", 50.0)
+    record = run.metrics["training"]["fine_tuned"]
+    seen = dict(record["history"]["perplexity"])
+    assert record["steps"] < record["planned_steps"] == 100
+    assert record["kept_step"] == min(seen, key=seen.get) == record["steps"] - 2 * 10
+    assert nb.perplexity(tuned, blocks["validation"]) == pytest.approx(min(seen.values()), rel=1e-3)
+    assert not (run.folder / "trainer").exists()
+
+
+def test_distillation_pulls_to_the_teacher(place, blocks):
+    settings, run, _ = place
+    teacher = make("opt")
+    nb.add_gates(teacher)
+    settings = nb.dataclasses.replace(settings, distillation=1.0, learning_rate=1e-3, patience=0)
+    same = nb.fine_tune(teacher, blocks, settings, run, "same", 50.0, teacher=teacher)
+    for name, value in same.state_dict().items():  # the divergence from itself is zero, so is its gradient; AdamW only decays a little
+        torch.testing.assert_close(value, teacher.state_dict()[name], rtol=1e-2, atol=2e-2)
+
+    def distance(model):
+        with torch.no_grad():
+            return torch.dist(model(blocks["train"]).logits.log_softmax(-1), dense)
+
+    with torch.no_grad():
+        dense = teacher(blocks["train"]).logits.log_softmax(-1)
+    gates = torch.tensor([[1.0, 0, 1, 0], [0, 0, 1, 1]])
+    nb.set_gates(teacher, gates)  # the teacher of a pruned model is that model with all gates open
+    taught = nb.fine_tune(teacher, blocks, settings, run, "taught", 50.0, teacher=teacher)
+    alone = nb.fine_tune(teacher, blocks, nb.dataclasses.replace(settings, distillation=0.0), run, "alone", 50.0, teacher=teacher)
+    assert torch.equal(nb.get_gates(teacher), gates) and torch.equal(nb.get_gates(taught), gates)
+    assert distance(taught) < distance(teacher) and distance(taught) < distance(alone)
+
