@@ -1319,16 +1319,25 @@ class InRounds:
 
 # %%
 def soft_gates(scores: torch.Tensor, open_gates: float, temperature: float) -> torch.Tensor:
-    """sigmoid((scores - threshold) / temperature), the threshold being such that the sum is `open_gates`; differentiable."""
-    low, high = scores.detach().min() - 20 * temperature, scores.detach().max() + 20 * temperature
+    """sigmoid((scores - threshold) / temperature) of scores (..., layers, heads); thresholds are such that each table of gates sums to
+    `open_gates`, and the gradient knows that they move along."""
+    values = scores.detach().flatten(-2)
+    low, high = (values.aminmax(dim=-1, keepdim=True)[end] + sign * 20 * temperature for end, sign in ((0, -1), (1, 1)))
     for _ in range(40):
         middle = (low + high) / 2
-        too_many = torch.sigmoid((scores.detach() - middle) / temperature).sum() > open_gates
+        too_many = torch.sigmoid((values - middle) / temperature).sum(-1, keepdim=True) > open_gates
         low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
-    slope = torch.sigmoid((scores.detach() - low) / temperature)
+    slope = torch.sigmoid((values - low) / temperature)
     slope = slope * (1 - slope)
-    threshold = (slope * scores).sum() / slope.sum().clamp_min(1e-12)  # moves with the scores as the true one does, and
-    return torch.sigmoid((scores - low - (threshold - threshold.detach())) / temperature)  # has the right value
+    moves = (slope * scores.flatten(-2)).sum(-1, keepdim=True) / slope.sum(-1, keepdim=True).clamp_min(1e-12)
+    return torch.sigmoid((scores.flatten(-2) - low - (moves - moves.detach())) / temperature).view_as(scores)
+
+
+def cut_shorter(blocks: torch.Tensor, longest: int = 256) -> torch.Tensor:
+    """Blocks (n, time) cut into equal parts of at most `longest` tokens."""
+    parts = math.ceil(blocks.shape[1] / longest)
+    length = blocks.shape[1] // parts
+    return blocks[:, : parts * length].reshape(-1, length)
 
 
 @dataclasses.dataclass
@@ -1342,23 +1351,26 @@ class Learned:
     dtype: torch.dtype = torch.float32
 
     def score(self, model, blocks: torch.Tensor) -> torch.Tensor:
-        """Importance (layers, heads) learned on blocks (n, time): one block in a step, or more where they are shorter than 512 tokens."""
+        """Importance (layers, heads) learned on blocks (n, time): texts of 256 tokens, two in a step, each with its own draw of the noise."""
         start = Gradient(True, self.batch_size, self.dtype).score(model, blocks).clamp_min(1e-20).log()
-        scores = ((start - start.mean()) / start.std().clamp_min(1e-6)).to(model.device).requires_grad_()
-        open_gates = scores.numel() - round(self.level * scores.numel())
-        if open_gates == scores.numel():
+        open_gates = start.numel() - round(self.level * start.numel())
+        if open_gates == start.numel():
             return start
+        scores = ((start - start.mean()) / start.std().clamp_min(1e-6)).to(model.device).requires_grad_()
         optimizer, generator = torch.optim.Adam([scores], lr=LEARNED["rate"], betas=(0.9, 0.98)), torch.Generator().manual_seed(self.seed)
+        texts = cut_shorter(blocks)
+        per_step = min(len(texts), max(1, 512 // texts.shape[1]))
+        order = torch.cat([torch.randperm(len(texts), generator=generator) for _ in range(math.ceil(self.steps * per_step / len(texts)))])
         with movable_gates(model) as place:
-            dense = fit_batch_size(lambda size: self._last_states(model, blocks, size), self.batch_size)
-            for step in tqdm(range(self.steps), "learning gates", leave=False):
+            dense = fit_batch_size(lambda size: self._last_states(model, texts, size), self.batch_size)
+            for step, chosen in enumerate(tqdm(order.split(per_step)[: self.steps], "learning gates", leave=False)):
                 done = step / max(self.steps - 1, 1)
                 temperature = LEARNED["hot"] * (LEARNED["cold"] / LEARNED["hot"]) ** done
                 optimizer.param_groups[0]["lr"] = LEARNED["rate"] * (1 - 0.9 * done)
-                chance = torch.rand(scores.shape, generator=generator).clamp(1e-4, 1 - 1e-4).logit().to(model.device)
-                place(soft_gates(scores + LEARNED["noise"] * temperature * chance, open_gates, temperature))
-                chosen = torch.randint(len(blocks), (max(1, 512 // blocks.shape[1]),), generator=generator)
-                self._divergence(model, blocks[chosen].to(model.device), dense[chosen].to(model.device)).backward()
+                chance = torch.rand(len(chosen), *scores.shape, generator=generator).clamp(1e-4, 1 - 1e-4).logit().to(model.device)
+                gates = soft_gates(scores + LEARNED["noise"] * temperature * chance, open_gates, temperature)
+                place(gates[:, None].unbind(2))  # for each layer (texts, 1, heads)
+                self._divergence(model, texts[chosen].to(model.device), dense[chosen].to(model.device)).backward()
                 optimizer.step()
                 optimizer.zero_grad()
         return scores.detach().cpu()
