@@ -1652,6 +1652,7 @@ def repair_layer(layer: HeadLayer, target: dict):
     yield layer.projection.register_forward_pre_hook(before_projection)  # after the gates' own hook, which was there first
     if "out" in target:
         yield mlp.register_forward_pre_hook(before_mlp_output)
+    yield layer.block.register_forward_hook(lambda *_: seen.clear())  # what is noted of a layer is large
 
 
 # %%
