@@ -22,8 +22,8 @@
 # # Prune and fine-tune a language model
 #
 # A transformer reads with many **attention heads** at once, and a trained model does not need all of them. This
-# notebook loads a causal language model, scores its heads, closes the least important ones, fine-tunes what is left
-# and tells you honestly what it cost and what came back.
+# notebook loads a causal language model, scores its heads, closes the least important ones, repairs what is left without training, cuts the
+# closed heads out, fine-tunes, and tells you honestly what it cost and what came back.
 #
 # Run the cells from top to bottom. With nothing changed you get GPT-2 on WikiText-2; without a network you get a
 # small demo model that is trained on the spot. Each section says why it is there, defines what it needs, and then
@@ -249,9 +249,9 @@ class Settings:
         self._check("distillation", 0 <= self.distillation <= 1, "from 0 to 1", "0.5 is a good start")
         self._check("rounds", self.rounds == 1 or self.strategy in REPEATABLE, f"1 with the strategy {self.strategy!r}",
                     f"rounds are for {', '.join(REPEATABLE)}")
-        self._check("sweep_strategies", set(self.sweep_strategies.split()) <= set(STRATEGY_NAMES), f"out of {', '.join(STRATEGY_NAMES)}",
+        self._check("sweep_strategies", self.sweep_strategies.split() and set(self.sweep_strategies.split()) <= set(STRATEGY_NAMES), f"one or more of {', '.join(STRATEGY_NAMES)}",
                     "correct the names")
-        self._check("sweep_levels", all(re.fullmatch(r"0?\.\d+|0", word) for word in self.sweep_levels.split()),
+        self._check("sweep_levels", re.fullmatch(r"\s*((0?\.\d+|0)(\s+|$))+", self.sweep_levels),
                     "numbers from 0 to below 1, separated by spaces", "0.1 0.3 0.5 is a good start")
         for name in ("batch_size", "calibration_blocks", "rounds", "gate_steps", "repair_blocks"):
             self._check(name, getattr(self, name) >= 1, "1 or more", "choose a larger number")
@@ -792,12 +792,17 @@ STAGES = {"dense": "dense, untouched", "pruned": "pruned", "repaired": "pruned +
           "dense_fine_tuned": "dense + fine-tuned"}
 
 
-def measure(run: Run, stage: str, model, tokenizer, blocks: torch.Tensor, settings: Settings) -> None:
-    """Records a stage's test perplexity and sample text, and forgets those of later stages, which are out of date."""
-    run.metrics["settings"] = dataclasses.asdict(settings)
+def forget(run: Run, stage: str) -> None:
+    """Drops what was measured of a stage and of later ones, because it is out of date."""
     for outdated in list(STAGES)[list(STAGES).index(stage):]:
         for record in ("perplexity", "parameters", "samples", "size"):
             run.metrics[record].pop(outdated, None)
+
+
+def measure(run: Run, stage: str, model, tokenizer, blocks: torch.Tensor, settings: Settings) -> None:
+    """Records a stage's test perplexity and sample text, and forgets those of later stages, which are out of date."""
+    run.metrics["settings"] = dataclasses.asdict(settings)
+    forget(run, stage)
     with run.step(f"measure {stage}"):
         value = run.metrics["perplexity"][stage] = perplexity(model, blocks, run.dtype, settings.batch_size)
         run.metrics["samples"][stage] = sample(model, tokenizer, settings.prompt)
@@ -822,6 +827,7 @@ def conditions(metrics: dict) -> str:
     how = (" in every layer alike" if s["uniform"] else "") + (f" in {s['rounds']} rounds" if s["rounds"] > 1 else "")
     how += f", {s['gate_steps']} gate steps" if s["strategy"] == "learned" else ""
     how += f", repaired on {min(s['repair_blocks'], metrics['blocks']['train'])} training blocks" if s["repair"] else ""
+    how += f", distillation {s['distillation']:g} in fine-tuning" if s["distillation"] else ""
     return (f"Model {bare_name(s['model'])}; text {text or s['dataset']}; strategy {s['strategy']}, level {s['pruning_level']:g}{how}, scored on "
             f"{min(s['calibration_blocks'], metrics['blocks']['validation'])} validation blocks; tested on {metrics['blocks']['tested']} "
             f"test blocks of {s['block_length']} tokens; seed {s['seed']}; {metrics['precision']} on {metrics['device']}; "
@@ -846,6 +852,11 @@ if __name__ == "__main__":
 # runs), and reversible: set it to one again and the head is back, bit for bit.
 
 # %%
+def inputs_first(projection) -> torch.Tensor:
+    """The weight of a Linear or Conv1D as (inputs, outputs): a view, whatever way round it is stored."""
+    return projection.weight if isinstance(projection, Conv1D) else projection.weight.T
+
+
 @dataclasses.dataclass
 class HeadLayer:
     """Where one layer keeps its heads."""
@@ -862,9 +873,8 @@ class HeadLayer:
 
     @property
     def output_weight(self) -> torch.Tensor:
-        """The projection's weight as (heads, head_dim, hidden): a view, whatever way round it is stored."""
-        weight = self.projection.weight if isinstance(self.projection, Conv1D) else self.projection.weight.T
-        return weight.unflatten(0, (self.heads, -1))
+        """The projection's weight as (heads, head_dim, hidden), a view."""
+        return inputs_first(self.projection).unflatten(0, (self.heads, -1))
 
 
 PROVEN = "GPT-2, OPT, GPT-NeoX/Pythia, Llama, Qwen, Mistral, Gemma, Phi, GPT-J, GPT-Neo, BLOOM, Falcon, GPTBigCode, BioGPT, StableLM"
@@ -992,6 +1002,22 @@ def heads_to_close(layers: int, heads: int, level: float, min_heads: int) -> int
         raise UserError(f"pruning_level is {level:g} with min_heads {min_heads}, but at most {possible} of {layers * heads} heads "
                         f"({possible / (layers * heads):.2f}) can be closed so: lower one of the two.")
     return wanted
+
+
+# %% [markdown]
+# Which heads these are an importance decides: the lowest numbers go first, wherever they are.
+
+# %%
+def choose_gates(importance: torch.Tensor, level: float, min_heads: int = 1) -> torch.Tensor:
+    """Gates (layers, heads): the least important are 0, as many as heads_to_close() says, but `min_heads` stay open in every layer."""
+    layers, heads = importance.shape
+    wanted, gates = heads_to_close(layers, heads, level, min_heads), torch.ones(layers, heads)
+    for index in importance.flatten().argsort(stable=True).tolist():
+        layer, head = divmod(index, heads)
+        if wanted and gates[layer].sum() > min_heads:
+            gates[layer, head] = 0
+            wanted -= 1
+    return gates
 
 
 # %% [markdown]
@@ -1259,10 +1285,10 @@ class Gradient:
         """Importance (layers, heads) on blocks (n, time), at the gates that the model has."""
         model.eval()
         with movable_gates(model) as place:
-            return fit_batch_size(lambda size: self._score(model, blocks, size, place), self.batch_size)
+            gates = torch.stack([layer.projection.gates for layer in find_heads(model)]).detach()
+            return fit_batch_size(lambda size: self._score(model, blocks, size, gates, place), self.batch_size)
 
-    def _score(self, model, blocks, batch_size, place):
-        gates = torch.stack([layer.projection.gates for layer in find_heads(model)]).detach()
+    def _score(self, model, blocks, batch_size, gates, place):
         total = torch.zeros_like(gates)
         for batch in tqdm(blocks.to(model.device).split(batch_size), "importance", leave=False):
             own = gates[:, None, None].repeat(1, len(batch), 1, 1).requires_grad_()  # (layers, batch, 1, heads): every block has its own
@@ -1272,7 +1298,6 @@ class Gradient:
             nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum")
             (slope,) = torch.autograd.grad(nll / (batch.shape[1] - 1), own)  # of each block's mean loss, for no block's gate moves another's
             total += (slope.square() if self.squared else slope.abs()).sum((1, 2))
-            place(gates)
         return total.cpu() / len(blocks)
 
 
@@ -1315,7 +1340,8 @@ class InRounds:
 #   says more per token than the one word that happened to come next.
 # - The temperature $T$ falls, so gates are soft at first and nearly decided in the end. The start is the Fisher score.
 #
-# It costs a few minutes instead of half a minute, and it is the best there is here: whether a head can go depends on which others go.
+# It takes minutes where Fisher takes half a minute, and closes heads at the lowest cost on most of the models that it was measured on: whether
+# a head can go depends on which others go. For a quick look, `fisher` with the repair of section 10 comes near.
 
 # %%
 def soft_gates(scores: torch.Tensor, open_gates: float, temperature: float) -> torch.Tensor:
@@ -1340,6 +1366,7 @@ def cut_shorter(blocks: torch.Tensor, longest: int = 256) -> torch.Tensor:
     return blocks[:, : parts * length].reshape(-1, length)
 
 
+# %%
 @dataclasses.dataclass
 class Learned:
     """Gates trained on the dense model's predictions, with frozen weights and exactly `level` of them closed."""
@@ -1349,6 +1376,10 @@ class Learned:
     seed: int = 0
     batch_size: int = 4
     dtype: torch.dtype = torch.float32
+    rate: float = 0.1  # Adam's, falling to a tenth
+    hot: float = 1.0  # temperature of the first step
+    cold: float = 0.03  # and of the last
+    noise: float = 0.5  # scale of the logistic noise, in temperatures
 
     def score(self, model, blocks: torch.Tensor) -> torch.Tensor:
         """Importance (layers, heads) learned on blocks (n, time): texts of 256 tokens, two in a step, each with its own draw of the noise."""
@@ -1357,7 +1388,7 @@ class Learned:
         if open_gates == start.numel():
             return start
         scores = ((start - start.mean()) / start.std().clamp_min(1e-6)).to(model.device).requires_grad_()
-        optimizer, generator = torch.optim.Adam([scores], lr=LEARNED["rate"], betas=(0.9, 0.98)), torch.Generator().manual_seed(self.seed)
+        optimizer, generator = torch.optim.Adam([scores], lr=self.rate, betas=(0.9, 0.98)), torch.Generator().manual_seed(self.seed)
         texts = cut_shorter(blocks)
         per_step = min(len(texts), max(1, 512 // texts.shape[1]))
         order = torch.cat([torch.randperm(len(texts), generator=generator) for _ in range(math.ceil(self.steps * per_step / len(texts)))])
@@ -1365,10 +1396,10 @@ class Learned:
             dense = fit_batch_size(lambda size: self._last_states(model, texts, size), self.batch_size)
             for step, chosen in enumerate(tqdm(order.split(per_step)[: self.steps], "learning gates", leave=False)):
                 done = step / max(self.steps - 1, 1)
-                temperature = LEARNED["hot"] * (LEARNED["cold"] / LEARNED["hot"]) ** done
-                optimizer.param_groups[0]["lr"] = LEARNED["rate"] * (1 - 0.9 * done)
+                temperature = self.hot * (self.cold / self.hot) ** done
+                optimizer.param_groups[0]["lr"] = self.rate * (1 - 0.9 * done)
                 chance = torch.rand(len(chosen), *scores.shape, generator=generator).clamp(1e-4, 1 - 1e-4).logit().to(model.device)
-                gates = soft_gates(scores + LEARNED["noise"] * temperature * chance, open_gates, temperature)
+                gates = soft_gates(scores + self.noise * temperature * chance, open_gates, temperature)
                 place(gates[:, None].unbind(2))  # for each layer (texts, 1, heads)
                 self._divergence(model, texts[chosen].to(model.device), dense[chosen].to(model.device)).backward()
                 optimizer.step()
@@ -1393,8 +1424,6 @@ class Learned:
         return torch.nn.functional.kl_div(gated, wanted, log_target=True, reduction="batchmean")
 
 
-LEARNED = {"rate": 0.1, "hot": 1.0, "cold": 0.03, "noise": 0.5}  # found on SmolLM2, see tests/benchmarks
-
 # %% [markdown]
 # All of them by name:
 
@@ -1414,7 +1443,7 @@ def get_strategy(name: str, rounds: int = 1, **options):
     """A strategy by name, for every architecture. Raises UserError for a name or an option that it does not have.
 
     Options: `random` takes seed; the gradient and entropy strategies take batch_size and dtype, and, with rounds above 1, level and
-    min_heads; `learned` takes level, steps, seed, batch_size and dtype.
+    min_heads; `learned` takes level, steps, seed, batch_size, dtype, rate, hot, cold and noise.
     """
     if name not in STRATEGIES:
         nearest = difflib.get_close_matches(name, STRATEGIES, n=1)
@@ -1459,18 +1488,6 @@ if __name__ == "__main__":
 # are not touched, so this cell can be run again and again with another level.
 
 # %%
-def choose_gates(importance: torch.Tensor, level: float, min_heads: int = 1) -> torch.Tensor:
-    """Gates (layers, heads): the least important are 0, as many as heads_to_close() says, but `min_heads` stay open in every layer."""
-    layers, heads = importance.shape
-    wanted, gates = heads_to_close(layers, heads, level, min_heads), torch.ones(layers, heads)
-    for index in importance.flatten().argsort(stable=True).tolist():
-        layer, head = divmod(index, heads)
-        if wanted and gates[layer].sum() > min_heads:
-            gates[layer, head] = 0
-            wanted -= 1
-    return gates
-
-
 def choose_uniform_gates(importance: torch.Tensor, size: int, close: int) -> torch.Tensor:
     """Gates (layers, heads): in every layer the `close` least important groups of `size` neighbouring heads are 0."""
     groups = importance.unflatten(1, (-1, size)).mean(-1)
@@ -1512,6 +1529,7 @@ if __name__ == "__main__":
     else:
         gates = choose_gates(importance, settings.pruning_level, settings.min_heads)
     set_gates(model, gates)
+    pruned = model  # until it is repaired
     run.metrics["heads"] = describe_heads(gates)
     measure(run, "pruned", model, tokenizer, test_blocks, settings)
     ppl = run.metrics["perplexity"]
@@ -1538,11 +1556,6 @@ if __name__ == "__main__":
 RIDGE = {"attention": 0.1, "mlp": 1.0}  # lambda, as a share of the mean diagonal of X'X
 
 
-def weight_and_bias(projection):
-    """A projection's weight as (inputs, outputs), a view whatever way round it is stored, and its bias or None."""
-    return projection.weight if isinstance(projection, Conv1D) else projection.weight.T, projection.bias
-
-
 def find_mlp_output(layer: HeadLayer):
     """The projection with which a layer's MLP writes into the stream, or None where there is not exactly one (mixtures of experts)."""
     attention, names = set(layer.attention.modules()), ("c_proj", "fc2", "fc_out", "down_proj", "dense_4h_to_h")
@@ -1554,7 +1567,7 @@ def find_mlp_output(layer: HeadLayer):
 @torch.no_grad()
 def refit(projection, inputs: torch.Tensor, target: torch.Tensor, ridge: float, kept=slice(None)) -> None:
     """Least squares in place: the `kept` inputs (..., in) of a projection shall give `target` (..., out); ridge pulls to the old weight."""
-    weight, bias = weight_and_bias(projection)
+    weight, bias = inputs_first(projection), projection.bias
     with torch.autocast(inputs.device.type, enabled=False):
         x, y = inputs.flatten(0, -2).float()[:, kept], target.flatten(0, -2).float()
         error = y - x @ weight[kept].float() - (0 if bias is None else bias.float())
@@ -1613,6 +1626,27 @@ def dense_targets(model, blocks: torch.Tensor, dtype: torch.dtype, batch_size: i
     return [{name: torch.cat(values) for name, values in part.items()} for part in parts]
 
 
+# %%
+def repair_layer(layer: HeadLayer, target: dict):
+    """Hooks that refit a layer's output projections the moment their inputs are there; yields their handles."""
+    seen, mlp = {}, find_mlp_output(layer)
+
+    def before_projection(projection, args):
+        kept = (projection.gates != 0).repeat_interleave(layer.head_dim)
+        wanted = target["middle"].to(args[0].device) - seen["in"].float() if "middle" in target else target["attention"].to(args[0].device)
+        if kept.any():
+            refit(projection, args[0], wanted, RIDGE["attention"], kept)
+
+    def before_mlp_output(projection, args):
+        refit(projection, args[0], target["out"].to(args[0].device) - seen["in"].float() - seen["attention"], RIDGE["mlp"])
+
+    yield from watch_layer(layer, seen)
+    yield layer.projection.register_forward_pre_hook(before_projection)  # after the gates' own hook, which was there first
+    if "out" in target:
+        yield mlp.register_forward_pre_hook(before_mlp_output)
+    yield layer.block.register_forward_hook(lambda *_: seen.clear())  # what is noted of a layer is large
+
+
 @torch.no_grad()
 def repair(model, blocks: torch.Tensor, dtype: torch.dtype = torch.float32, batch_size: int = 4):
     """A copy of a gated model whose output projections are refitted on blocks (n, time), so that it follows the model with open gates."""
@@ -1635,29 +1669,10 @@ def spread(blocks: torch.Tensor, number: int) -> torch.Tensor:
     return blocks[torch.linspace(0, len(blocks) - 1, min(number, len(blocks))).round().long()]
 
 
-def repair_layer(layer: HeadLayer, target: dict):
-    """Hooks that refit a layer's output projections the moment their inputs are there; yields their handles."""
-    seen, mlp = {}, find_mlp_output(layer)
-
-    def before_projection(projection, args):
-        kept = (projection.gates != 0).repeat_interleave(layer.head_dim)
-        wanted = target["middle"].to(args[0].device) - seen["in"].float() if "middle" in target else target["attention"].to(args[0].device)
-        if kept.any():
-            refit(projection, args[0], wanted, RIDGE["attention"], kept)
-
-    def before_mlp_output(projection, args):
-        refit(projection, args[0], target["out"].to(args[0].device) - seen["in"].float() - seen["attention"], RIDGE["mlp"])
-
-    yield from watch_layer(layer, seen)
-    yield layer.projection.register_forward_pre_hook(before_projection)  # after the gates' own hook, which was there first
-    if "out" in target:
-        yield mlp.register_forward_pre_hook(before_mlp_output)
-    yield layer.block.register_forward_hook(lambda *_: seen.clear())  # what is noted of a layer is large
-
-
 # %%
 if __name__ == "__main__":
     pruned, repair_text = model, spread(blocks["train"], settings.repair_blocks)
+    forget(run, "repaired")
     if settings.repair and closed:
         with run.step("repair"):
             pruned = repair(model, repair_text, dtype, settings.batch_size)
@@ -1770,7 +1785,9 @@ if __name__ == "__main__" and settings.sweep:
     show_markdown(sweep_table(points, run.metrics["perplexity"]["dense"]) + "\n\n" + conditions(run.metrics))
     run.show(draw_sweep(points, run.metrics["perplexity"]["dense"], total), "sweep.png")
     if not in_notebook():
-        raise SystemExit(print(f"results: {run.folder}"))
+        run.save()
+        print(f"results: {run.folder}")
+        raise SystemExit
 
 # %% [markdown]
 # ## 12. Compact: cut the closed heads out

@@ -101,6 +101,20 @@ def test_gradient_equals_finite_differences(family, tokens):
             torch.testing.assert_close(score, expected, rtol=2e-2, atol=2e-2 * expected.max().item())
 
 
+def test_gradient_starts_anew_where_memory_runs_out(tokens, monkeypatch):
+    expected, real, sizes = nb.get_strategy("gradient", batch_size=1).score(make("gpt2"), tokens), torch.autograd.grad, []
+
+    def greedy(loss, inputs):
+        sizes.append(inputs.shape[1])
+        if sizes[-1] > 1:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+        return real(loss, inputs)
+
+    monkeypatch.setattr(torch.autograd, "grad", greedy)
+    torch.testing.assert_close(nb.get_strategy("gradient", batch_size=2).score(make("gpt2"), tokens), expected)
+    assert sizes == [2, 1, 1]
+
+
 def test_rounds_score_what_is_left(tokens):
     model = make("gpt2")
     nb.add_gates(model)

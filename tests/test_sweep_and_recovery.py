@@ -76,6 +76,9 @@ def test_a_level_out_of_reach_is_refused_before_anything_is_computed(place, bloc
     assert not file.exists()
     with pytest.raises(nb.UserError, match="sweep_levels is '0.1 1.5'"):
         nb.dataclasses.replace(settings, sweep_levels="0.1 1.5")
+    for nothing in ("sweep_levels", "sweep_strategies"):
+        with pytest.raises(nb.UserError, match=f"{nothing} is ''"):
+            nb.dataclasses.replace(settings, **{nothing: ""})
     with pytest.raises(nb.UserError, match="sweep_strategies is 'best'"):
         nb.dataclasses.replace(settings, sweep_strategies="best")
 

@@ -153,6 +153,7 @@ def test_the_notebook_runs_top_to_bottom_and_again(results, tmp_path):
         run(settle.source)
         half = run(prune.source)
         closed = json.loads(run("print(run.metrics['heads']['closed_list'])"))
+        assert run("print(pruned is model)").strip() == "True", "what was repaired before belongs to other gates"
         with pytest.raises(CellExecutionError, match="pruned after it was fine-tuned: run sections 9 to 13 again"):
             run(compare.source)
 
@@ -202,6 +203,20 @@ def short_run(results, tmp_path):
         (folder,) = (path for path in (tmp_path / "results").iterdir() if path.is_dir())
         return folder, run.stdout
     return run_on
+
+
+def test_rounds_and_sweep_run_from_the_script(short_run):
+    """As a script the cells run in order, so what a cell needs has to be above it; and a sweep stops after its table."""
+    config = transformers.GPT2Config(vocab_size=1024, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    folder, said = short_run(transformers.GPT2LMHeadModel(config), "--strategy", "fisher", "--rounds", "2", "--pruning-level", "0.5", "--sweep",
+                             "--sweep-strategies", "fisher random", "--sweep-levels", "0.25 0.5", "--repair-blocks", "4")
+    rows = (folder / "sweep.csv").read_text().splitlines()
+    assert rows[0] == "strategy,level,closed,pruned,repaired" and [row.split(",")[:3] for row in rows[1:]] == [
+        ["fisher", "0.25", "2"], ["fisher", "0.5", "4"], ["random", "0.25", "2"], ["random", "0.5", "4"]]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert len(metrics["sweep"]) == 4 and metrics["sweep"][1]["pruned"] == metrics["perplexity"]["pruned"]
+    assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG") and "fine_tuned" not in metrics["perplexity"]
+    assert "| strategy | 25% | 50% |" in said and "in 2 rounds" in said
 
 
 def test_a_family_that_cannot_be_compacted_keeps_its_gates_and_says_so(short_run):

@@ -39,17 +39,12 @@ def main():
     nb.add_gates(model)
     open_gates = nb.get_gates(model)
 
-    def tuned(model, name):
-        return nb.perplexity(nb.fine_tune(model, blocks, settings, run, name, 1.0, nb.compact), test)
-
     rows, versions = [], ""
 
     def row(name, closed, pruned, model, seconds):
-        rows.append((name, closed, pruned, tuned(model, re_name(name)), seconds))
+        tuned = nb.fine_tune(model, blocks, settings, run, f"row_{len(rows)}", 1.0, nb.compact)
+        rows.append((name, closed, pruned, nb.perplexity(tuned, test), seconds))
         print(rows[-1], file=sys.stderr)
-
-    def re_name(name):
-        return "".join(letter if letter.isalnum() else "_" for letter in name)
 
     row("dense", 0, nb.perplexity(model, test), model, None)
     for name in ("entropy-literal", "gradient", "learned"):
