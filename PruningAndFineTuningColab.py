@@ -43,7 +43,7 @@ import importlib.util
 import subprocess
 import sys
 
-NEEDED = ["torch", "transformers", "datasets", "accelerate", "matplotlib", "psutil", "gguf"]
+NEEDED = ["torch", "transformers", "datasets", "accelerate", "matplotlib", "ipywidgets", "psutil", "gguf"]
 
 
 def in_notebook() -> bool:
@@ -59,8 +59,10 @@ if __name__ == "__main__" and in_notebook():
 # %%
 import argparse
 import ast
+import base64
 import collections
 import contextlib
+import contextvars
 import copy
 import csv
 import dataclasses
@@ -69,6 +71,7 @@ import difflib
 import functools
 import gc
 import hashlib
+import html
 import io
 import json
 import linecache
@@ -79,8 +82,10 @@ import platform
 import re
 import shutil
 import statistics
+import textwrap
 import threading
 import time
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,12 +93,15 @@ from types import SimpleNamespace
 import accelerate
 import datasets
 import huggingface_hub
+import ipywidgets as widgets
+import matplotlib
 import psutil
 import tokenizers
 import torch
 import transformers
 from accelerate.utils import find_executable_batch_size
 from huggingface_hub.errors import StrictDataclassError
+from matplotlib.colors import PowerNorm, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 from safetensors.torch import load_file, save_file
@@ -161,6 +169,7 @@ PRECISION = "auto"  # @param ["auto", "fp32", "fp16", "bf16"]
 SEED = 0  # @param {type: "integer"}
 SAVE_MODEL = "compact"  # @param ["compact", "zeroed", "both", "no"]
 OUTPUT_DIR = "results"  # @param {type: "string"}
+SAVE_TO_DRIVE = False  # @param {type: "boolean"}
 OFFLINE = False  # @param {type: "boolean"}
 TRUST_REMOTE_CODE = False  # @param {type: "boolean"}
 
@@ -229,6 +238,8 @@ class Settings:
     save_model: str = option(SAVE_MODEL, "machine and results", "form of the saved model: compact (smaller and faster), zeroed (full size, "
                              "opens without code of its own), both, or no", ("compact", "zeroed", "both", "no"))
     output_dir: str = option(OUTPUT_DIR, "machine and results", "folder that gets a new results folder for each run")
+    save_to_drive: bool = option(SAVE_TO_DRIVE, "machine and results", "in Colab, keep the results on your Google Drive (in MyDrive), which outlives "
+                                 "the session and downloads of any size")
     offline: bool = option(OFFLINE, "machine and results", "use no network, only what is on this machine")
     trust_remote_code: bool = option(TRUST_REMOTE_CODE, "machine and results", "run the Python code that a model brings along, if it does")
 
@@ -267,6 +278,7 @@ class Settings:
                 self._check("dataset", self.dataset == "auto", "left alone where files are given", "drop one of the two")
         self._check("uniform", not (self.uniform and self.reopen_heads), "off where reopen_heads is on", "drop one of the two")
         self._check("sweep", not (self.sweep and self.uniform), "off where uniform is on", "drop one of the two")
+        self._check("save_to_drive", not self.save_to_drive or "google.colab" in sys.modules, "off outside of Colab", "choose an output_dir instead")
         self._check("output_dir", not Path(self.output_dir).is_file(), "a folder", "choose another name")
 
     def _check(self, name, fine, allowed, remedy):
@@ -475,23 +487,47 @@ def fit_batch_size(function, largest: int):
 
 
 # %% [markdown]
+# Long loops show how far they are: in a bar of their own, or, when they run behind a button, in that button's panel.
+
+# %%
+PROGRESS = contextvars.ContextVar("progress")
+
+
+def progress(items, title: str):
+    """The items one by one, with a bar: tqdm's, or that of whoever set PROGRESS."""
+    return PROGRESS.get(functools.partial(tqdm, leave=False))(items, title)
+
+
+# %% [markdown]
 # Every run gets a folder of its own, named by the time, and never overwrites another. What a step computes is written to
 # `metrics.json` the moment the step ends.
 
 # %%
+def on_drive(folder: str) -> Path:
+    """The folder of this name on Google Drive, which Colab asks you to allow, once a session. Raises UserError where it is not given."""
+    from google.colab import drive
+
+    try:
+        drive.mount("/content/drive")
+    except Exception as error:  # Colab raises whatever went wrong, from a browser without cookies to a "no"
+        raise UserError(f"save_to_drive is on, but Google Drive cannot be mounted ({first_sentence(error)}): allow it, or switch it off.") from None
+    return Path("/content/drive/MyDrive", folder)
+
+
 class Run:
     """The record of one run: its folder, its numbers (`metrics`, kept in metrics.json), its pictures."""
 
     def __init__(self, settings: Settings, device: torch.device, dtype: torch.dtype):
         transformers.set_seed(settings.seed)
+        place = on_drive(settings.output_dir) if settings.save_to_drive else Path(settings.output_dir)
         model = re.sub(r"[^\w.-]+", "-", Path(settings.model).stem)
         stem = f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{model}"
         names = (stem + (f"-{number}" if number > 1 else "") for number in range(1, 100))
         try:
-            self.folder = next(path for name in names if not (path := Path(settings.output_dir, name)).exists())
+            self.folder = next(path for name in names if not (path := place / name).exists())
             self.folder.mkdir(parents=True)
         except OSError as error:
-            raise UserError(f"output_dir is {settings.output_dir!r}, but no folder can be made there "
+            raise UserError(f"output_dir is {str(place)!r}, but no folder can be made there "
                             f"({error.strerror}): choose another place.") from None
         self.device, self.dtype = device, dtype
         packages = (torch, transformers, datasets, accelerate)
@@ -533,15 +569,33 @@ class Run:
                                for kind, used in memory_used(self.device).items())
             print(f"[{name}: {seconds:.1f} s, {memory}]")
 
-    def show(self, figure: Figure, name: str):
+    def show(self, figure: Figure, name: str, width: int = 760):
         """Keeps a figure as PNG in the run's folder, and displays it in a notebook."""
         figure.savefig(self.folder / name, dpi=150, bbox_inches="tight")
         if in_notebook():
             from IPython.display import Image, display
 
-            display(Image(self.folder / name, width=760))
+            display(Image(self.folder / name, width=width))
         else:
             print(f"picture: {self.folder / name}")
+
+
+def png(figure: Figure, dpi: int = 80) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def show_widget(widget, picture: Path) -> None:
+    """Displays a widget in a notebook; where nobody can show widgets (a printed or uploaded notebook), the picture."""
+    from IPython.display import display
+
+    if "google.colab" in sys.modules:
+        display(widget)
+    else:
+        view = {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}
+        display({"application/vnd.jupyter.widget-view+json": view, "image/png": base64.b64encode(picture.read_bytes()).decode(),
+                 "text/plain": f"a panel that needs a live notebook; {picture} stands for it"}, raw=True)
 
 
 def show_markdown(text: str) -> None:
@@ -560,6 +614,8 @@ if __name__ == "__main__":
     dtype = find_precision(device, settings.precision)
     run = Run(settings, device, dtype)
     print(f"{run.metrics['device']}, computing in {run.metrics['precision']}")
+    if device.type == "cpu" and "google.colab" in sys.modules:
+        print("This runtime has no GPU or TPU: Runtime → Change runtime type gives you one, and all of this many times faster.")
     print(f"results: {run.folder}")
 
 # %% [markdown]
@@ -765,7 +821,7 @@ def perplexity(model, blocks: torch.Tensor, dtype: torch.dtype = torch.float32, 
 
     def total_nll(batch_size):
         total = 0.0
-        for batch in tqdm(blocks.split(batch_size), "perplexity", leave=False):
+        for batch in progress(blocks.split(batch_size), "perplexity"):
             batch = batch.to(model.device)
             with autocast(model.device, dtype):
                 logits = model(batch, use_cache=False).logits[:, :-1]
@@ -825,6 +881,7 @@ def conditions(metrics: dict) -> str:
     files = [(split, s[f"{split}_file"]) for split in SPLITS]
     text = s["train_file"] and ", ".join(bare_name(file) if file else f"{split} cut from it" for split, file in files)
     how = (" in every layer alike" if s["uniform"] else "") + (f" in {s['rounds']} rounds" if s["rounds"] > 1 else "")
+    how += f", {by_hand} gates set by hand" if (by_hand := metrics.get("heads", {}).get("by_hand")) else ""
     how += f", {s['gate_steps']} gate steps" if s["strategy"] == "learned" else ""
     how += f", repaired on {min(s['repair_blocks'], metrics['blocks']['train'])} training blocks" if s["repair"] else ""
     how += f", distillation {s['distillation']:g} in fine-tuning" if s["distillation"] else ""
@@ -897,6 +954,18 @@ def find_heads(model) -> list[HeadLayer]:
         raise UserError(f"the attention output projections of {type(model).__name__} cannot be identified ({len(layers)} found in "
                         f"{config.num_hidden_layers} layers): take a model of one of these families: {PROVEN}.")
     return layers
+
+
+# %% [markdown]
+# Closing a head works for any of them. Cutting it out for good (section 13) needs to know where a family keeps queries, keys and values.
+
+# %%
+COMPACTABLE = ("gpt2", "opt", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3")
+
+
+def can_compact(model) -> bool:
+    """True where the model's family is one that compact() is tested on; others keep their gates."""
+    return model.config.model_type in COMPACTABLE
 
 
 # %% [markdown]
@@ -1224,7 +1293,7 @@ class Entropy:
             for layer, total in zip(layers, sums):
                 for handle in self._watch(layer, total, parallel):
                     hooks.callback(handle.remove)
-            for batch in tqdm(blocks.split(batch_size), "importance", leave=False):
+            for batch in progress(blocks.split(batch_size), "importance"):
                 with autocast(model.device, self.dtype):
                     model.base_model(batch.to(model.device), use_cache=False)
         return torch.stack(sums).cpu() / len(blocks)
@@ -1286,15 +1355,17 @@ class Gradient:
         model.eval()
         with movable_gates(model) as place:
             gates = torch.stack([layer.projection.gates for layer in find_heads(model)]).detach()
-            return fit_batch_size(lambda size: self._score(model, blocks, size, gates, place), self.batch_size)
+            # On a processor two texts at a time are fastest: the logits of more are too large for its caches.
+            size = min(self.batch_size, 2) if model.device.type == "cpu" else self.batch_size
+            return fit_batch_size(lambda size: self._score(model, blocks, size, gates, place), size)
 
     def _score(self, model, blocks, batch_size, gates, place):
         total = torch.zeros_like(gates)
-        for batch in tqdm(blocks.to(model.device).split(batch_size), "importance", leave=False):
+        for batch in progress(blocks.to(model.device).split(batch_size), "importance"):
             own = gates[:, None, None].repeat(1, len(batch), 1, 1).requires_grad_()  # (layers, batch, 1, heads): every block has its own
             place(own)
             with autocast(model.device, self.dtype):
-                logits = model(batch, use_cache=False).logits[:, :-1]
+                logits = model(batch[:, :-1], use_cache=False).logits  # a slice of logits would cost a copy of them on the way back
             nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum")
             (slope,) = torch.autograd.grad(nll / (batch.shape[1] - 1), own)  # of each block's mean loss, for no block's gate moves another's
             total += (slope.square() if self.squared else slope.abs()).sum((1, 2))
@@ -1341,7 +1412,7 @@ class InRounds:
 # - The temperature $T$ falls, so gates are soft at first and nearly decided in the end. The start is the Fisher score.
 #
 # It takes minutes where Fisher takes half a minute, and closes heads at the lowest cost on most of the models that it was measured on: whether
-# a head can go depends on which others go. For a quick look, `fisher` with the repair of section 10 comes near.
+# a head can go depends on which others go. For a quick look, `fisher` with the repair of section 11 comes near.
 
 # %%
 def soft_gates(scores: torch.Tensor, open_gates: float, temperature: float) -> torch.Tensor:
@@ -1394,7 +1465,7 @@ class Learned:
         order = torch.cat([torch.randperm(len(texts), generator=generator) for _ in range(math.ceil(self.steps * per_step / len(texts)))])
         with movable_gates(model) as place:
             dense = fit_batch_size(lambda size: self._last_states(model, texts, size), self.batch_size)
-            for step, chosen in enumerate(tqdm(order.split(per_step)[: self.steps], "learning gates", leave=False)):
+            for step, chosen in enumerate(progress(order.split(per_step)[: self.steps], "learning gates")):
                 done = step / max(self.steps - 1, 1)
                 temperature = self.hot * (self.cold / self.hot) ** done
                 optimizer.param_groups[0]["lr"] = self.rate * (1 - 0.9 * done)
@@ -1411,7 +1482,7 @@ class Learned:
         """What the model's last layer gives, (n, time, hidden): the logits are one multiplication away, and a hundred times larger."""
         with autocast(model.device, self.dtype):
             return torch.cat([model.base_model(batch.to(model.device), use_cache=False).last_hidden_state.cpu()
-                              for batch in tqdm(blocks.split(batch_size), "importance", leave=False)])
+                              for batch in progress(blocks.split(batch_size), "importance")])
 
     def _divergence(self, model, batch, dense):
         """Mean Kullback-Leibler divergence, per token, of the gated model's predictions from the dense one's."""
@@ -1486,6 +1557,10 @@ if __name__ == "__main__":
 #
 # The least important share of all heads is closed, wherever they are, but every layer keeps at least `min_heads`. The weights
 # are not touched, so this cell can be run again and again with another level.
+#
+# What to expect: a model of a hundred million parameters loses a few percent of its perplexity with a tenth of its heads, a quarter with a third of them, and falls
+# apart somewhere beyond a half; larger models can spare more. Repair gives back about half of the loss. Fine-tuning gives back more than was lost, because it
+# also teaches the model this kind of text: so the comparison that counts is with the dense model after the same fine-tuning (section 15).
 
 # %%
 def choose_uniform_gates(importance: torch.Tensor, size: int, close: int) -> torch.Tensor:
@@ -1506,20 +1581,44 @@ def describe_heads(gates: torch.Tensor) -> dict:
 # The picture to look at: dark heads are the least important, a cross is a closed gate.
 
 # %%
-def draw_heads(importance: torch.Tensor, gates: torch.Tensor, title: str) -> Figure:
+def plot_heads(axes, importance: torch.Tensor, gates: torch.Tensor) -> None:
     """Heatmap of (layers, heads), layers from left to right: colour is the rank of a head's importance, a cross a closed gate."""
     layers, heads = importance.shape
     rank = importance.flatten().argsort().argsort().view(layers, heads) / max(importance.numel() - 1, 1)
-    figure = Figure(figsize=(max(5, 0.3 * layers + 2), max(2.6, 0.24 * heads + 1.2)), facecolor="white", layout="constrained")
-    axes = figure.subplots()
     image = axes.imshow(rank.T, cmap="cividis", aspect="auto", vmin=0, vmax=1)
     closed_layers, closed_heads = (gates == 0).nonzero(as_tuple=True)
     axes.scatter(closed_layers, closed_heads, marker="x", color="white", s=26, linewidths=1.6)
-    axes.set(title=title, xlabel="layer", ylabel="head", xticks=range(0, layers, math.ceil(layers / 32)),
-             yticks=range(0, heads, math.ceil(heads / 16)))
-    bar = figure.colorbar(image, label="importance (rank)", ticks=[0, 1], pad=0.01)
+    axes.set(xlabel="layer", ylabel="head", xticks=range(0, layers, math.ceil(layers / 32)), yticks=range(0, heads, math.ceil(heads / 16)))
+    bar = axes.figure.colorbar(image, ax=axes, label="importance (rank)", ticks=[0, 1], pad=0.01)
     bar.ax.set_yticklabels(["least", "most"])
+
+
+def draw_heads(importance: torch.Tensor, gates: torch.Tensor, title: str) -> Figure:
+    """plot_heads() as a figure of its own."""
+    layers, heads = importance.shape
+    figure = Figure(figsize=(max(5, 0.3 * layers + 2), max(2.6, 0.24 * heads + 1.2)), facecolor="white", layout="constrained")
+    plot_heads(figure.subplots(), importance, gates)
+    figure.axes[0].set_title(title)
     return figure
+
+
+# %% [markdown]
+# Closing heads makes everything that was measured of an earlier choice out of date, so the record is kept in one place.
+
+# %%
+def close_heads(run: Run, model, tokenizer, gates: torch.Tensor, test_blocks: torch.Tensor, settings: Settings, by_hand: int = 0) -> None:
+    """Sets the gates of a model, and records and measures what that does; `by_hand` gates are not as the strategy has them."""
+    set_gates(model, gates)
+    run.metrics["heads"] = describe_heads(gates) | {"by_hand": by_hand}
+    measure(run, "pruned", model, tokenizer, test_blocks, settings)
+    print(f"heads lost, layer by layer: {' '.join(map(str, run.metrics['heads']['closed_per_layer']))}")
+
+
+def show_heads(run: Run, importance: torch.Tensor, gates: torch.Tensor) -> None:
+    """Keeps and shows the picture of what was closed, with the finding as its title."""
+    heads, ppl, strategy = run.metrics["heads"], run.metrics["perplexity"], run.metrics["settings"]["strategy"]
+    run.show(draw_heads(importance, gates, f"{heads['closed']} of {heads['total']} heads closed (×) by {strategy}: "
+                        f"perplexity {ppl['dense']:.1f} → {ppl['pruned']:.1f}"), "heads.png")
 
 
 # %%
@@ -1528,18 +1627,349 @@ if __name__ == "__main__":
         gates = choose_uniform_gates(importance, *plan_uniform(model, settings.pruning_level, settings.min_heads))
     else:
         gates = choose_gates(importance, settings.pruning_level, settings.min_heads)
-    set_gates(model, gates)
+    close_heads(run, model, tokenizer, gates, test_blocks, settings)
     pruned = model  # until it is repaired
-    run.metrics["heads"] = describe_heads(gates)
-    measure(run, "pruned", model, tokenizer, test_blocks, settings)
-    ppl = run.metrics["perplexity"]
-    closed, total = run.metrics["heads"]["closed"], run.metrics["heads"]["total"]
-    print(f"heads lost, layer by layer: {' '.join(map(str, run.metrics['heads']['closed_per_layer']))}")
-    run.show(draw_heads(importance, gates, f"{closed} of {total} heads closed (×) by {settings.strategy}: "
-                        f"perplexity {ppl['dense']:.1f} → {ppl['pruned']:.1f}"), "heads.png")
+    show_heads(run, importance, gates)
 
 # %% [markdown]
-# ## 10. Repair without training
+# ## 10. Explore
+#
+# Look and play before you go on. In the **explorer** every square is a head, layers from left to right, dark where it matters least, × where
+# its gate is closed. Drag the level, change the strategy, click single heads; see what the smaller model would weigh, measure it on validation
+# text, let it write. Nothing of that touches the run, until you press *Take it*: then go on from section 11.
+#
+# What a choice of heads saves is arithmetic. A closed query head frees its rows of the query projection and its columns of the output
+# projection; a key/value head is free when no open head reads it any more.
+
+# %%
+def predict_cost(model, gates: torch.Tensor, tokens: int) -> dict[str, float]:
+    """`parameters` and `flops_per_token` (in texts of `tokens` tokens) of the model with only the heads that `gates` (layers, heads) leave."""
+    linear = [module for module in model.modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
+    parameters, products = model.num_parameters(), sum(module.weight.numel() for module in linear)
+    for layer, row in zip(find_heads(model), gates != 0):
+        lost = int((~row).sum()) * layer.output_weight[0].numel()
+        for name, rows in find_rows(layer.attention, layer.heads, layer.head_dim):
+            projection = getattr(layer.attention, name)
+            closed = int((~row.view(len(rows), -1).any(1)).sum()) * layer.head_dim  # outputs that nobody reads
+            lost += closed * inputs_first(projection).shape[0]
+            parameters -= closed * (projection.bias is not None)
+        if not row.any():  # norms of queries and keys go too
+            parameters -= sum(p.numel() for name, p in layer.attention.named_parameters() if "norm" in name)
+        parameters, products = parameters - lost, products - lost
+    head_dim = find_heads(model)[0].head_dim
+    return {"parameters": parameters, "flops_per_token": 2 * products + 4 * tokens * head_dim * int((gates != 0).sum())}
+
+
+# %% [markdown]
+# A callback that takes long would stop the notebook, and one that fails would do so unseen. So long jobs run in a thread, on a model of their own that
+# shares its weights with `model` and has only gates to itself, and whatever goes wrong is said in the panel.
+
+# %%
+def sharing_copy(model):
+    """A copy of a gated model that shares its weights and has gates of its own."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+class Cancelled(Exception):
+    """Somebody pressed Cancel."""
+
+
+class Panel:
+    """A line of text, and a bar with a button to cancel while a job runs: one job at a time, in a thread."""
+
+    def __init__(self):
+        self.text, self.bar, self.cancel = widgets.HTML(), widgets.FloatProgress(max=1.0), widgets.Button(description="Cancel")
+        self.busy = widgets.HBox([self.bar, self.cancel], layout=widgets.Layout(display="none"))
+        self.box, self.stop, self.thread = widgets.VBox([self.busy, self.text]), threading.Event(), None
+        self.cancel.on_click(lambda _: self.stop.set())
+
+    def say(self, words: str, wrong: bool = False):
+        color = "color: #d55e00" if wrong else ""
+        self.text.value = f'<div style="line-height: 1.4; white-space: pre-wrap; {color}">{html.escape(words)}</div>'
+
+    def guard(self, work):
+        """work(), and what it returns is said; what it raises too, for nobody reads the log that it would end in."""
+        try:
+            words = work()
+            if words is not None:
+                self.say(words)
+        except Cancelled:
+            self.say("Cancelled.")
+        except Exception as error:
+            self.say(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}", wrong=True)
+
+    def start(self, work):
+        """guard(work) in a thread, with the bar."""
+        if self.thread is not None and self.thread.is_alive():
+            return self.say("One thing at a time: wait, or cancel.", wrong=True)
+
+        def job():
+            PROGRESS.set(self.count)
+            self.bar.value, self.busy.layout.display = 0.0, ""
+            self.guard(work)
+            self.busy.layout.display = "none"
+
+        self.stop.clear()
+        self.thread = threading.Thread(target=job, daemon=True)
+        self.thread.start()
+
+    def count(self, items, title: str):
+        self.bar.description = title
+        for number, item in enumerate(items):
+            if self.stop.is_set():
+                raise Cancelled
+            self.bar.value = number / len(items)
+            yield item
+
+
+# %% [markdown]
+# The grid of heads is a button for each, coloured by a stylesheet, which costs one short message for a head that changes.
+
+# %%
+COLORS = [to_hex(color) for color in matplotlib.colormaps["cividis"].resampled(16).colors]
+STYLE = ("<style>.prune-head.prune-head {width: 22px; height: 17px; line-height: 17px; padding: 0; margin: 0; min-width: 0; border: 0; "
+         "border-radius: 2px; font-size: 13px; font-weight: bold; overflow: hidden} .prune-head.prune-head:hover {outline: 2px solid #d55e00} "
+         ".prune-label.prune-label, .prune-label .widget-html-content {width: 22px; height: 17px; line-height: 17px; margin: 0; font-size: 10px; "
+         "text-align: center; overflow: hidden}"
+         + "".join(f".prune-head.prune-head.prune-{number} {{background: {color}; color: {'#fff' if number < 10 else '#000'}}}"
+                   for number, color in enumerate(COLORS)) + "</style>")
+
+
+class HeadGrid:
+    """Layers from left to right, heads from top to bottom; `clicked(layer, head)` is called where one is clicked."""
+
+    def __init__(self, layers: int, heads: int, clicked):
+        layout, self.buttons, cells = widgets.Layout(), {}, [widgets.HTML(str(name)).add_class("prune-label") for name in ("", *range(layers))]
+        for head in range(heads):
+            cells.append(widgets.HTML(str(head)).add_class("prune-label"))
+            for layer in range(layers):
+                button = widgets.Button(tooltip=f"layer {layer}, head {head}", layout=layout).add_class("prune-head")
+                button.on_click(lambda _, place=(layer, head): clicked(*place))
+                self.buttons[layer, head] = button
+                cells.append(button)
+        grid = widgets.Layout(grid_template_columns=f"repeat({layers + 1}, 22px)", grid_gap="1px", align_items="center", overflow="auto")
+        self.box, self.colors = widgets.GridBox(cells, layout=grid), {}
+
+    def show(self, importance: torch.Tensor, gates: torch.Tensor):
+        """Colours by the rank of importance (layers, heads), a cross where a gate is 0. Only what changes is sent."""
+        rank = importance.flatten().argsort().argsort().view_as(importance) * 16 // importance.numel()
+        for (layer, head), button in self.buttons.items():
+            color = f"prune-{rank[layer, head]}"
+            if self.colors.get((layer, head)) != color:
+                button.remove_class(self.colors.get((layer, head), ""))
+                button.add_class(color)
+                self.colors[layer, head] = color
+            button.description = "\N{NO-BREAK SPACE}" if gates[layer, head] else "×"  # (an empty one would not take the cross away)
+
+
+# %%
+class Explorer:
+    """The panel of section 10. `take(gates, importance, strategy, level, by_hand)` is what the button *Take it* does."""
+
+    def __init__(self, model, tokenizer, blocks: dict[str, torch.Tensor], settings: Settings, dtype: torch.dtype, importance: torch.Tensor, take):
+        self.model, self.tokenizer, self.blocks, self.settings, self.dtype, self.take = sharing_copy(model), tokenizer, blocks, settings, dtype, take
+        self.importance = {settings.strategy: importance}  # of every strategy that was scored
+        self.dense, self.gates, self.chosen = None, get_gates(model), get_gates(model)
+        wide = {"style": {"description_width": "70px"}}
+        self.strategy = widgets.Dropdown(options=STRATEGY_NAMES, value=settings.strategy, description="strategy", **wide)
+        self.level = widgets.FloatSlider(settings.pruning_level, min=0, max=0.95, step=0.01, description="level", readout_format=".0%", **wide)
+        self.min_heads = widgets.BoundedIntText(settings.min_heads, min=0, max=importance.shape[1], description="min heads", **wide)
+        self.prompt = widgets.Text(settings.prompt, description="prompt", layout=widgets.Layout(width="480px"), **wide)
+        self.measure, self.taking, self.write = (widgets.Button(description=words, tooltip=tip) for words, tip in (
+            ("Measure", "validation perplexity of what is shown"), ("Take it", "these heads become those of the run"),
+            ("Write", "dense model and shown model go on from the prompt")))
+        self.counts, self.panel, self.grid = widgets.HTML(), Panel(), HeadGrid(*importance.shape, self.toggle)
+        for control in (self.strategy, self.level, self.min_heads):
+            control.observe(lambda _: self.choose(), "value")
+        for button, job in ((self.measure, self.perplexity), (self.taking, self.take_it), (self.write, self.samples)):
+            button.on_click(lambda _, job=job: self.panel.start(job))
+        self.box = widgets.VBox([widgets.HTML(STYLE), widgets.HBox([self.strategy, self.level, self.min_heads]), self.grid.box, self.counts,
+                                 widgets.HBox([self.measure, self.taking]), widgets.HBox([self.prompt, self.write]), self.panel.box])
+        self.refresh()
+
+    def choose(self):
+        """The gates that strategy, level and minimum ask for; scores first where there are none yet."""
+        def close():
+            importance = self.importance[self.strategy.value]
+            self.gates = choose_gates(importance, self.level.value, self.min_heads.value)
+            self.chosen = self.gates.clone()
+            self.refresh()
+            return ""
+
+        def score():
+            name = self.strategy.value
+            options = options_for(dataclasses.replace(self.settings, strategy=name, rounds=1, pruning_level=self.level.value), self.dtype)
+            with all_open(self.model):
+                self.importance[name] = get_strategy(name, **options).score(self.model, self.calibration())
+            return close()
+
+        if self.strategy.value in self.importance:
+            self.panel.guard(close)
+        else:
+            self.panel.say(f"Scoring with {self.strategy.value}, once.")
+            self.panel.start(score)
+
+    def toggle(self, layer: int, head: int):
+        self.gates[layer, head] = 1 - (self.gates[layer, head] != 0).float()
+        self.refresh()
+
+    def refresh(self):
+        """Grid and counts as the gates are."""
+        self.grid.show(self.importance.get(self.strategy.value, self.gates), self.gates)
+        closed, total = int((self.gates == 0).sum()), self.gates.numel()
+        words = f"<b>{total - closed} heads open, {closed} closed</b> ({closed / total:.0%})"
+        if can_compact(self.model):
+            before, after = (predict_cost(self.model, gates, self.settings.block_length) for gates in (torch.ones_like(self.gates), self.gates))
+            words += (f" · {after['parameters'] / 1e6:.2f} M parameters ({after['parameters'] / before['parameters'] - 1:+.1%}) · "
+                      f"{after['flops_per_token'] / 1e6:,.1f} MFLOP a token ({after['flops_per_token'] / before['flops_per_token'] - 1:+.1%})")
+        self.counts.value = words
+
+    def calibration(self) -> torch.Tensor:
+        return self.blocks["validation"][: self.settings.calibration_blocks]
+
+    def perplexity(self) -> str:
+        gates, text = self.gates.clone(), self.blocks["validation"][:16]
+        for wanted in ([torch.ones_like(gates)] if self.dense is None else []) + [gates]:
+            set_gates(self.model, wanted)
+            value = perplexity(self.model, text, self.dtype, self.settings.batch_size)
+            self.dense = self.dense or value
+        return f"Validation perplexity {value:.2f}, dense {self.dense:.2f} ({len(text)} blocks), before repair and fine-tuning."
+
+    def samples(self) -> str:
+        gates, words = self.gates.clone(), []
+        for title, wanted in (("dense", torch.ones_like(gates)), ("shown", gates)):
+            set_gates(self.model, wanted)
+            words.append(f"{title}:\n{sample(self.model, self.tokenizer, self.prompt.value)}")
+        return "\n\n".join(words)
+
+    def take_it(self) -> str:
+        gates, strategy = self.gates.clone(), self.strategy.value
+        value = self.take(gates, self.importance[strategy], strategy, self.level.value, int((gates != self.chosen).sum()))
+        return f"Taken: test perplexity {value:.2f}. Now run the cells from section 11 on."
+
+
+# %% [markdown]
+# In a script there is nobody to press a button: then this cell does nothing, and the picture of section 9 stands for it.
+
+# %%
+if __name__ == "__main__" and in_notebook():
+    def take(gates, importance, strategy, level, by_hand):
+        """Makes heads that were chosen by hand those of the run."""
+        global settings, pruned
+        settings = dataclasses.replace(settings, strategy=strategy, pruning_level=level, rounds=1, uniform=False, min_heads=int(gates.sum(1).min()))
+        run.metrics["importance"] = importance.tolist()
+        close_heads(run, model, tokenizer, gates, test_blocks, settings, by_hand)
+        pruned = model
+        return run.metrics["perplexity"]["pruned"]
+
+    explorer = Explorer(model, tokenizer, blocks, settings, dtype, importance, take)
+    show_widget(explorer.box, run.folder / "heads.png")
+
+# %% [markdown]
+# ### What does a head look at?
+#
+# The map of a head has a row for every token: how it spreads its attention over the tokens before it. A column that is bright from top to bottom is
+# an attention sink: there the head rests, and heads that do nothing else are *idle*. On such a map you can see why a low entropy does not make a
+# head important.
+
+# %%
+@torch.no_grad()
+def attention_maps(model, ids: torch.Tensor) -> torch.Tensor:
+    """Attention weights of a text (1, time), all gates open: (layers, heads, time, time)."""
+    maps = []
+    with eager_attention(model), all_open(model), contextlib.ExitStack() as hooks:
+        for layer in find_heads(model):
+            handle = layer.attention.register_forward_hook(lambda module, args, output: maps.append(output[1]))
+            hooks.callback(handle.remove)
+        model.eval().base_model(ids.to(model.device), use_cache=False)
+    if any(weights is None for weights in maps):
+        raise UserError(f"{type(model).__name__} does not give its attention weights: there is nothing to look at.")
+    return torch.cat(maps).float().cpu()
+
+
+def describe_head(attention: torch.Tensor, importance: dict[str, torch.Tensor], layer: int, head: int) -> str:
+    """What can be said of one head: entropy and sink share of its map (time, time), and its rank under every strategy."""
+    ranks = (f"{name} {int((scores > scores[layer, head]).sum()) + 1}" for name, scores in importance.items())
+    total = next(iter(importance.values())).numel()
+    return (f"layer {layer}, head {head}: entropy {1 - focus(attention)[1:].mean():.0%} of its maximum, {attention[1:, 0].mean():.0%} on the first token\n"
+            f"importance rank of {total}: {', '.join(ranks)}")
+
+
+def draw_attention(attention: list[torch.Tensor], titles: list[str], tokens: list[str]) -> Figure:
+    """One map for each head: rows read, columns are read from, both labelled with the tokens."""
+    size = max(4.2, 0.17 * len(tokens) + 1.2)
+    figure = Figure(figsize=(size * len(attention), size + 0.5), facecolor="white", layout="constrained")
+    names = [token.replace("$", r"\$").strip() or "␣" for token in tokens]
+    for axes, weights, title in zip(figure.subplots(1, len(attention), squeeze=False)[0], attention, titles):
+        hidden = torch.ones_like(weights).triu(1).bool()
+        image = axes.imshow(weights.masked_fill(hidden, float("nan")), cmap="cividis", norm=PowerNorm(0.5, 0, 1))
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set_title(title, fontsize=9)
+        axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=figure.axes, label="attention", ticks=[0, 0.1, 0.3, 1], shrink=0.7, pad=0.01)
+    return figure
+
+
+# %% [markdown]
+# The most and the least important head, and then a viewer for any head and sentence.
+
+# %%
+def read_sentence(tokenizer, sentence: str, longest: int = 40) -> tuple[torch.Tensor, list[str]]:
+    """Token ids (1, time) of the first `longest` tokens, and each token as text. Raises UserError for fewer than two."""
+    ids = tokenizer(sentence, return_tensors="pt")["input_ids"][:, :longest]
+    if ids.shape[1] < 2:
+        raise UserError(f"the sentence {sentence!r} has {ids.shape[1]} tokens, but two are needed: write a few words.")
+    return ids, [tokenizer.decode([token]) for token in ids[0].tolist()]
+
+
+def draw_extremes(model, tokenizer, sentence: str, strategy: str, importance: torch.Tensor) -> Figure:
+    """The maps of the most and of the least important head."""
+    ids, tokens = read_sentence(tokenizer, sentence)
+    maps, scores = attention_maps(model, ids), {strategy: importance}
+    places = [divmod(int(index), importance.shape[1]) for index in (importance.argmax(), importance.argmin())]
+    return draw_attention([maps[place] for place in places], [describe_head(maps[place], scores, *place) for place in places], tokens)
+
+
+class AttentionViewer:
+    """The map of one head on a sentence. `importance` is a dict of scores, which may grow."""
+
+    def __init__(self, model, tokenizer, sentence: str, importance: dict[str, torch.Tensor]):
+        self.model, self.tokenizer, self.importance, self.known = sharing_copy(model), tokenizer, importance, ("", None, None)
+        layers, heads = get_gates(model).shape
+        self.layer, self.head = (widgets.IntSlider(0, 0, top - 1, description=name) for name, top in (("layer", layers), ("head", heads)))
+        self.sentence = widgets.Text(sentence, description="sentence", continuous_update=False, layout=widgets.Layout(width="600px"))
+        self.picture, self.panel = widgets.Image(format="png", layout=widgets.Layout(max_width="760px")), Panel()
+        for control in (self.layer, self.head, self.sentence):
+            control.observe(lambda _: self.panel.guard(self.refresh), "value")
+        self.box = widgets.VBox([self.sentence, widgets.HBox([self.layer, self.head]), self.picture, self.panel.box])
+        self.panel.guard(self.refresh)
+
+    def refresh(self) -> str:
+        if self.known[0] != self.sentence.value:
+            ids, tokens = read_sentence(self.tokenizer, self.sentence.value)
+            self.known = (self.sentence.value, tokens, attention_maps(self.model, ids))
+        _, tokens, maps = self.known
+        layer, head = self.layer.value, self.head.value
+        figure = draw_attention([maps[layer, head]], [describe_head(maps[layer, head], self.importance, layer, head)], tokens)
+        self.picture.value = png(figure)
+        return ""
+
+
+# %%
+if __name__ == "__main__":
+    sentence = f"{settings.prompt}. The city was old, and the river was older than the city."
+    try:
+        run.show(draw_extremes(model, tokenizer, sentence, settings.strategy, importance), "attention.png")
+    except UserError as error:  # nothing that follows needs the picture
+        print(error)
+    else:
+        if in_notebook():
+            viewer = AttentionViewer(model, tokenizer, sentence, explorer.importance)
+            show_widget(viewer.box, run.folder / "attention.png")
+
+# %% [markdown]
+# ## 11. Repair without training
 #
 # What a closed head wrote is gone, but part of it can be said by the others: the heads of a layer are not independent. Which mix of the open heads
 # comes nearest to what the dense model computed is a linear least-squares problem, and has an exact solution. With $X$ the open
@@ -1673,13 +2103,13 @@ def spread(blocks: torch.Tensor, number: int) -> torch.Tensor:
 if __name__ == "__main__":
     pruned, repair_text = model, spread(blocks["train"], settings.repair_blocks)
     forget(run, "repaired")
-    if settings.repair and closed:
+    if settings.repair and run.metrics["heads"]["closed"]:
         with run.step("repair"):
             pruned = repair(model, repair_text, dtype, settings.batch_size)
         measure(run, "repaired", pruned, tokenizer, test_blocks, settings)
 
 # %% [markdown]
-# ## 11. Sweep: which strategy, how many heads?
+# ## 12. Sweep: which strategy, how many heads?
 #
 # One strategy at one level says little. With `sweep` every strategy meets every level, on the same model and text: the dense model is loaded once,
 # and heads are scored once per strategy (once per level where the score depends on it). A point is written down the moment it is known, so
@@ -1690,7 +2120,7 @@ def sweep_file(run: Run, settings: Settings, *texts: torch.Tensor) -> Path:
     """Where the points of a sweep are kept: one file for each model, text and setting that they depend on."""
     depends = [run.metrics["perplexity"]["dense"], run.metrics["versions"], run.metrics["precision"], settings.model, settings.seed,
                settings.min_heads, settings.rounds, settings.gate_steps, settings.repair, *(text.tolist() for text in texts)]
-    return Path(settings.output_dir, f"sweep-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12]}.json")
+    return run.folder.parent / f"sweep-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12]}.json"
 
 
 def sweep(model, calibration: torch.Tensor, repair_text: torch.Tensor, test: torch.Tensor, settings: Settings, dtype: torch.dtype, file: Path,
@@ -1708,7 +2138,7 @@ def sweep(model, calibration: torch.Tensor, repair_text: torch.Tensor, test: tor
     wanted = [(name, level) for name in names for level in levels]
     with all_open(model):
         last = None
-        for name, level in tqdm([pair for pair in wanted if pair not in points], "sweep"):
+        for name, level in progress([pair for pair in wanted if pair not in points], "sweep"):
             own = dataclasses.replace(settings, strategy=name, pruning_level=level, rounds=settings.rounds if name in REPEATABLE else 1)
             options = options_for(own, dtype)
             if last != name or "level" in options:  # else the score of the last level serves this one too
@@ -1772,25 +2202,26 @@ def draw_sweep(points: list[dict], dense: float, total: int) -> Figure:
 
 # %%
 if __name__ == "__main__" and settings.sweep:
-    own_point = {"strategy": settings.strategy, "level": settings.pruning_level, "closed": closed, "pruned": run.metrics["perplexity"]["pruned"],
-                 "repaired": run.metrics["perplexity"].get("repaired")}
+    heads_now = run.metrics["heads"]
+    own_point = {"strategy": settings.strategy, "level": settings.pruning_level, "closed": heads_now["closed"],
+                 "pruned": run.metrics["perplexity"]["pruned"], "repaired": run.metrics["perplexity"].get("repaired")}
     with run.step("sweep"):
         texts = (calibration, repair_text, test_blocks)
-        points = sweep(model, *texts, settings, dtype, sweep_file(run, settings, *texts), [own_point] if closed else [])
+        points = sweep(model, *texts, settings, dtype, sweep_file(run, settings, *texts), [own_point] if heads_now["closed"] and not heads_now["by_hand"] else [])
         run.metrics["sweep"] = points
         with (run.folder / "sweep.csv").open("w", newline="") as file:
             table = csv.DictWriter(file, points[0])
             table.writeheader()
             table.writerows(points)
     show_markdown(sweep_table(points, run.metrics["perplexity"]["dense"]) + "\n\n" + conditions(run.metrics))
-    run.show(draw_sweep(points, run.metrics["perplexity"]["dense"], total), "sweep.png")
+    run.show(draw_sweep(points, run.metrics["perplexity"]["dense"], heads_now["total"]), "sweep.png")
     if not in_notebook():
         run.save()
         print(f"results: {run.folder}")
         raise SystemExit
 
 # %% [markdown]
-# ## 12. Compact: cut the closed heads out
+# ## 13. Compact: cut the closed heads out
 #
 # So far the model is as large and as slow as before: a gate multiplies by zero what has been computed all the same. Now the closed
 # heads really go: their rows of the query, key and value projections and their columns of the output projection. Where several query heads
@@ -1798,7 +2229,7 @@ if __name__ == "__main__" and settings.sweep:
 # numbers, so the logits may not change by more than rounding, and the cell that does it checks that.
 #
 # No configuration file can say "layer 3 has 7 heads", which is why pruned models usually cannot be opened again. Here the functions
-# of this section travel with the saved model (section 16): opening it builds the full model without weights and cuts it the same
+# of this section travel with the saved model (section 17): opening it builds the full model without weights and cuts it the same
 # way. So they stand on their own, with torch and transformers and nothing else.
 
 # %%
@@ -1910,14 +2341,6 @@ class LayerConfig:
 # With these, compacting is to fold the gates into the weights and cut.
 
 # %%
-COMPACTABLE = ("gpt2", "opt", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3")
-
-
-def can_compact(model) -> bool:
-    """True where the model's family is one that compact() is tested on; others keep their gates."""
-    return model.config.model_type in COMPACTABLE
-
-
 @torch.no_grad()
 def compact(model):
     """A copy of a gated model without gates and without the heads that they close; its config lists `kept_heads`."""
@@ -2038,7 +2461,7 @@ if __name__ == "__main__":
         print(f"{type(model).__name__} keeps its gates: compacting knows {', '.join(COMPACTABLE)}.")
 
 # %% [markdown]
-# ## 13. Fine-tune
+# ## 14. Fine-tune
 #
 # The remaining heads can learn to do without the closed ones. Training is `transformers.Trainer`: AdamW, a short warm-up, then a cosine
 # decay. The effective batch is `batch_size` blocks, always; where they do not fit into memory at once, fewer are computed at a time
@@ -2096,12 +2519,15 @@ class CommitGates(TrainerCallback):
 
 # %%
 class LivePlot(TrainerCallback):
-    """Collects what the Trainer logs, draws it at most once a second, and keeps the last picture."""
+    """Collects what the Trainer logs and draws it in place, spending at most a twentieth of the time on it; keeps the last picture."""
 
-    def __init__(self, run: Run, name: str, dense_validation: float):
-        self.run, self.name, self.dense = run, name, dense_validation
+    def __init__(self, run: Run, name: str, dense_validation: float, tokens_per_step: int = 0):
+        self.run, self.name, self.dense, self.tokens_per_step = run, name, dense_validation, tokens_per_step
         self.history = {"loss": [], "perplexity": [], "learning_rate": [], "memory": []}
-        self.display, self.drawn = None, 0.0
+        self.display, self.drawn, self.cost = None, 0.0, 0.0
+
+    def on_train_begin(self, args, state, control, **_):
+        self.begun = time.monotonic()
 
     def on_log(self, args, state, control, logs=None, **_):
         for key in ("loss", "learning_rate"):
@@ -2111,7 +2537,9 @@ class LivePlot(TrainerCallback):
             self.history["perplexity"].append((state.global_step, math.exp(logs["eval_loss"])))
         used = memory_used(self.run.device)
         self.history["memory"].append((state.global_step, used.get("accelerator", used["ram"]) / 2**30))
-        if in_notebook() and time.monotonic() - self.drawn > 1:
+
+    def on_step_end(self, args, state, control, **_):
+        if in_notebook() and time.monotonic() - self.drawn > max(0.5, 20 * self.cost):
             self.redraw(state)
 
     def on_train_end(self, args, state, control, **_):
@@ -2119,11 +2547,22 @@ class LivePlot(TrainerCallback):
             self.redraw(state)
         self.draw(state).savefig(self.run.folder / f"{self.name}.png", dpi=150)
 
+    def title(self, state) -> str:
+        """How far, how well, how fast, how long still."""
+        words = [f"{STAGES.get(self.name, self.name)}: step {state.global_step} of {state.max_steps}"]
+        seen = [f"{value:.1f}" for _, value in (self.history["perplexity"][:1] + self.history["perplexity"][-1:])]
+        if seen:
+            words.append(f"validation perplexity {' → '.join(seen)}")
+        seconds = time.monotonic() - self.begun
+        if state.global_step:
+            words.append(f"{self.tokens_per_step * state.global_step / seconds:,.0f} tokens/s")
+            left = seconds / state.global_step * (state.max_steps - state.global_step)
+            words.append(f"{left // 60:.0f} min {left % 60:02.0f} s left" if left else f"{seconds // 60:.0f} min {seconds % 60:02.0f} s")
+        return " · ".join(words)
+
     def draw(self, state) -> Figure:
         figure = Figure(figsize=(11, 2.8), facecolor="white", layout="constrained")
-        seen = [f"{value:.1f}" for _, value in (self.history["perplexity"][:1] + self.history["perplexity"][-1:])]
-        figure.suptitle(f"{STAGES.get(self.name, self.name)}: step {state.global_step} of {state.max_steps}"
-                        + (f", validation perplexity {' → '.join(seen)}" if seen else ""))
+        figure.suptitle(self.title(state), fontsize=11)
         titles = {"loss": "training loss", "perplexity": "validation perplexity", "learning_rate": "learning rate",
                   "memory": "memory (GiB)"}
         for axes, (key, points) in zip(figure.subplots(1, 4), self.history.items()):
@@ -2141,14 +2580,14 @@ class LivePlot(TrainerCallback):
     def redraw(self, state):
         from IPython.display import Image, display
 
-        buffer = io.BytesIO()
-        self.draw(state).savefig(buffer, format="png", dpi=80)
-        picture = Image(buffer.getvalue())
+        start = time.monotonic()
+        picture = Image(png(self.draw(state)))
         if self.display is None:
             self.display = display(picture, display_id=True)
         else:
             self.display.update(picture)
         self.drawn = time.monotonic()
+        self.cost = self.drawn - start
 
 
 # %%
@@ -2190,7 +2629,7 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
         tuned = start(model)
         names = [dict(tuned.named_parameters(remove_duplicate=duplicates)) for duplicates in (True, False)]
         tuned._keys_to_ignore_on_save = list(names[1].keys() - names[0].keys()) or None  # tied weights are not missed in checkpoints
-        plot, optimizer = LivePlot(run, name, dense_validation), None
+        plot, optimizer = LivePlot(run, name, dense_validation, settings.batch_size * blocks["train"].shape[1]), None
         callbacks = [plot] + ([EarlyStoppingCallback(settings.patience)] if settings.patience and not settings.reopen_heads else [])
         if settings.reopen_heads:
             train_gates(tuned)
@@ -2245,15 +2684,15 @@ if __name__ == "__main__":
         tuned = fine_tune(pruned, blocks, settings, run, "fine_tuned", dense_validation, start, teacher=model)
     run.metrics.pop("heads_after_fine_tuning", None)
     if settings.reopen_heads:
-        came_back = ((gates == 0) & (get_gates(tuned) != 0)).nonzero().tolist()
+        came_back = ((get_gates(model) == 0) & (get_gates(tuned) != 0)).nonzero().tolist()
         run.metrics["heads_after_fine_tuning"] = describe_heads(get_gates(tuned)) | {"came_back": came_back}
-        print(f"{len(came_back)} of {closed} closed heads came back [layer, head]: {came_back}")
+        print(f"{len(came_back)} of {run.metrics['heads']['closed']} closed heads came back [layer, head]: {came_back}")
         if can_compact(model):
             tuned = compact(tuned)
     measure(run, "fine_tuned", tuned, tokenizer, test_blocks, settings)
 
 # %% [markdown]
-# ## 14. The control: the dense model, fine-tuned too
+# ## 15. The control: the dense model, fine-tuned too
 #
 # Fine-tuning on text like the test text helps *any* model. To know what pruning cost, the pruned model has to be compared with
 # the dense one after the same number of steps on the same text, and not only with the untouched one.
@@ -2275,7 +2714,7 @@ if __name__ == "__main__":
 
 
 # %% [markdown]
-# ## 15. Compare
+# ## 16. Compare
 #
 # The numbers side by side. *Pruned + fine-tuned* against *dense + fine-tuned* is what pruning really cost.
 
@@ -2283,7 +2722,7 @@ if __name__ == "__main__":
 def require_fine_tuned(metrics: dict) -> None:
     """Raises UserError where the heads were pruned anew and nothing was fine-tuned since."""
     if "fine_tuned" not in metrics["perplexity"]:
-        raise UserError("the model was pruned after it was fine-tuned: run sections 9 to 13 again, and then this cell.")
+        raise UserError("the model was pruned after it was fine-tuned: run sections 9 to 14 again, and then this cell.")
 
 
 def comparison(metrics: dict) -> str:
@@ -2299,35 +2738,93 @@ def comparison(metrics: dict) -> str:
 
 
 # %% [markdown]
-# The same as a picture, and everything together as `report.md`.
+# The same as one picture, fit for a slide: what was removed, what that cost, what came back, how much smaller and faster it is.
 
 # %%
-def draw_comparison(metrics: dict) -> Figure:
-    """Perplexity of every stage, on a log axis; the title states the finding."""
-    values = metrics["perplexity"]
-    figure = Figure(figsize=(8, 0.55 * len(values) + 1.3), facecolor="white", layout="constrained")
-    axes = figure.subplots()
-    colors = {"dense": "#999999", "pruned": "#D55E00", "repaired": "#E69F00", "fine_tuned": "#0072B2", "dense_fine_tuned": "#56B4E9"}
-    axes.axvline(values["dense"], color=colors["dense"], linestyle="--", linewidth=1)
+COLOR = {"dense": "#999999", "pruned": "#D55E00", "repaired": "#E69F00", "fine_tuned": "#0072B2", "dense_fine_tuned": "#56B4E9"}
+
+
+def plot_perplexities(axes, values: dict[str, float]) -> None:
+    """Perplexity of every stage, on a log axis, as the distance from the dense model."""
+    axes.axvline(values["dense"], color=COLOR["dense"], linestyle="--", linewidth=1)
     for row, (stage, value) in enumerate(values.items()):
-        axes.plot([values["dense"], value], [row, row], color=colors[stage], linewidth=3)
-        axes.plot(value, row, "o", color=colors[stage], markersize=11)
-        axes.annotate(f"{value:.1f}", (value, row), (0, 9), textcoords="offset points", ha="center")
+        axes.plot([values["dense"], value], [row, row], color=COLOR[stage], linewidth=3)
+        axes.plot(value, row, "o", color=COLOR[stage], markersize=10)
+        axes.annotate(f"{value:.1f}", (value, row), (0, 8), textcoords="offset points", ha="center", fontsize=9)
     axes.set(xscale="log", xlabel="test perplexity (log scale, lower is better)", yticks=range(len(values)),
              yticklabels=[STAGES[stage] for stage in values], ylim=(len(values) - 0.5, -0.8))
     if max(values.values()) < 10 * min(values.values()):
-        axes.xaxis.set_major_locator(MaxNLocator(8))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.margins(x=0.1)
-    axes.spines[["top", "right"]].set_visible(False)
-    share = metrics["heads"]["closed"] / metrics["heads"]["total"]
-    axes.set_title(f"{share:.0%} of heads closed: perplexity {values['dense']:.1f} → {values['pruned']:.1f}"
-                   + (f" → {values['repaired']:.1f} repaired" if "repaired" in values else "")
-                   + f" → {values['fine_tuned']:.1f} fine-tuned", fontsize=11)
+    axes.margins(x=0.12)
+
+
+def plot_sizes(axes, sizes: dict[str, dict], small: str = "pruned") -> None:
+    """The compact model's size and speed in percent of the dense one's."""
+    rows = {"parameters": "parameters", "KV cache": "cache_bytes_per_token", "FLOPs": "flops_per_token",
+            "forward speed": "forward_tokens_per_second", "training speed": "training_tokens_per_second"}
+    shares = [100 * sizes[small][key] / sizes["dense"][key] for key in rows.values()]
+    axes.barh(list(rows), shares, color=["#0072B2" if "speed" not in name else "#009E73" for name in rows], height=0.6)
+    for row, share in enumerate(shares):
+        axes.annotate(f"{share:.0f} %", (share, row), (-4, 0), textcoords="offset points", va="center", ha="right", color="white", fontsize=9)
+    axes.axvline(100, color=COLOR["dense"], linestyle="--", linewidth=1)
+    axes.set(xlabel="compact model, % of the dense one", xlim=(0, 1.05 * max(100, *shares)))
+    axes.invert_yaxis()
+
+
+def plot_training(axes, metrics: dict) -> None:
+    """Validation perplexity while fine-tuning, the pruned model and the control."""
+    for stage, record in metrics["training"].items():
+        axes.plot(*zip(*record["history"]["perplexity"]), color=COLOR[stage], marker="o", markersize=3, label=STAGES[stage])
+    axes.set(xlabel="step", ylabel="validation perplexity")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def finding(metrics: dict) -> str:
+    """The result in one line."""
+    ppl, heads = metrics["perplexity"], metrics["heads"]
+    words = " → ".join(f"{ppl[stage]:.1f} {name}".strip() for stage, name in (
+        ("dense", ""), ("pruned", ""), ("repaired", "repaired"), ("fine_tuned", "fine-tuned")) if stage in ppl)
+    return f"{heads['closed'] / heads['total']:.0%} of heads gone: perplexity {words}"
+
+
+def draw_dashboard(metrics: dict, gates: torch.Tensor) -> Figure:
+    """Heads, perplexities, size and speed, training, and samples; the title states the finding."""
+    figure = Figure(figsize=(13, 7.4), facecolor="white", layout="constrained")
+    figure.suptitle(f"{bare_name(metrics['settings']['model'])}: {finding(metrics)}", fontsize=15, fontweight="bold")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 0.95))
+    heads, stages = top.subplots(1, 2, width_ratios=(1.25, 1))
+    size, training, words = bottom.subplots(1, 3, width_ratios=(0.8, 0.9, 1.1))
+    plot_heads(heads, torch.tensor(metrics["importance"]), gates)
+    heads.set_title(f"{metrics['heads']['closed']} of {metrics['heads']['total']} heads closed (×) by {metrics['settings']['strategy']}", fontsize=11)
+    plot_perplexities(stages, metrics["perplexity"])
+    stages.set_title("what it cost, what came back", fontsize=11)
+    if "pruned" in metrics["size"]:
+        plot_sizes(size, metrics["size"])
+        size.set_title("size and speed", fontsize=11)
+    else:
+        size.set_axis_off()
+        size.text(0, 0.5, "keeps its gates:\nas large and as fast as before")
+    plot_training(training, metrics)
+    training.set_title("fine-tuning", fontsize=11)
+    words.set_axis_off()
+    words.set_title("what it writes", fontsize=11)
+    text = ""
+    for stage in ("dense", "pruned", "fine_tuned"):
+        lines = textwrap.wrap(" ".join(metrics["samples"][stage].replace("$", r"\$").split()), 62)
+        text += f"{STAGES[stage]}:\n" + "\n".join(lines[:5]) + (" …" if len(lines) > 5 else "") + "\n\n"
+    words.text(0, 1, text, va="top", fontsize=8, transform=words.transAxes)
+    for axes in (stages, size, training):
+        axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
+# %% [markdown]
+# Everything together goes into `report.md`.
+
+# %%
 def write_report(run: Run) -> str:
     """Writes report.md into the run's folder, and returns it."""
     metrics = run.metrics
@@ -2337,7 +2834,7 @@ def write_report(run: Run) -> str:
     numbers = " | ".join(map(str, range(len(metrics["heads"]["open_per_layer"]))))
     size = size_table(metrics["size"]) + "\n\n" if "pruned" in metrics["size"] else ""
     report = (f"# {bare_name(metrics['settings']['model'])}, {metrics['heads']['closed']} of {metrics['heads']['total']} heads closed\n\n"
-              f"{comparison(metrics)}\n\n{conditions(metrics)}\n\n{size}![comparison](comparison.png)\n\n![heads](heads.png)\n\n"
+              f"{comparison(metrics)}\n\n{conditions(metrics)}\n\n{size}![dashboard](dashboard.png)\n\n![heads](heads.png)\n\n"
               f"| layer | {numbers} |\n|---|{'---|' * len(metrics['heads']['open_per_layer'])}\n| heads open | {layers} |\n| heads lost | {lost} |\n\n![fine-tuning](fine_tuned.png)\n\n## Samples\n\n{samples}\n")
     (run.folder / "report.md").write_text(report, encoding="utf-8")
     return report
@@ -2348,16 +2845,16 @@ if __name__ == "__main__":
     require_fine_tuned(run.metrics)
     write_report(run)
     show_markdown(comparison(run.metrics) + "\n\n" + conditions(run.metrics))
-    run.show(draw_comparison(run.metrics), "comparison.png")
+    run.show(draw_dashboard(run.metrics, get_gates(model)), "dashboard.png", width=1100)
     for stage, words in run.metrics["samples"].items():
         print(f"\n{STAGES[stage]}:\n" + re.sub(r"\s*\n\s*", "\n  ", words))
 
 
 # %% [markdown]
-# ## 16. Save and download
+# ## 17. Save and download
 #
 # The **compact** model is saved so that anyone can open it, without this notebook: weights as safetensors, configuration, tokenizer,
-# a model card, and `modeling_pruned.py`, a short file with the functions of section 12, which cuts the model while it is being
+# a model card, and `modeling_pruned.py`, a short file with the functions of section 13, which cuts the model while it is being
 # opened. It is written from the source of those very functions, so the logic exists once.
 
 # %%
@@ -2569,15 +3066,16 @@ def save_models(run: Run, tuned, model, tokenizer, settings: Settings, block: to
 
 
 def deliver(archive: Path) -> None:
-    """Downloads a file in Colab; elsewhere says where it is, with a link in a notebook."""
-    if "google.colab" in sys.modules:
+    """Downloads a file in Colab, where it is not on Drive already; elsewhere says where it is, with a link in a notebook."""
+    if "google.colab" in sys.modules and not archive.is_relative_to("/content/drive"):
         from google.colab import files
 
         files.download(str(archive))
     elif in_notebook():
-        from IPython.display import FileLink, display
+        from IPython.display import HTML, display
 
-        display(FileLink(os.path.relpath(archive)))
+        # Not IPython's FileLink: JupyterLab would open the zip as a text.
+        display(HTML(f'<a href="{urllib.parse.quote(os.path.relpath(archive))}" download>{html.escape(archive.name)}</a>'))
     print(f"results: {archive} ({archive.stat().st_size / 2**20:.1f} MB)")
 
 

@@ -75,6 +75,7 @@ def tiny_tokenizer():
     import tokenizers
 
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
 
 
@@ -96,3 +97,14 @@ def gates():
 @pytest.fixture(autouse=True)
 def one_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A machine that has never seen the script, without a network."""
+    folder = tmp_path_factory.mktemp("home")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    yield folder
+    patch.undo()

@@ -24,17 +24,6 @@ FEW = {"MAX_STEPS": "12", "EVAL_BLOCKS": "8", "CALIBRATION_BLOCKS": "8", "GATE_S
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory):
-    """A machine that has never seen the script, without a network."""
-    folder = tmp_path_factory.mktemp("home")
-    patch = pytest.MonkeyPatch()
-    patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    patch.setenv("HF_HUB_OFFLINE", "1")
-    yield folder
-    patch.undo()
-
-
-@pytest.fixture(scope="session")
 def script_run(home):
     arguments = ["--save-model", "both"] + [word for name, value in FEW.items() for word in ("--" + name.lower().replace("_", "-"), value)]
     return subprocess.run([sys.executable, SCRIPT, *arguments], cwd=home, capture_output=True, text=True)
@@ -125,7 +114,7 @@ def test_the_notebook_runs_top_to_bottom_and_again(results, tmp_path):
         form.source = re.sub(rf"^{name} = \S+", f"{name} = {value}", form.source, flags=re.M)
     (prune,) = (cell for cell in notebook.cells if "gates = choose_gates(importance" in cell.source and "__main__" in cell.source)
     (settle,) = (cell for cell in notebook.cells if "settings = choose_sources(" in cell.source)
-    (compare,) = (cell for cell in notebook.cells if "draw_comparison(run.metrics)" in cell.source)
+    (compare,) = (cell for cell in notebook.cells if "draw_dashboard(run.metrics" in cell.source)
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
     with client.setup_kernel():
         def run(source):
