@@ -68,6 +68,7 @@ import csv
 import dataclasses
 import datetime
 import difflib
+import errno
 import functools
 import gc
 import hashlib
@@ -77,7 +78,6 @@ import json
 import linecache
 import math
 import os
-import pickle
 import platform
 import re
 import shutil
@@ -104,6 +104,7 @@ from huggingface_hub.errors import StrictDataclassError
 from matplotlib.colors import PowerNorm, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
@@ -126,6 +127,7 @@ class UserError(Exception):
 # %%
 # @title Settings
 MODEL = "auto"  # @param ["auto", "demo", "gpt2", "facebook/opt-125m", "EleutherAI/pythia-160m", "HuggingFaceTB/SmolLM2-135M"] {allow-input: true}
+REVISION = ""  # @param {type: "string"}
 STRATEGY = "learned"  # @param ["learned", "fisher", "gradient", "entropy", "magnitude", "random", "entropy-literal"]
 PRUNING_LEVEL = 0.3  # @param {type: "slider", min: 0, max: 0.9, step: 0.05}
 MIN_HEADS = 1  # @param {type: "integer"}
@@ -193,6 +195,7 @@ class Settings:
 
     model: str = option(MODEL, "model and pruning", "hub id, local folder, .gguf file, 'demo' (trained here), or "
                         "'auto': gpt2, and the demo where there is no network")
+    revision: str = option(REVISION, "model and pruning", "branch, tag or commit of a model on the hub")
     strategy: str = option(STRATEGY, "model and pruning", "how heads are scored", STRATEGY_NAMES)
     pruning_level: float = option(PRUNING_LEVEL, "model and pruning", "share of all heads to close, 0 <= level < 1")
     min_heads: int = option(MIN_HEADS, "model and pruning", "heads that stay open in every layer")
@@ -308,12 +311,25 @@ def read_settings(arguments: list[str]) -> Settings:
     return Settings(**values)
 
 
+class RunError(Exception):
+    """Something went wrong that is nobody's mistake. Its message says what, and what to do."""
+
+
 def stop_without_traceback(kind, error, trace):
-    """The script's sys.excepthook: a user's mistake is one sentence and exit status 2."""
-    if not issubclass(kind, UserError):
+    """The script's sys.excepthook: a sentence instead of a traceback, and exit status 2 for a mistake, 1 for a failure, 130 for Ctrl-C."""
+    kept = f" What is there is in {run.folder}." if "run" in globals() and run.folder.exists() else ""
+    if issubclass(kind, UserError):
+        words, status = f"error: {error}", 2
+    elif issubclass(kind, KeyboardInterrupt):
+        words, status = f"interrupted.{kept}", 130
+    elif issubclass(kind, (RunError, SafetensorError)):  # the latter also where the disk is full
+        words, status = f"failed: {error}{kept}", 1
+    elif issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOENT) and error.filename:
+        words, status = f"failed: {error.filename!r} cannot be written or read ({error.strerror}): make room, or choose another --output-dir.{kept}", 1
+    else:
         return sys.__excepthook__(kind, error, trace)
-    print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(2)
+    print(words, file=sys.stderr)
+    raise SystemExit(status)
 
 
 # %% [markdown]
@@ -644,14 +660,21 @@ def join_rows(rows: datasets.Dataset, name: str) -> str:
 
 
 def read_file(path: str) -> str:
-    """The text of a .txt file, or the text column of a .jsonl or .parquet file."""
+    """The text of a .txt file, or the text column of a .jsonl or .parquet file. Raises UserError for what is no text."""
     if path.endswith(".txt"):
         try:
-            return Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{path!r} is not UTF-8 text (byte {error.start}): convert it first.") from None
-    kind = "json" if path.endswith(".jsonl") else "parquet"
-    return join_rows(datasets.load_dataset(kind, data_files=path, split="train"), path)
+    else:
+        try:
+            rows = datasets.load_dataset("json" if path.endswith(".jsonl") else "parquet", data_files=path, split="train")
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise UserError(f"{path!r} cannot be read ({first_sentence(error.__cause__ or error)}): check that it is a {Path(path).suffix} file.") from error
+        text = join_rows(rows, path)
+    if "\0" in text:
+        raise UserError(f"{path!r} has a NUL at character {text.index(chr(0))}, so it is no text: convert it first.")
+    return text
 
 
 def python_docs() -> str:
@@ -714,26 +737,47 @@ if __name__ == "__main__":
 # but a trained one: its heads differ, and closing the wrong ones hurts.
 
 # %%
-def load_model(name: str, device: torch.device, trust_remote_code: bool = False):
+def load_model(name: str, device: torch.device, trust_remote_code: bool = False, revision: str = ""):
     """Tokenizer and float32 model, in evaluation mode. Raises UserError where the model cannot be had or used."""
-    path, options, is_gguf = name, {"trust_remote_code": trust_remote_code}, name.endswith(".gguf")
+    path, options, is_gguf = name, {"trust_remote_code": trust_remote_code, "revision": revision or "main"}, name.endswith(".gguf")
     if is_gguf:
         path, options["gguf_file"] = str(Path(name).parent), Path(name).name
     try:
         if is_gguf and not Path(name).is_file():
             raise OSError("no such file")
-        if not is_gguf and hasattr(AutoConfig.from_pretrained(path, **options), "kept_heads"):
+        config = None if is_gguf else AutoConfig.from_pretrained(path, **options)
+        if hasattr(config, "kept_heads"):
             raise UserError(f"model {name!r} is compact, its heads are cut out already: take the model that it was made from.")
+        if getattr(config, "quantization_config", None) is not None:
+            raise UserError(f"model {name!r} is quantised, and such weights can be neither cut nor trained: take the model that it was made from.")
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
-    except (OSError, ValueError, pickle.UnpicklingError) as error:  # the last: weights in a .bin file that want to run code
-        raise UserError(f"model {name!r} cannot be had ({first_sentence(error)}): it must be a causal language model on the "
-                        "hub (with a network), a local folder, a .gguf file, or 'demo'.") from None
+        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
+    except UserError:
+        raise
+    except Exception as error:  # what strangers put into files fails in every way there is; the sentence says how
+        named = f"model {name!r}" + (f" at revision {revision!r}" if revision else "")
+        raise UserError(f"{named} cannot be had ({first_sentence(error)}): it must be a causal language model on the "
+                        "hub (with a network), a local folder, a .gguf file, or 'demo'.") from error
+    if found["missing_keys"] or found["mismatched_keys"]:
+        lacking = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
+        raise UserError(f"model {name!r} lacks {len(lacking)} of its weights ({lacking[0]} first), which would be random: download it again.")
     if is_gguf:
         # The weights are plain float32 now, but the model would still refuse save_pretrained as quantised.
         model.hf_quantizer, model.is_quantized = None, False
         model.config.__dict__.pop("quantization_config", None)
-    return tokenizer, model.to(device).eval()
+    model = model.to(device).eval()
+    if not is_causal(model):
+        raise UserError(f"model {name!r} is a {type(model).__name__} whose tokens see those after them: take a causal language model.")
+    return tokenizer, model
+
+
+@torch.no_grad()
+def is_causal(model) -> bool:
+    """True where no token's prediction depends on a later token."""
+    ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)  # another last token
+    first, second = (model(tokens, use_cache=False).logits[:, :-1].float() for tokens in (ids, other))
+    return torch.allclose(first, second, rtol=1e-3, atol=1e-3 * first.abs().max().item())
 
 
 # %% [markdown]
@@ -793,13 +837,24 @@ def pack_all(text: dict[str, str], tokenizer, settings: Settings, longest: int) 
     return blocks
 
 
+def check_tokens(blocks: dict[str, torch.Tensor], tokenizer, model, settings: Settings, longest: int, new_tokens: int = 40) -> None:
+    """Raises UserError where the tokenizer has tokens that the model lacks, or the prompt is empty or too long to go on from."""
+    vocabulary, highest = model.get_input_embeddings().num_embeddings, max(int(packed.max()) for packed in blocks.values())
+    if highest >= vocabulary:
+        raise UserError(f"the tokenizer of model {settings.model!r} has a token {highest}, but the model knows only {vocabulary}: they do not belong together.")
+    length = len(tokenizer(settings.prompt)["input_ids"])
+    if not 1 <= length <= longest - new_tokens:
+        raise UserError(f"prompt has {length} tokens, but must have 1 to {longest - new_tokens}: write a {'shorter' if length else 'longer'} one.")
+
+
 # %%
 if __name__ == "__main__":
     with run.step("load model"):
         name = make_demo(text["train"]) if settings.model == "demo" else settings.model
-        tokenizer, model = load_model(name, device, settings.trust_remote_code)
+        tokenizer, model = load_model(name, device, settings.trust_remote_code, settings.revision)
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", settings.block_length)
         blocks = pack_all(text, tokenizer, settings, longest)
+        check_tokens(blocks, tokenizer, model, settings, longest)
     test_blocks = blocks["test"][: settings.eval_blocks or None]
     run.metrics["blocks"] = {split: len(packed) for split, packed in blocks.items()} | {"tested": len(test_blocks)}
     run.metrics["model"] = {"class": type(model).__name__, "parameters": model.num_parameters()}
@@ -1430,7 +1485,7 @@ def soft_gates(scores: torch.Tensor, open_gates: float, temperature: float) -> t
     return torch.sigmoid((scores.flatten(-2) - low - (moves - moves.detach())) / temperature).view_as(scores)
 
 
-def cut_shorter(blocks: torch.Tensor, longest: int = 256) -> torch.Tensor:
+def cut_shorter(blocks: torch.Tensor, longest: int = 128) -> torch.Tensor:
     """Blocks (n, time) cut into equal parts of at most `longest` tokens."""
     parts = math.ceil(blocks.shape[1] / longest)
     length = blocks.shape[1] // parts
@@ -1453,7 +1508,7 @@ class Learned:
     noise: float = 0.5  # scale of the logistic noise, in temperatures
 
     def score(self, model, blocks: torch.Tensor) -> torch.Tensor:
-        """Importance (layers, heads) learned on blocks (n, time): texts of 256 tokens, two in a step, each with its own draw of the noise."""
+        """Importance (layers, heads) learned on blocks (n, time): texts of 128 tokens, 256 tokens in a step, each text with its own draw of the noise."""
         start = Gradient(True, self.batch_size, self.dtype).score(model, blocks).clamp_min(1e-20).log()
         open_gates = start.numel() - round(self.level * start.numel())
         if open_gates == start.numel():
@@ -1461,7 +1516,7 @@ class Learned:
         scores = ((start - start.mean()) / start.std().clamp_min(1e-6)).to(model.device).requires_grad_()
         optimizer, generator = torch.optim.Adam([scores], lr=self.rate, betas=(0.9, 0.98)), torch.Generator().manual_seed(self.seed)
         texts = cut_shorter(blocks)
-        per_step = min(len(texts), max(1, 512 // texts.shape[1]))
+        per_step = min(len(texts), max(1, 256 // texts.shape[1]))
         order = torch.cat([torch.randperm(len(texts), generator=generator) for _ in range(math.ceil(self.steps * per_step / len(texts)))])
         with movable_gates(model) as place:
             dense = fit_batch_size(lambda size: self._last_states(model, texts, size), self.batch_size)
@@ -1475,6 +1530,8 @@ class Learned:
                 self._divergence(model, texts[chosen].to(model.device), dense[chosen].to(model.device)).backward()
                 optimizer.step()
                 optimizer.zero_grad()
+                if not torch.isfinite(scores).all():
+                    raise RunError(f"the gates are not finite after step {step + 1} of {self.steps}: take --precision fp32, or another strategy.")
         return scores.detach().cpu()
 
     @torch.no_grad()
@@ -1960,7 +2017,7 @@ class AttentionViewer:
 if __name__ == "__main__":
     sentence = f"{settings.prompt}. The city was old, and the river was older than the city."
     try:
-        run.show(draw_extremes(model, tokenizer, sentence, settings.strategy, importance), "attention.png")
+        run.show(draw_extremes(model, tokenizer, sentence, settings.strategy, importance), "attention.png", width=1000)
     except UserError as error:  # nothing that follows needs the picture
         print(error)
     else:
@@ -2530,6 +2587,9 @@ class LivePlot(TrainerCallback):
         self.begun = time.monotonic()
 
     def on_log(self, args, state, control, logs=None, **_):
+        value = logs.get("loss", logs.get("eval_loss", 0.0))
+        if not math.isfinite(value):
+            raise RunError(f"the loss is {value} at step {state.global_step} of {state.max_steps}: take a lower --learning-rate, or --precision fp32.")
         for key in ("loss", "learning_rate"):
             if key in logs:
                 self.history[key].append((state.global_step, logs[key]))
@@ -2643,7 +2703,7 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
             str(run.folder / "trainer"), max_steps=steps, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay,
             warmup_steps=round(settings.warmup * steps), lr_scheduler_type="cosine", max_grad_norm=1.0,
             per_device_train_batch_size=micro_batch, gradient_accumulation_steps=settings.batch_size // micro_batch,
-            per_device_eval_batch_size=micro_batch, prediction_loss_only=True,
+            per_device_eval_batch_size=micro_batch, prediction_loss_only=True, logging_nan_inf_filter=False,
             eval_strategy="steps", eval_steps=max(1, steps // 10), logging_steps=max(1, steps // 25),
             # Gates that are still being chosen have no best moment: with them the last weights count.
             save_strategy="no" if settings.reopen_heads else "steps", save_steps=max(1, steps // 10), save_total_limit=1, save_only_model=True,
