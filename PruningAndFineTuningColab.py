@@ -104,7 +104,7 @@ from huggingface_hub.errors import StrictDataclassError
 from matplotlib.colors import PowerNorm, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
@@ -172,6 +172,7 @@ SEED = 0  # @param {type: "integer"}
 SAVE_MODEL = "compact"  # @param ["compact", "zeroed", "both", "no"]
 OUTPUT_DIR = "results"  # @param {type: "string"}
 SAVE_TO_DRIVE = False  # @param {type: "boolean"}
+RESUME = "auto"  # @param ["auto", "no"] {allow-input: true}
 OFFLINE = False  # @param {type: "boolean"}
 TRUST_REMOTE_CODE = False  # @param {type: "boolean"}
 
@@ -243,6 +244,8 @@ class Settings:
     output_dir: str = option(OUTPUT_DIR, "machine and results", "folder that gets a new results folder for each run")
     save_to_drive: bool = option(SAVE_TO_DRIVE, "machine and results", "in Colab, keep the results on your Google Drive (in MyDrive), which outlives "
                                  "the session and downloads of any size")
+    resume: str = option(RESUME, "machine and results", "results folder of a run to go on with; 'auto': the newest unfinished one with these very settings, "
+                         "if there is one; 'no': start anew")
     offline: bool = option(OFFLINE, "machine and results", "use no network, only what is on this machine")
     trust_remote_code: bool = option(TRUST_REMOTE_CODE, "machine and results", "run the Python code that a model brings along, if it does")
 
@@ -293,6 +296,18 @@ class Settings:
 # In a shell the settings are options. A mistake there is answered in one sentence, without a traceback.
 
 # %%
+def settings_of(folder: str) -> dict:
+    """The settings that the run of a results folder was started with. Raises UserError where it does not say them."""
+    kinds = {field.name: (int, float) if field.type is float else field.type for field in dataclasses.fields(Settings) if field.name != "resume"}
+    try:
+        asked = json.loads(Path(folder, "metrics.json").read_text())["asked"]
+        if not all(isinstance(asked[name], kind) for name, kind in kinds.items()):
+            raise ValueError
+        return {name: asked[name] for name in kinds}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"resume is {folder!r}, but must be 'auto', 'no', or the folder of a run, with its metrics.json: check the path.") from None
+
+
 def read_settings(arguments: list[str]) -> Settings:
     """Settings from the form's values, overridden by command-line arguments."""
     parser = argparse.ArgumentParser(description="Prune the attention heads of a causal language model, fine-tune "
@@ -307,6 +322,9 @@ def read_settings(arguments: list[str]) -> Settings:
         kind = {"action": argparse.BooleanOptionalAction} if is_switch else {"type": field.type, "metavar": metavar}
         groups[group].add_argument(flag, default=globals()[name.upper()], help=field.metadata["help"], **kind)
     values = vars(parser.parse_args(arguments))
+    if values["resume"] not in ("auto", "no"):  # its settings, but for what is said now
+        parser.set_defaults(**settings_of(values["resume"]))
+        values = vars(parser.parse_args(arguments))
     values["control"] = {True: "yes", False: "no"}.get(values["control"], values["control"])
     return Settings(**values)
 
@@ -517,6 +535,10 @@ def progress(items, title: str):
 # %% [markdown]
 # Every run gets a folder of its own, named by the time, and never overwrites another. What a step computes is written to
 # `metrics.json` the moment the step ends.
+#
+# Sessions die, so what is dear to compute (scores, repaired and fine-tuned weights, checkpoints) is also kept, in a folder beside it that ends in
+# `.state` and is removed when all is done. The same run started again finds it there and goes on; each product is named by a fingerprint of all that
+# it depends on, so nothing stale is ever taken.
 
 # %%
 def on_drive(folder: str) -> Path:
@@ -530,32 +552,114 @@ def on_drive(folder: str) -> Path:
     return Path("/content/drive/MyDrive", folder)
 
 
+def fingerprint(*things) -> str:
+    """The same for the same values (numbers, texts, tensors, models), and else another."""
+    digest = hashlib.sha256()
+    for thing in things:
+        if isinstance(thing, torch.nn.Module):  # weights by their sums: a look at every number, but no copy
+            thing = [(name, value.double().sum().item() if value.device.type != "mps" else value.cpu().double().sum().item())
+                     for name, value in thing.state_dict().items()]
+        elif isinstance(thing, torch.Tensor):
+            thing = thing.tolist()
+        digest.update(repr(thing).encode())
+    return digest.hexdigest()[:16]
+
+
+def this_process() -> dict:
+    return {"host": platform.node(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+
+
+def is_running(process: dict) -> bool:
+    """True where the process that a record names is another one, on this machine, and still there."""
+    if process["host"] != platform.node() or process == this_process() or not psutil.pid_exists(process["pid"]):
+        return False
+    return psutil.Process(process["pid"]).create_time() == process["started"]
+
+
+# %%
 class Run:
     """The record of one run: its folder, its numbers (`metrics`, kept in metrics.json), its pictures."""
 
     def __init__(self, settings: Settings, device: torch.device, dtype: torch.dtype):
         transformers.set_seed(settings.seed)
-        place = on_drive(settings.output_dir) if settings.save_to_drive else Path(settings.output_dir)
-        model = re.sub(r"[^\w.-]+", "-", Path(settings.model).stem)
-        stem = f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{model}"
-        names = (stem + (f"-{number}" if number > 1 else "") for number in range(1, 100))
-        try:
-            self.folder = next(path for name in names if not (path := place / name).exists())
-            self.folder.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"output_dir is {str(place)!r}, but no folder can be made there "
-                            f"({error.strerror}): choose another place.") from None
         self.device, self.dtype = device, dtype
         packages = (torch, transformers, datasets, accelerate)
+        asked = {name: value for name, value in dataclasses.asdict(settings).items() if name != "resume"}
         self.metrics = {
             "settings": dataclasses.asdict(settings),
             "versions": {"python": platform.python_version()} | {p.__name__: p.__version__ for p in packages},
             "device": describe_device(device),
             "precision": str(dtype).removeprefix("torch."),
             "perplexity": {}, "parameters": {}, "heads": {}, "size": {}, "samples": {},
-            "seconds": {}, "peak_memory_bytes": {},
+            "seconds": {}, "peak_memory_bytes": {}, "asked": asked, "process": this_process(), "finished": False,
         }
+        place = on_drive(settings.output_dir) if settings.save_to_drive else Path(settings.output_dir)
+        self.folder = self.find_unfinished(settings.resume, place)
+        if self.folder:
+            print(f"Going on with {self.folder}, which was not finished (--resume no starts anew).")
+        else:
+            self.folder = self.make_folder(place, settings.model)
         self.save()
+
+    def make_folder(self, place: Path, model: str) -> Path:
+        """A new folder. Raises UserError where none can be made."""
+        stem = f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_" + re.sub(r"[^\w.-]+", "-", Path(model).stem)
+        names = (stem + (f"-{number}" if number > 1 else "") for number in range(1, 100))
+        try:
+            folder = next(path for name in names if not (path := place / name).exists())
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"output_dir is {str(place)!r}, but no folder can be made there "
+                            f"({error.strerror}): choose another place.") from None
+        return folder
+
+    def find_unfinished(self, resume: str, place: Path) -> Path | None:
+        """The folder to go on in, and its record, or None. Raises UserError where `resume` names one of another run."""
+        if resume == "no":
+            return None
+        for file in [Path(resume, "metrics.json")] if resume != "auto" else sorted(place.glob("*/metrics.json"), reverse=True):
+            try:
+                record = json.loads(file.read_text())
+                differing = [name for name in ("asked", "versions", "device", "precision") if record[name] != self.metrics[name]]
+                unfinished = not record["finished"] or file.parent.with_name(file.parent.name + ".state").exists()
+                usable = not differing and unfinished and self.metrics.keys() <= record.keys() and not is_running(record["process"])
+            except (OSError, ValueError, TypeError, KeyError):  # a record of an older version, or none of ours
+                usable, differing = False, ["record"]
+            if usable:
+                self.metrics = record | {name: self.metrics[name] for name in ("settings", "process")}
+                return file.parent
+            if resume != "auto":
+                reason = f"its {' and '.join(differing)} differ from this run's" if differing else "it is finished, or still running"
+                raise UserError(f"resume is {resume!r}, but {reason}: give the same options as then, or start anew with --resume no.")
+        return None
+
+    @property
+    def state(self) -> Path:
+        """Where products are kept until the run is finished."""
+        return self.folder.with_name(self.folder.name + ".state")
+
+    def once(self, name: str, depends: tuple, compute) -> tuple[dict[str, torch.Tensor], dict]:
+        """compute(), which returns a dict of tensors and a record (JSON), or, where that was done before with equal `depends`, what it returned then."""
+        file = self.state / f"{name}-{fingerprint(str(self.dtype), self.metrics['asked']['seed'], *depends)}.safetensors"
+        if file.exists():
+            print(f"[{name}: kept from before]")
+            with safe_open(file, "pt") as kept:
+                return load_file(file), json.loads(kept.metadata()["record"])
+        self.metrics["finished"] = False
+        tensors, record = compute()
+        self.state.mkdir(exist_ok=True)
+        part = file.with_suffix(".part")
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, {"record": json.dumps(record)})
+        part.replace(file)
+        return tensors, record
+
+    def finish(self) -> Path:
+        """The run's folder as a zip. What was kept to go on from goes, in the end."""
+        self.metrics["finished"] = True
+        self.save()
+        archive = shutil.make_archive(str(self.folder), "zip", self.folder.parent, self.folder.name)
+        shutil.rmtree(self.state, ignore_errors=True)
+        return Path(archive)
 
     def save(self):
         """Writes metrics.json in one move, so that it is never half there."""
@@ -576,7 +680,8 @@ class Run:
             raise
         finally:
             top = self.metrics["peak_memory_bytes"][name] = peak.stop()
-            seconds = self.metrics["seconds"][name] = round(time.perf_counter() - start, 2)
+            seconds = round(time.perf_counter() - start, 2)
+            self.metrics["seconds"][name] = max(seconds, self.metrics["seconds"].get(name, 0.0))  # the larger, where it was done before
             if empty:  # a mistake before anything was computed leaves nothing behind
                 shutil.rmtree(self.folder, ignore_errors=True)
             else:
@@ -914,11 +1019,16 @@ def measure(run: Run, stage: str, model, tokenizer, blocks: torch.Tensor, settin
     """Records a stage's test perplexity and sample text, and forgets those of later stages, which are out of date."""
     run.metrics["settings"] = dataclasses.asdict(settings)
     forget(run, stage)
+
+    def compute():
+        return {}, {"perplexity": perplexity(model, blocks, run.dtype, settings.batch_size), "samples": sample(model, tokenizer, settings.prompt),
+                    "parameters": model.num_parameters()}
+
     with run.step(f"measure {stage}"):
-        value = run.metrics["perplexity"][stage] = perplexity(model, blocks, run.dtype, settings.batch_size)
-        run.metrics["samples"][stage] = sample(model, tokenizer, settings.prompt)
-        run.metrics["parameters"][stage] = model.num_parameters()
-    print(f"{stage}: perplexity {value:.2f}")
+        _, record = run.once(f"measure_{stage}", (model, blocks, settings.prompt), compute)
+        for name, value in record.items():
+            run.metrics[name][stage] = value
+    print(f"{stage}: perplexity {record['perplexity']:.2f}")
 
 
 # %% [markdown]
@@ -1603,8 +1713,11 @@ def options_for(settings: Settings, dtype: torch.dtype) -> dict:
 # %%
 if __name__ == "__main__":
     calibration = blocks["validation"][: settings.calibration_blocks]
+    options = options_for(settings, dtype)
     with run.step("importance"), all_open(model):
-        importance = get_strategy(settings.strategy, **options_for(settings, dtype)).score(model, calibration)
+        kept, _ = run.once("importance", (model, calibration, settings.strategy, options), lambda: (
+            {"importance": get_strategy(settings.strategy, **options).score(model, calibration)}, {}))
+        importance = kept["importance"]
         run.metrics["importance"] = importance.tolist()
     print(f"{settings.strategy}, on {len(calibration)} blocks of validation text")
 
@@ -2151,6 +2264,12 @@ def repair(model, blocks: torch.Tensor, dtype: torch.dtype = torch.float32, batc
     return fit_batch_size(attempt, len(blocks))  # all blocks have to go through a layer before the next one can be repaired
 
 
+def changed_weights(model, before) -> dict[str, torch.Tensor]:
+    """The parameters in which a model differs from what it was."""
+    old = dict(before.named_parameters())
+    return {name: value for name, value in model.named_parameters() if not torch.equal(value, old[name])}
+
+
 def spread(blocks: torch.Tensor, number: int) -> torch.Tensor:
     """So many blocks, evenly spread over all of them."""
     return blocks[torch.linspace(0, len(blocks) - 1, min(number, len(blocks))).round().long()]
@@ -2162,7 +2281,10 @@ if __name__ == "__main__":
     forget(run, "repaired")
     if settings.repair and run.metrics["heads"]["closed"]:
         with run.step("repair"):
-            pruned = repair(model, repair_text, dtype, settings.batch_size)
+            kept, _ = run.once("repair", (model, repair_text, RIDGE), lambda: (
+                changed_weights(repair(model, repair_text, dtype, settings.batch_size), model), {}))
+            pruned = copy.deepcopy(model)
+            pruned.load_state_dict(kept, strict=False)
         measure(run, "repaired", pruned, tokenizer, test_blocks, settings)
 
 # %% [markdown]
@@ -2273,8 +2395,7 @@ if __name__ == "__main__" and settings.sweep:
     show_markdown(sweep_table(points, run.metrics["perplexity"]["dense"]) + "\n\n" + conditions(run.metrics))
     run.show(draw_sweep(points, run.metrics["perplexity"]["dense"], heads_now["total"]), "sweep.png")
     if not in_notebook():
-        run.save()
-        print(f"results: {run.folder}")
+        print(f"results: {run.finish()}")
         raise SystemExit
 
 # %% [markdown]
@@ -2584,19 +2705,24 @@ class LivePlot(TrainerCallback):
         self.display, self.drawn, self.cost = None, 0.0, 0.0
 
     def on_train_begin(self, args, state, control, **_):
-        self.begun = time.monotonic()
+        self.begun, self.first_step = time.monotonic(), state.global_step
+        for logs in state.log_history:  # of a training that goes on
+            self.collect(logs["step"], logs)
 
     def on_log(self, args, state, control, logs=None, **_):
         value = logs.get("loss", logs.get("eval_loss", 0.0))
         if not math.isfinite(value):
             raise RunError(f"the loss is {value} at step {state.global_step} of {state.max_steps}: take a lower --learning-rate, or --precision fp32.")
-        for key in ("loss", "learning_rate"):
-            if key in logs:
-                self.history[key].append((state.global_step, logs[key]))
-        if "eval_loss" in logs:
-            self.history["perplexity"].append((state.global_step, math.exp(logs["eval_loss"])))
+        self.collect(state.global_step, logs)
         used = memory_used(self.run.device)
         self.history["memory"].append((state.global_step, used.get("accelerator", used["ram"]) / 2**30))
+
+    def collect(self, step, logs):
+        for key in ("loss", "learning_rate"):
+            if key in logs:
+                self.history[key].append((step, logs[key]))
+        if "eval_loss" in logs:
+            self.history["perplexity"].append((step, math.exp(logs["eval_loss"])))
 
     def on_step_end(self, args, state, control, **_):
         if in_notebook() and time.monotonic() - self.drawn > max(0.5, 20 * self.cost):
@@ -2614,9 +2740,10 @@ class LivePlot(TrainerCallback):
         if seen:
             words.append(f"validation perplexity {' → '.join(seen)}")
         seconds = time.monotonic() - self.begun
-        if state.global_step:
-            words.append(f"{self.tokens_per_step * state.global_step / seconds:,.0f} tokens/s")
-            left = seconds / state.global_step * (state.max_steps - state.global_step)
+        done = state.global_step - self.first_step
+        if done:
+            words.append(f"{self.tokens_per_step * done / seconds:,.0f} tokens/s")
+            left = seconds / done * (state.max_steps - state.global_step)
             words.append(f"{left // 60:.0f} min {left % 60:02.0f} s left" if left else f"{seconds // 60:.0f} min {seconds % 60:02.0f} s")
         return " · ".join(words)
 
@@ -2671,6 +2798,43 @@ class DistillingTrainer(Trainer):
         return (loss, output) if return_outputs else loss
 
 
+# %% [markdown]
+# Every tenth of the way a checkpoint is written, with the optimizer and the random numbers, from which an interrupted training goes on as if nothing
+# had happened. What was being written when the process died is no checkpoint; its state, which is written last, is not there or not whole.
+
+# %%
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint in a Trainer's folder, or None; those that are not whole are removed."""
+    whole = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            whole.append((json.loads((path / "trainer_state.json").read_text())["global_step"], str(path)))
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+    return max(whole, default=(0, None))[1]
+
+
+def training_settings(settings: Settings) -> dict:
+    """The settings that a fine-tuned model depends on."""
+    groups = {field.name: field.metadata["group"] for field in dataclasses.fields(Settings)}
+    more = ("reopen_heads", "pruning_level", "min_heads") if settings.reopen_heads else ()
+    return {name: value for name, value in dataclasses.asdict(settings).items() if groups[name] == "fine-tuning" or name in more}
+
+
+def fine_tuned(model, start, blocks: dict[str, torch.Tensor], settings: Settings, run: Run, name: str, *arguments, **options):
+    """fine_tune(), once: where it was done before, the weights that were kept."""
+    def compute():
+        tuned = fine_tune(model, blocks, settings, run, name, *arguments, start, **options)
+        gates = {key: value for key, value in tuned.named_buffers() if key.endswith(".gates")}
+        return dict(tuned.named_parameters()) | gates, run.metrics["training"][name]
+
+    weights, record = run.once(name, (model, blocks["train"], blocks["validation"], training_settings(settings)), compute)
+    run.metrics.setdefault("training", {})[name] = record
+    tuned = start(model)
+    tuned.load_state_dict(weights, strict=False)
+    return tuned.eval()
+
+
 # %%
 def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: Run, name: str, dense_validation: float, start=copy.deepcopy,
               teacher=None):
@@ -2683,6 +2847,8 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
     # The first label is masked: nothing predicts it, but the Trainer would count it, and every loss would be a little too small.
     train, validation = ([{"input_ids": block, "labels": torch.cat([block.new_tensor([-100]), block[1:]])} for block in part]
                          for part in (blocks["train"], blocks["validation"][:16]))
+
+    folder = run.state / f"trainer-{name}-{fingerprint(model, blocks['train'], blocks['validation'], training_settings(settings))}"
 
     def attempt(micro_batch):
         transformers.set_seed(settings.seed)
@@ -2700,13 +2866,14 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
                                            {"params": gates, "lr": GATE_LEARNING_RATE, "weight_decay": 0.0}],
                                           lr=settings.learning_rate)
         arguments = TrainingArguments(
-            str(run.folder / "trainer"), max_steps=steps, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay,
+            str(folder / f"micro-batch-{micro_batch}"), max_steps=steps, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay,
             warmup_steps=round(settings.warmup * steps), lr_scheduler_type="cosine", max_grad_norm=1.0,
             per_device_train_batch_size=micro_batch, gradient_accumulation_steps=settings.batch_size // micro_batch,
             per_device_eval_batch_size=micro_batch, prediction_loss_only=True, logging_nan_inf_filter=False,
             eval_strategy="steps", eval_steps=max(1, steps // 10), logging_steps=max(1, steps // 25),
             # Gates that are still being chosen have no best moment: with them the last weights count.
-            save_strategy="no" if settings.reopen_heads else "steps", save_steps=max(1, steps // 10), save_total_limit=1, save_only_model=True,
+            save_strategy="no" if settings.reopen_heads else "steps", save_steps=max(1, steps // 10), save_total_limit=1,
+            restore_callback_states_from_checkpoint=True,
             load_best_model_at_end=not settings.reopen_heads, metric_for_best_model="loss",
             bf16=run.dtype == torch.bfloat16, fp16=run.dtype == torch.float16, use_cpu=run.device.type == "cpu",
             seed=settings.seed, report_to="none", disable_tqdm=in_notebook(), dataloader_pin_memory=run.device.type == "cuda")
@@ -2715,7 +2882,7 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
         trainer = kind(tuned, arguments, train_dataset=train, eval_dataset=validation, callbacks=callbacks, optimizers=(optimizer, None))
         trainer.remove_callback(transformers.PrinterCallback)
         with all_open(teacher) if distil else contextlib.nullcontext():
-            result = trainer.train()
+            result = trainer.train(resume_from_checkpoint=last_checkpoint(Path(arguments.output_dir)))
         seen = [value for _, value in plot.history["perplexity"]]
         del tuned._keys_to_ignore_on_save
         tuned.config.use_cache = model.config.use_cache  # which the Trainer switches off, and would be saved so
@@ -2724,13 +2891,13 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
         run.metrics.setdefault("training", {})[name] = {
             "steps": trainer.state.global_step, "planned_steps": steps, "kept_step": steps if settings.reopen_heads else
             plot.history["perplexity"][seen.index(min(seen))][0], "tokens_per_step": settings.batch_size * blocks["train"].shape[1], "micro_batch": micro_batch,
-            "train_tokens_per_second": round(trainer.state.global_step * settings.batch_size * blocks["train"].shape[1]
+            "train_tokens_per_second": round((trainer.state.global_step - plot.first_step) * settings.batch_size * blocks["train"].shape[1]
                                              / result.metrics["train_runtime"], 1),
             "history": plot.history}
         return tuned.eval()
 
     tuned = fit_batch_size(attempt, settings.batch_size)
-    shutil.rmtree(run.folder / "trainer", ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     return tuned
 
 
@@ -2741,7 +2908,7 @@ if __name__ == "__main__":
             dense_validation = perplexity(model, blocks["validation"][:16], dtype, settings.batch_size)
         tuned = None  # lets the last one go, if this cell is run again
         start = compact if can_compact(model) and not settings.reopen_heads else copy.deepcopy
-        tuned = fine_tune(pruned, blocks, settings, run, "fine_tuned", dense_validation, start, teacher=model)
+        tuned = fine_tuned(pruned, start, blocks, settings, run, "fine_tuned", dense_validation, teacher=model)
     run.metrics.pop("heads_after_fine_tuning", None)
     if settings.reopen_heads:
         came_back = ((get_gates(model) == 0) & (get_gates(tuned) != 0)).nonzero().tolist()
@@ -2768,7 +2935,7 @@ if __name__ == "__main__":
     elif settings.control != "no":
         with run.step("fine-tune control"), all_open(model):
             all_heads = dataclasses.replace(settings, reopen_heads=False)
-            dense_tuned = fine_tune(model, blocks, all_heads, run, "dense_fine_tuned", dense_validation)
+            dense_tuned = fine_tuned(model, copy.deepcopy, blocks, all_heads, run, "dense_fine_tuned", dense_validation)
         measure(run, "dense_fine_tuned", dense_tuned, tokenizer, test_blocks, settings)
         del dense_tuned
 
@@ -3144,5 +3311,4 @@ if __name__ == "__main__":
     require_fine_tuned(run.metrics)
     with run.step("save model"):
         save_models(run, tuned, pruned, tokenizer, settings, test_blocks[:1])
-    archive = Path(shutil.make_archive(str(run.folder), "zip", run.folder.parent, run.folder.name))
-    deliver(archive)
+    deliver(run.finish())

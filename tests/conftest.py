@@ -100,11 +100,17 @@ def one_seed():
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory):
-    """A machine that has never seen the script, without a network."""
+def secret():
+    return "hf_" + "thisIsAToken" * 3
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory, secret):
+    """A machine that has never seen the script, without a network, with a token in its environment."""
     folder = tmp_path_factory.mktemp("home")
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     patch.setenv("HF_HUB_OFFLINE", "1")
+    patch.setenv("HF_TOKEN", secret)
     yield folder
     patch.undo()

@@ -106,7 +106,7 @@ def finished(page, server):
     page.locator(".jp-InputPrompt", has_text="[*]").first.wait_for()
     picture = cell_of(page, 'with run.step("fine-tune"):').locator(".jp-OutputArea img").first
     picture.wait_for(timeout=5 * MINUTES)
-    seen, last = [], cell_of(page, "deliver(archive)").locator(".jp-OutputArea-output a")
+    seen, last = [], cell_of(page, "deliver(run.finish())").locator(".jp-OutputArea-output a")
     while not last.count():
         source = picture.get_attribute("src")
         if not seen or seen[-1] != source:
@@ -210,7 +210,7 @@ def test_the_attention_viewer_shows_another_head(page, finished):
 
 def test_the_link_downloads_the_zip(page, server, finished):
     with page.expect_download() as download:
-        cell_of(page, "deliver(archive)").locator(".jp-OutputArea-output a").first.click()
+        cell_of(page, "deliver(run.finish())").locator(".jp-OutputArea-output a").first.click()
     (archive,) = (server[1] / "results").glob("*.zip")
     assert Path(download.value.path()).read_bytes() == archive.read_bytes()
 

@@ -176,7 +176,7 @@ def test_importing_runs_nothing_and_prints_nothing(tmp_path):
 
 
 def test_a_results_folder_is_never_overwritten_and_its_record_is_whole(tmp_path):
-    runs = [nb.Run(settings(output_dir=str(tmp_path), model="a/../b c"), torch.device("cpu"), torch.float32) for _ in range(3)]
+    runs = [nb.Run(settings(output_dir=str(tmp_path), model="a/../b c", resume="no"), torch.device("cpu"), torch.float32) for _ in range(3)]
     assert len({run.folder for run in runs}) == 3 and {run.folder.parent for run in runs} == {tmp_path}
     with pytest.raises(ZeroDivisionError), runs[0].step("broken"):
         runs[0].metrics["perplexity"]["dense"] = 7.0

@@ -87,6 +87,14 @@ def test_the_zip_holds_the_report_the_pictures_and_a_model_that_opens(results, t
     assert json.loads((folder / "model-compact" / "config.json").read_text())["use_cache"] is True
 
 
+def test_no_secret_of_the_environment_is_in_what_is_handed_on(results, script_run, secret):
+    for path in (*results.rglob("*"), Path(f"{results}.zip")):
+        assert path.is_dir() or secret.encode() not in path.read_bytes()
+    with zipfile.ZipFile(f"{results}.zip") as archive:
+        assert not [name for name in archive.namelist() if secret.encode() in archive.read(name)]
+    assert secret not in script_run.stdout + script_run.stderr
+
+
 def test_no_folder_of_this_machine_is_named_in_what_is_handed_on(results):
     for path in (*results.glob("model-*/*.json"), *results.glob("model-*/*.md"), *results.glob("*.md")):
         assert str(results.parents[1]) not in path.read_text()
@@ -143,7 +151,7 @@ def test_the_notebook_runs_top_to_bottom_and_again(results, tmp_path):
         half = run(prune.source)
         closed = json.loads(run("print(run.metrics['heads']['closed_list'])"))
         assert run("print(pruned is model)").strip() == "True", "what was repaired before belongs to other gates"
-        with pytest.raises(CellExecutionError, match="pruned after it was fine-tuned: run sections 9 to 13 again"):
+        with pytest.raises(CellExecutionError, match="pruned after it was fine-tuned: run sections 9 to 14 again"):
             run(compare.source)
 
     # a fresh run at that level, from the record and the files alone
