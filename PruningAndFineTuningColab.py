@@ -117,6 +117,10 @@ class UserError(Exception):
     """A mistake in the input. Its message names the bad value, what is allowed, and what to do."""
 
 
+class RunError(Exception):
+    """Something went wrong that is nobody's mistake. Its message says what, and what to do."""
+
+
 # %% [markdown]
 # ## 2. Settings
 #
@@ -329,10 +333,6 @@ def read_settings(arguments: list[str]) -> Settings:
     return Settings(**values)
 
 
-class RunError(Exception):
-    """Something went wrong that is nobody's mistake. Its message says what, and what to do."""
-
-
 def stop_without_traceback(kind, error, trace):
     """The script's sys.excepthook: a sentence instead of a traceback, and exit status 2 for a mistake, 1 for a failure, 130 for Ctrl-C."""
     kept = f" What is there is in {run.folder}." if "run" in globals() and run.folder.exists() else ""
@@ -340,6 +340,8 @@ def stop_without_traceback(kind, error, trace):
         words, status = f"error: {error}", 2
     elif issubclass(kind, KeyboardInterrupt):
         words, status = f"interrupted.{kept}", 130
+    elif issubclass(kind, torch.OutOfMemoryError):
+        words, status = f"failed: out of memory: take a smaller --block-length or --batch-size, --precision bf16, or a smaller model.{kept}", 1
     elif issubclass(kind, (RunError, SafetensorError)):  # the latter also where the disk is full
         words, status = f"failed: {error}{kept}", 1
     elif issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOENT) and error.filename:
@@ -505,19 +507,28 @@ class PeakMemory(threading.Thread):
 # Where memory does run out, a batch is tried again in smaller parts: it costs a second try, and not the run.
 
 # %%
-def fit_batch_size(function, largest: int):
-    """`function(batch_size)`, with `largest` or, where memory runs out, the next smaller divisor at most half of it."""
+FITTED = {}  # what ran out of memory -> the smaller number of blocks, so that no step finds it out twice
+
+
+def fit_batch_size(function, largest: int, what: str):
+    """`function(batch_size)`, with `largest` or, where memory runs out, the next smaller divisor at most half of it.
+
+    What fits is remembered under `what`. Raises RunError where not even a single block fits.
+    """
     sizes = [largest]
     while sizes[-1] > 1:
         sizes.append(max(size for size in range(1, sizes[-1] // 2 + 1) if largest % size == 0))
+    sizes = [size for size in sizes if size <= FITTED.get(what, largest)] or [1]
     smaller = iter(sizes[1:])
 
     def reduce():
-        size = next(smaller, 0)
-        print(f"out of memory: trying {size} blocks at once" if size else "out of memory with a single block")
+        size = FITTED[what] = next(smaller, 0)
+        if not size:
+            raise RunError(f"{what} runs out of memory with a single block: take a smaller --block-length, --precision bf16, or a smaller model.")
+        print(f"{what} runs out of memory: trying {size} blocks at once")
         return size
 
-    return find_executable_batch_size(function, starting_batch_size=largest, reduce_batch_size_fn=reduce)()
+    return find_executable_batch_size(function, starting_batch_size=sizes[0], reduce_batch_size_fn=reduce)()
 
 
 # %% [markdown]
@@ -566,12 +577,12 @@ def fingerprint(*things) -> str:
 
 
 def this_process() -> dict:
-    return {"host": platform.node(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+    return {"host": fingerprint(platform.node()), "pid": os.getpid(), "started": psutil.Process().create_time()}
 
 
 def is_running(process: dict) -> bool:
     """True where the process that a record names is another one, on this machine, and still there."""
-    if process["host"] != platform.node() or process == this_process() or not psutil.pid_exists(process["pid"]):
+    if process["host"] != this_process()["host"] or process == this_process() or not psutil.pid_exists(process["pid"]):
         return False
     return psutil.Process(process["pid"]).create_time() == process["started"]
 
@@ -582,6 +593,7 @@ class Run:
 
     def __init__(self, settings: Settings, device: torch.device, dtype: torch.dtype):
         transformers.set_seed(settings.seed)
+        FITTED.clear()
         self.device, self.dtype = device, dtype
         packages = (torch, transformers, datasets, accelerate)
         asked = {name: value for name, value in dataclasses.asdict(settings).items() if name != "resume"}
@@ -988,7 +1000,7 @@ def perplexity(model, blocks: torch.Tensor, dtype: torch.dtype = torch.float32, 
             total += torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum").item()
         return total
 
-    return math.exp(fit_batch_size(total_nll, batch_size) / blocks[:, 1:].numel())
+    return math.exp(fit_batch_size(total_nll, batch_size, "perplexity") / blocks[:, 1:].numel())
 
 
 # %% [markdown]
@@ -1448,7 +1460,7 @@ class Entropy:
         """Importance (layers, heads) on blocks (n, time). Attention is reduced layer by layer and never kept."""
         model.eval()
         with eager_attention(model):
-            return fit_batch_size(lambda size: self._score(model, blocks, size), self.batch_size)
+            return fit_batch_size(lambda size: self._score(model, blocks, size), self.batch_size, "scoring by entropy")
 
     def _score(self, model, blocks, batch_size):
         layers = find_heads(model)
@@ -1522,7 +1534,7 @@ class Gradient:
             gates = torch.stack([layer.projection.gates for layer in find_heads(model)]).detach()
             # On a processor two texts at a time are fastest: the logits of more are too large for its caches.
             size = min(self.batch_size, 2) if model.device.type == "cpu" else self.batch_size
-            return fit_batch_size(lambda size: self._score(model, blocks, size, gates, place), size)
+            return fit_batch_size(lambda size: self._score(model, blocks, size, gates, place), size, "scoring by gradient")
 
     def _score(self, model, blocks, batch_size, gates, place):
         total = torch.zeros_like(gates)
@@ -1629,7 +1641,7 @@ class Learned:
         per_step = min(len(texts), max(1, 256 // texts.shape[1]))
         order = torch.cat([torch.randperm(len(texts), generator=generator) for _ in range(math.ceil(self.steps * per_step / len(texts)))])
         with movable_gates(model) as place:
-            dense = fit_batch_size(lambda size: self._last_states(model, texts, size), self.batch_size)
+            dense = fit_batch_size(lambda size: self._last_states(model, texts, size), self.batch_size, "learning gates")
             for step, chosen in enumerate(progress(order.split(per_step)[: self.steps], "learning gates")):
                 done = step / max(self.steps - 1, 1)
                 temperature = self.hot * (self.cold / self.hot) ** done
@@ -2250,7 +2262,7 @@ def repair_layer(layer: HeadLayer, target: dict):
 @torch.no_grad()
 def repair(model, blocks: torch.Tensor, dtype: torch.dtype = torch.float32, batch_size: int = 4):
     """A copy of a gated model whose output projections are refitted on blocks (n, time), so that it follows the model with open gates."""
-    targets = fit_batch_size(lambda size: dense_targets(model, blocks, dtype, size), batch_size)
+    targets = fit_batch_size(lambda size: dense_targets(model, blocks, dtype, size), batch_size, "looking at the dense model")
 
     def attempt(number):
         fixed = copy.deepcopy(model).eval()
@@ -2261,7 +2273,7 @@ def repair(model, blocks: torch.Tensor, dtype: torch.dtype = torch.float32, batc
             fixed.base_model(blocks[:number].to(fixed.device), use_cache=False)
         return fixed
 
-    return fit_batch_size(attempt, len(blocks))  # all blocks have to go through a layer before the next one can be repaired
+    return fit_batch_size(attempt, len(blocks), "repair")  # all blocks have to go through a layer before the next one can be repaired
 
 
 def changed_weights(model, before) -> dict[str, torch.Tensor]:
@@ -2896,7 +2908,7 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
             "history": plot.history}
         return tuned.eval()
 
-    tuned = fit_batch_size(attempt, settings.batch_size)
+    tuned = fit_batch_size(attempt, settings.batch_size, "fine-tuning")
     shutil.rmtree(folder, ignore_errors=True)
     return tuned
 

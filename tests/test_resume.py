@@ -69,7 +69,7 @@ def test_only_an_unfinished_run_of_these_very_settings_is_gone_on_with(tmp_path,
     record = json.loads((run.folder / "metrics.json").read_text())
     alive = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
-        process = {"host": nb.platform.node(), "pid": alive.pid, "started": nb.psutil.Process(alive.pid).create_time()}
+        process = {"host": nb.this_process()["host"], "pid": alive.pid, "started": nb.psutil.Process(alive.pid).create_time()}
         (run.folder / "metrics.json").write_text(json.dumps(record | {"process": process}))
         with pytest.raises(nb.UserError, match="still running"):
             new_run(tmp_path, resume=str(run.folder))

@@ -195,7 +195,7 @@ def test_the_batch_halves_where_memory_runs_out(capsys):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return size
 
-    assert nb.fit_batch_size(function, 12) == 3 and tried == [12, 6, 3]
-    assert "out of memory: trying 6 blocks" in capsys.readouterr().out
+    assert nb.fit_batch_size(function, 12, "a step") == 3 and tried == [12, 6, 3]
+    assert "a step runs out of memory: trying 6 blocks" in capsys.readouterr().out
     with pytest.raises(ValueError):  # any other failure is not swallowed
-        nb.fit_batch_size(lambda size: int("x"), 4)
+        nb.fit_batch_size(lambda size: int("x"), 4, "a step")

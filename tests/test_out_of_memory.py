@@ -1,0 +1,77 @@
+"""Where memory runs out, every stage goes on with fewer blocks at once, says so, remembers it, and comes to the same result."""
+
+import pytest
+import torch
+from conftest import make
+
+import PruningAndFineTuningColab as nb
+
+BLOCKS = torch.randint(3, 97, (8, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    nb.FITTED.clear()
+
+
+def short_of_memory(model, most):
+    """The model, as if memory were too small for more than `most` blocks at once."""
+    def check(module, args, kwargs):
+        ids = args[0] if args else kwargs["input_ids"]
+        if len(ids) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    model.base_model.register_forward_pre_hook(check, with_kwargs=True)
+    return model
+
+
+def gated(family="llama"):
+    model = make(family)
+    nb.set_gates(model, torch.tensor([[1.0, 0, 1, 1], [1, 1, 0, 1]]))
+    return model
+
+
+STAGES = {
+    "perplexity": lambda model: torch.tensor(nb.perplexity(model, BLOCKS)),
+    "entropy": lambda model: nb.get_strategy("entropy").score(model, BLOCKS),
+    "gradient": lambda model: nb.get_strategy("gradient").score(model, BLOCKS),
+    "learned": lambda model: nb.Learned(level=0.25, steps=3)._last_states(model, BLOCKS, nb.fit_batch_size(
+        lambda size: len(nb.Learned(level=0.25)._last_states(model, BLOCKS[:size], size)), 4, "learning gates")),
+    "dense targets": lambda model: nb.fit_batch_size(lambda size: nb.dense_targets(model, BLOCKS, torch.float32, size), 4, "targets")[1]["out"].float(),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_goes_on_with_fewer_blocks_and_the_same_result(stage, capsys):
+    wanted = STAGES[stage](gated())
+    nb.FITTED.clear()
+    result = STAGES[stage](short_of_memory(gated(), 1))
+    assert torch.allclose(result, wanted, rtol=1e-4, atol=1e-5)
+    said = capsys.readouterr().out
+    assert "runs out of memory: trying 1 blocks at once" in said
+    STAGES[stage](short_of_memory(gated(), 1))
+    assert "out of memory" not in capsys.readouterr().out, "what fits is remembered"
+
+
+def test_repair_takes_fewer_blocks(capsys):
+    fixed = nb.repair(short_of_memory(gated(), 4), BLOCKS)
+    assert "repair runs out of memory: trying 4 blocks at once" in capsys.readouterr().out
+    wanted = nb.repair(gated(), BLOCKS[:4])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(fixed.parameters(), wanted.parameters()))
+
+
+def test_fine_tuning_keeps_its_effective_batch(tmp_path, capsys):
+    settings = nb.Settings(output_dir=str(tmp_path), max_steps=4, batch_size=4, block_length=16, learning_rate=1e-3)
+    blocks, results = dict.fromkeys(nb.SPLITS, BLOCKS), []
+    for model in (gated(), short_of_memory(gated(), 2)):
+        run = nb.Run(settings, torch.device("cpu"), torch.float32)
+        results.append(nb.fine_tune(model, blocks, settings, run, "fine_tuned", 1.0))
+        record = run.metrics["training"]["fine_tuned"]
+    assert record["micro_batch"] == 2 and record["tokens_per_step"] == 64
+    assert "fine-tuning runs out of memory: trying 2 blocks at once" in capsys.readouterr().out
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(results[0].parameters(), results[1].parameters()))
+
+
+def test_a_single_block_that_does_not_fit_says_what_to_change():
+    with pytest.raises(nb.RunError, match="perplexity runs out of memory with a single block: take a smaller --block-length"):
+        nb.perplexity(short_of_memory(gated(), 0), BLOCKS)
