@@ -348,8 +348,18 @@ def stop_without_traceback(kind, error, trace):
         words, status = f"failed: {error.filename!r} cannot be written or read ({error.strerror}): make room, or choose another --output-dir.{kept}", 1
     else:
         return sys.__excepthook__(kind, error, trace)
-    print(words, file=sys.stderr)
+    if not int(os.environ.get("RANK", "0")):
+        print(words, file=sys.stderr)
     raise SystemExit(status)
+
+
+def silence_all_but_first() -> None:
+    """Of several processes that torchrun or accelerate launch started, the first alone speaks."""
+    if int(os.environ.get("RANK", "0")):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open as long as the process)
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
+        os.environ["TQDM_DISABLE"] = "1"
 
 
 # %% [markdown]
@@ -392,6 +402,7 @@ def choose_sources(settings: Settings) -> Settings:
 if __name__ == "__main__":
     if not in_notebook():
         sys.excepthook = stop_without_traceback
+    silence_all_but_first()
     settings = choose_sources(read_settings([] if in_notebook() else sys.argv[1:]))
     print("\n".join(f"{name:>20}  {value}" for name, value in dataclasses.asdict(settings).items() if value != ""))
 
@@ -434,6 +445,56 @@ def find_precision(device: torch.device, choice: str = "auto") -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype):
     """Context in which the model computes in `dtype`."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+# %% [markdown]
+# One process computes on one device. Where `torchrun` or `accelerate launch` start several, each scores, measures and trains on its share of the text, and
+# the shares are added up; the first process alone speaks and writes.
+
+# %%
+def rank_and_world() -> tuple[int, int]:
+    """(number of this process, number of processes) that were started together."""
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if ready else (0, 1)
+
+
+def share(blocks: torch.Tensor) -> torch.Tensor:
+    """Every n-th block, for this process, of n processes."""
+    rank, world = rank_and_world()
+    return blocks[rank::world]
+
+
+def add_up(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all processes, in place."""
+    if rank_and_world()[1] > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def same_everywhere(tensor: torch.Tensor) -> None:
+    """Makes a tensor that of the first process, in place."""
+    if rank_and_world()[1] > 1:
+        torch.distributed.broadcast(tensor.detach(), 0)
+
+
+def wait_for_all() -> None:
+    if rank_and_world()[1] > 1:
+        torch.distributed.barrier()
+
+
+def agree(value):
+    """The first process's value, in all of them."""
+    values = [value]
+    if rank_and_world()[1] > 1:
+        torch.distributed.broadcast_object_list(values)
+    return values[0]
+
+
+def join_processes(device: torch.device) -> torch.device:
+    """Joins the processes that were started together; the device of this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        device = accelerate.PartialState(cpu=device.type == "cpu").device
+    return device
 
 
 # %% [markdown]
@@ -540,7 +601,7 @@ PROGRESS = contextvars.ContextVar("progress")
 
 def progress(items, title: str):
     """The items one by one, with a bar: tqdm's, or that of whoever set PROGRESS."""
-    return PROGRESS.get(functools.partial(tqdm, leave=False))(items, title)
+    return PROGRESS.get(functools.partial(tqdm, leave=False, disable=rank_and_world()[0] > 0 or None))(items, title)
 
 
 # %% [markdown]
@@ -606,12 +667,15 @@ class Run:
             "seconds": {}, "peak_memory_bytes": {}, "asked": asked, "process": this_process(), "finished": False,
         }
         place = on_drive(settings.output_dir) if settings.save_to_drive else Path(settings.output_dir)
-        self.folder = self.find_unfinished(settings.resume, place)
-        if self.folder:
-            print(f"Going on with {self.folder}, which was not finished (--resume no starts anew).")
-        else:
-            self.folder = self.make_folder(place, settings.model)
-        self.save()
+        self.writes = rank_and_world()[0] == 0
+        if self.writes:
+            self.folder = self.find_unfinished(settings.resume, place)
+            if self.folder:
+                print(f"Going on with {self.folder}, which was not finished (--resume no starts anew).")
+            else:
+                self.folder = self.make_folder(place, settings.model)
+            self.save()
+        self.folder, self.metrics = agree((self.folder, self.metrics) if self.writes else None)
 
     def make_folder(self, place: Path, model: str) -> Path:
         """A new folder. Raises UserError where none can be made."""
@@ -653,12 +717,14 @@ class Run:
     def once(self, name: str, depends: tuple, compute) -> tuple[dict[str, torch.Tensor], dict]:
         """compute(), which returns a dict of tensors and a record (JSON), or, where that was done before with equal `depends`, what it returned then."""
         file = self.state / f"{name}-{fingerprint(str(self.dtype), self.metrics['asked']['seed'], *depends)}.safetensors"
-        if file.exists():
+        if agree(file.exists()):
             print(f"[{name}: kept from before]")
             with safe_open(file, "pt") as kept:
                 return load_file(file), json.loads(kept.metadata()["record"])
         self.metrics["finished"] = False
         tensors, record = compute()
+        if not self.writes:
+            return tensors, record
         self.state.mkdir(exist_ok=True)
         part = file.with_suffix(".part")
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, {"record": json.dumps(record)})
@@ -675,6 +741,8 @@ class Run:
 
     def save(self):
         """Writes metrics.json in one move, so that it is never half there."""
+        if not self.writes:
+            return
         self.folder.mkdir(exist_ok=True)
         part = self.folder / "metrics.json.part"
         part.write_text(json.dumps(self.metrics, indent=1))
@@ -704,6 +772,8 @@ class Run:
 
     def show(self, figure: Figure, name: str, width: int = 760):
         """Keeps a figure as PNG in the run's folder, and displays it in a notebook."""
+        if not self.writes:
+            return
         figure.savefig(self.folder / name, dpi=150, bbox_inches="tight")
         if in_notebook():
             from IPython.display import Image, display
@@ -743,7 +813,7 @@ def show_markdown(text: str) -> None:
 
 # %%
 if __name__ == "__main__":
-    device = find_device(settings.device)
+    device = join_processes(find_device(settings.device))
     dtype = find_precision(device, settings.precision)
     run = Run(settings, device, dtype)
     print(f"{run.metrics['device']}, computing in {run.metrics['precision']}")
@@ -910,6 +980,8 @@ def make_demo(text: str, steps: int = 600) -> str:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "PruningAndFineTuningColab", f"demo-{key}")
     if folder.exists():
         return str(folder)
+    if rank_and_world()[1] > 1:
+        raise UserError("model is 'demo', which several processes cannot train together: run it once without torchrun, or take another model.")
     print("Training the demo model, once: a minute or two.")
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer, bpe.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
@@ -993,14 +1065,15 @@ def perplexity(model, blocks: torch.Tensor, dtype: torch.dtype = torch.float32, 
 
     def total_nll(batch_size):
         total = 0.0
-        for batch in progress(blocks.split(batch_size), "perplexity"):
+        for batch in progress(share(blocks).split(batch_size), "perplexity"):
             batch = batch.to(model.device)
             with autocast(model.device, dtype):
                 logits = model(batch, use_cache=False).logits[:, :-1]
             total += torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum").item()
         return total
 
-    return math.exp(fit_batch_size(total_nll, batch_size, "perplexity") / blocks[:, 1:].numel())
+    total = torch.tensor(fit_batch_size(total_nll, batch_size, "perplexity"), dtype=torch.float64 if model.device.type == "cpu" else torch.float32)
+    return math.exp(add_up(total.to(model.device)).item() / blocks[:, 1:].numel())
 
 
 # %% [markdown]
@@ -1460,7 +1533,8 @@ class Entropy:
         """Importance (layers, heads) on blocks (n, time). Attention is reduced layer by layer and never kept."""
         model.eval()
         with eager_attention(model):
-            return fit_batch_size(lambda size: self._score(model, blocks, size), self.batch_size, "scoring by entropy")
+            total = fit_batch_size(lambda size: self._score(model, share(blocks), size), self.batch_size, "scoring by entropy")
+        return add_up(total).cpu() / len(blocks)
 
     def _score(self, model, blocks, batch_size):
         layers = find_heads(model)
@@ -1473,7 +1547,7 @@ class Entropy:
             for batch in progress(blocks.split(batch_size), "importance"):
                 with autocast(model.device, self.dtype):
                     model.base_model(batch.to(model.device), use_cache=False)
-        return torch.stack(sums).cpu() / len(blocks)
+        return torch.stack(sums)
 
     def _watch(self, layer, total, parallel):
         """Hooks that add a layer's scores, summed over the batch, to `total` (heads,)."""
@@ -1534,7 +1608,8 @@ class Gradient:
             gates = torch.stack([layer.projection.gates for layer in find_heads(model)]).detach()
             # On a processor two texts at a time are fastest: the logits of more are too large for its caches.
             size = min(self.batch_size, 2) if model.device.type == "cpu" else self.batch_size
-            return fit_batch_size(lambda size: self._score(model, blocks, size, gates, place), size, "scoring by gradient")
+            total = fit_batch_size(lambda size: self._score(model, share(blocks), size, gates, place), size, "scoring by gradient")
+        return add_up(total).cpu() / len(blocks)
 
     def _score(self, model, blocks, batch_size, gates, place):
         total = torch.zeros_like(gates)
@@ -1546,7 +1621,7 @@ class Gradient:
             nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum")
             (slope,) = torch.autograd.grad(nll / (batch.shape[1] - 1), own)  # of each block's mean loss, for no block's gate moves another's
             total += (slope.square() if self.squared else slope.abs()).sum((1, 2))
-        return total.cpu() / len(blocks)
+        return total
 
 
 # %% [markdown]
@@ -1648,8 +1723,14 @@ class Learned:
                 optimizer.param_groups[0]["lr"] = self.rate * (1 - 0.9 * done)
                 chance = torch.rand(len(chosen), *scores.shape, generator=generator).clamp(1e-4, 1 - 1e-4).logit().to(model.device)
                 gates = soft_gates(scores + self.noise * temperature * chance, open_gates, temperature)
-                place(gates[:, None].unbind(2))  # for each layer (texts, 1, heads)
-                self._divergence(model, texts[chosen].to(model.device), dense[chosen].to(model.device)).backward()
+                mine, part = share(chosen), share(gates)
+                if len(mine):
+                    place(part[:, None].unbind(2))  # for each layer (texts, 1, heads)
+                    divergence = self._divergence(model, texts[mine].to(model.device), dense[mine].to(model.device))
+                    (divergence * len(mine) / len(chosen)).backward()
+                else:
+                    scores.grad = torch.zeros_like(scores)
+                add_up(scores.grad)
                 optimizer.step()
                 optimizer.zero_grad()
                 if not torch.isfinite(scores).all():
@@ -2273,7 +2354,10 @@ def repair(model, blocks: torch.Tensor, dtype: torch.dtype = torch.float32, batc
             fixed.base_model(blocks[:number].to(fixed.device), use_cache=False)
         return fixed
 
-    return fit_batch_size(attempt, len(blocks), "repair")  # all blocks have to go through a layer before the next one can be repaired
+    fixed = fit_batch_size(attempt, len(blocks), "repair")  # all blocks have to go through a layer before the next one can be repaired
+    for parameter in fixed.parameters():
+        same_everywhere(parameter)
+    return fixed
 
 
 def changed_weights(model, before) -> dict[str, torch.Tensor]:
@@ -2325,7 +2409,8 @@ def sweep(model, calibration: torch.Tensor, repair_text: torch.Tensor, test: tor
     names, levels = settings.sweep_strategies.split(), [float(level) for level in settings.sweep_levels.split()]
     for level in levels:
         heads_to_close(layers, heads, level, settings.min_heads)
-    points = {(point["strategy"], point["level"]): point for point in [*(json.loads(file.read_text()) if file.exists() else []), *known]}
+    before = agree(json.loads(file.read_text()) if file.exists() else [])
+    points = {(point["strategy"], point["level"]): point for point in [*before, *known]}
     wanted = [(name, level) for name in names for level in levels]
     with all_open(model):
         last = None
@@ -2343,9 +2428,10 @@ def sweep(model, calibration: torch.Tensor, repair_text: torch.Tensor, test: tor
                 fixed = repair(model, repair_text, dtype, settings.batch_size) if point["closed"] else model
                 point["repaired"] = perplexity(fixed, test, dtype, settings.batch_size)
             points[name, level] = point
-            part = file.with_suffix(".part")
-            part.write_text(json.dumps(list(points.values()), indent=1))
-            part.replace(file)
+            if rank_and_world()[0] == 0:
+                part = file.with_suffix(".part")
+                part.write_text(json.dumps(list(points.values()), indent=1))
+                part.replace(file)
     return [points[pair] for pair in wanted]
 
 
@@ -2400,14 +2486,16 @@ if __name__ == "__main__" and settings.sweep:
         texts = (calibration, repair_text, test_blocks)
         points = sweep(model, *texts, settings, dtype, sweep_file(run, settings, *texts), [own_point] if heads_now["closed"] and not heads_now["by_hand"] else [])
         run.metrics["sweep"] = points
-        with (run.folder / "sweep.csv").open("w", newline="") as file:
-            table = csv.DictWriter(file, points[0])
-            table.writeheader()
-            table.writerows(points)
+        if run.writes:
+            with (run.folder / "sweep.csv").open("w", newline="") as file:
+                table = csv.DictWriter(file, points[0])
+                table.writeheader()
+                table.writerows(points)
     show_markdown(sweep_table(points, run.metrics["perplexity"]["dense"]) + "\n\n" + conditions(run.metrics))
     run.show(draw_sweep(points, run.metrics["perplexity"]["dense"], heads_now["total"]), "sweep.png")
     if not in_notebook():
-        print(f"results: {run.finish()}")
+        if run.writes:
+            print(f"results: {run.finish()}")
         raise SystemExit
 
 # %% [markdown]
@@ -2743,7 +2831,8 @@ class LivePlot(TrainerCallback):
     def on_train_end(self, args, state, control, **_):
         if in_notebook():
             self.redraw(state)
-        self.draw(state).savefig(self.run.folder / f"{self.name}.png", dpi=150)
+        if self.run.writes:
+            self.draw(state).savefig(self.run.folder / f"{self.name}.png", dpi=150)
 
     def title(self, state) -> str:
         """How far, how well, how fast, how long still."""
@@ -2855,6 +2944,9 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
     `name` names the picture; `dense_validation` is a line in it; `teacher` is the dense model, for settings.distillation. The weights are
     those of the evaluation with the best validation loss.
     """
+    rank, world = rank_and_world()
+    if settings.batch_size % world:
+        raise UserError(f"batch_size is {settings.batch_size}, but must be a multiple of {world}, the number of processes: change one of the two.")
     steps = settings.max_steps or math.ceil(settings.epochs * len(blocks["train"]) / settings.batch_size)
     # The first label is masked: nothing predicts it, but the Trainer would count it, and every loss would be a little too small.
     train, validation = ([{"input_ids": block, "labels": torch.cat([block.new_tensor([-100]), block[1:]])} for block in part]
@@ -2880,7 +2972,7 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
         arguments = TrainingArguments(
             str(folder / f"micro-batch-{micro_batch}"), max_steps=steps, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay,
             warmup_steps=round(settings.warmup * steps), lr_scheduler_type="cosine", max_grad_norm=1.0,
-            per_device_train_batch_size=micro_batch, gradient_accumulation_steps=settings.batch_size // micro_batch,
+            per_device_train_batch_size=micro_batch, gradient_accumulation_steps=settings.batch_size // world // micro_batch,
             per_device_eval_batch_size=micro_batch, prediction_loss_only=True, logging_nan_inf_filter=False,
             eval_strategy="steps", eval_steps=max(1, steps // 10), logging_steps=max(1, steps // 25),
             # Gates that are still being chosen have no best moment: with them the last weights count.
@@ -2894,7 +2986,7 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
         trainer = kind(tuned, arguments, train_dataset=train, eval_dataset=validation, callbacks=callbacks, optimizers=(optimizer, None))
         trainer.remove_callback(transformers.PrinterCallback)
         with all_open(teacher) if distil else contextlib.nullcontext():
-            result = trainer.train(resume_from_checkpoint=last_checkpoint(Path(arguments.output_dir)))
+            result = trainer.train(resume_from_checkpoint=agree(last_checkpoint(Path(arguments.output_dir)) if not rank else None))
         seen = [value for _, value in plot.history["perplexity"]]
         del tuned._keys_to_ignore_on_save
         tuned.config.use_cache = model.config.use_cache  # which the Trainer switches off, and would be saved so
@@ -2908,7 +3000,8 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
             "history": plot.history}
         return tuned.eval()
 
-    tuned = fit_batch_size(attempt, settings.batch_size, "fine-tuning")
+    tuned = fit_batch_size(attempt, settings.batch_size // world, "fine-tuning")
+    wait_for_all()  # for those that still read the best weights
     shutil.rmtree(folder, ignore_errors=True)
     return tuned
 
@@ -3082,7 +3175,8 @@ def write_report(run: Run) -> str:
 # %%
 if __name__ == "__main__":
     require_fine_tuned(run.metrics)
-    write_report(run)
+    if run.writes:
+        write_report(run)
     show_markdown(comparison(run.metrics) + "\n\n" + conditions(run.metrics))
     run.show(draw_dashboard(run.metrics, get_gates(model)), "dashboard.png", width=1100)
     for stage, words in run.metrics["samples"].items():
@@ -3321,6 +3415,8 @@ def deliver(archive: Path) -> None:
 # %%
 if __name__ == "__main__":
     require_fine_tuned(run.metrics)
-    with run.step("save model"):
-        save_models(run, tuned, pruned, tokenizer, settings, test_blocks[:1])
-    deliver(run.finish())
+    if run.writes:
+        with run.step("save model"):
+            save_models(run, tuned, pruned, tokenizer, settings, test_blocks[:1])
+        deliver(run.finish())
+    wait_for_all()

@@ -1,0 +1,65 @@
+"""Two processes do what one does: the same numbers, one folder, one voice."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import PruningAndFineTuningColab as nb
+
+SCRIPT = Path(nb.__file__)
+FEW = ["--dataset", "python-docs", "--device", "cpu", "--max-steps", "12", "--eval-blocks", "7", "--calibration-blocks", "7", "--gate-steps", "12",
+       "--repair-blocks", "8", "--block-length", "128"]
+
+
+@pytest.fixture(scope="module")
+def demo(home):
+    return nb.make_demo(nb.load_text(nb.Settings(dataset="python-docs"))["train"])
+
+
+def walk(launcher, folder, *words):
+    folder.mkdir()
+    done = subprocess.run([*launcher, SCRIPT, *FEW, *words], cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (results,) = (path for path in (folder / "results").iterdir() if path.is_dir())
+    return json.loads((results / "metrics.json").read_text()), done.stdout, results
+
+
+def test_two_processes_end_with_the_numbers_of_one(demo, tmp_path):
+    one, _, _ = walk([sys.executable], tmp_path / "one", "--model", demo)
+    two, said, results = walk([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"], tmp_path / "two", "--model", demo)
+    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-3)
+    assert torch.allclose(torch.tensor(two["importance"]), torch.tensor(one["importance"]), rtol=1e-3, atol=1e-3)
+    assert two["heads"] == one["heads"]
+    for stage, record in two["training"].items():
+        assert record["tokens_per_step"] == one["training"][stage]["tokens_per_step"] and record["micro_batch"] == 2
+        seen, wanted = record["history"]["perplexity"], one["training"][stage]["history"]["perplexity"]
+        assert [step for step, _ in seen] == [step for step, _ in wanted]
+        assert [value for _, value in seen] == pytest.approx([value for _, value in wanted], rel=1e-3)
+    assert said.count("dense: perplexity") == 1 and said.count("results: results/") == 1
+    assert {"report.md", "dashboard.png", "model-compact"} <= {path.name for path in results.iterdir()} and Path(f"{results}.zip").exists()
+    assert two["finished"] and not list(results.parent.glob("*.state"))
+
+
+@pytest.mark.parametrize("strategy", ["entropy", "gradient", "magnitude"])
+def test_scores_are_added_up_over_the_shares(strategy, monkeypatch):
+    """Both shares in one process, one after the other: what the second adds to the first is the whole."""
+    from conftest import make
+
+    model, blocks = make("llama"), torch.randint(3, 97, (5, 16))
+    nb.add_gates(model)
+    whole, parts = nb.get_strategy(strategy).score(model, blocks), []
+    for rank in range(2):
+        monkeypatch.setattr(nb, "share", lambda blocks, rank=rank: blocks[rank::2])
+        parts.append(nb.get_strategy(strategy).score(model, blocks))
+    assert torch.allclose(sum(parts) if strategy != "magnitude" else parts[0], whole, rtol=1e-4)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(demo, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", SCRIPT, *FEW, "--model", demo, "--batch-size", "3",
+                           "--strategy", "random", "--no-repair"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode != 0
+    assert done.stderr.count("error: batch_size is 3, but must be a multiple of 2, the number of processes") == 1
