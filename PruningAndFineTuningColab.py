@@ -348,7 +348,9 @@ def stop_without_traceback(kind, error, trace):
         words, status = f"failed: {error.filename!r} cannot be written or read ({error.strerror}): make room, or choose another --output-dir.{kept}", 1
     else:
         return sys.__excepthook__(kind, error, trace)
-    if not int(os.environ.get("RANK", "0")):
+    if int(os.environ.get("RANK", "0")):
+        time.sleep(3)  # whoever ends first has the others killed, and the first process has something to say
+    else:
         print(words, file=sys.stderr)
     raise SystemExit(status)
 

@@ -257,6 +257,6 @@ def test_the_notebook_is_the_script_without_outputs():
 
 def test_the_table_of_contents_is_clean():
     headings = [line for cell in nbformat.read(NOTEBOOK, 4).cells if cell.cell_type == "markdown"
-                for line in cell.source.splitlines() if line.startswith("#")]
+                for line in cell.source.splitlines() if line.startswith(("# ", "## "))]
     assert headings[0].startswith("# ")
     assert [heading.split(".")[0] for heading in headings[1:]] == [f"## {number}" for number in range(1, len(headings))]
