@@ -1853,7 +1853,7 @@ def plot_heads(axes, importance: torch.Tensor, gates: torch.Tensor) -> None:
     image = axes.imshow(rank.T, cmap="cividis", aspect="auto", vmin=0, vmax=1)
     closed_layers, closed_heads = (gates == 0).nonzero(as_tuple=True)
     axes.scatter(closed_layers, closed_heads, marker="x", color="white", s=26, linewidths=1.6)
-    axes.set(xlabel="layer", ylabel="head", xticks=range(0, layers, math.ceil(layers / 32)), yticks=range(0, heads, math.ceil(heads / 16)))
+    axes.set(xlabel="layer", ylabel="head", xticks=range(0, layers, math.ceil(layers / 20)), yticks=range(0, heads, math.ceil(heads / 16)))
     bar = axes.figure.colorbar(image, ax=axes, label="importance (rank)", ticks=[0, 1], pad=0.01)
     bar.ax.set_yticklabels(["least", "most"])
 
@@ -2156,7 +2156,7 @@ def describe_head(attention: torch.Tensor, importance: dict[str, torch.Tensor], 
     """What can be said of one head: entropy and sink share of its map (time, time), and its rank under every strategy."""
     ranks = (f"{name} {int((scores > scores[layer, head]).sum()) + 1}" for name, scores in importance.items())
     total = next(iter(importance.values())).numel()
-    return (f"layer {layer}, head {head}: entropy {1 - focus(attention)[1:].mean():.0%} of its maximum, {attention[1:, 0].mean():.0%} on the first token\n"
+    return (f"layer {layer}, head {head}\nentropy {1 - focus(attention)[1:].mean():.0%} of its maximum, {attention[1:, 0].mean():.0%} on the first token\n"
             f"importance rank of {total}: {', '.join(ranks)}")
 
 
@@ -3127,12 +3127,13 @@ def finding(metrics: dict) -> str:
 def draw_dashboard(metrics: dict, gates: torch.Tensor) -> Figure:
     """Heads, perplexities, size and speed, training, and samples; the title states the finding."""
     figure = Figure(figsize=(13, 7.4), facecolor="white", layout="constrained")
-    figure.suptitle(f"{bare_name(metrics['settings']['model'])}: {finding(metrics)}", fontsize=15, fontweight="bold")
+    figure.suptitle(finding(metrics), fontsize=15, fontweight="bold")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 0.95))
     heads, stages = top.subplots(1, 2, width_ratios=(1.25, 1))
     size, training, words = bottom.subplots(1, 3, width_ratios=(0.8, 0.9, 1.1))
     plot_heads(heads, torch.tensor(metrics["importance"]), gates)
-    heads.set_title(f"{metrics['heads']['closed']} of {metrics['heads']['total']} heads closed (×) by {metrics['settings']['strategy']}", fontsize=11)
+    heads.set_title(f"{bare_name(metrics['settings']['model'])}: {metrics['heads']['closed']} of {metrics['heads']['total']} heads closed (×) by "
+                    f"{metrics['settings']['strategy']}", fontsize=11)
     plot_perplexities(stages, metrics["perplexity"])
     stages.set_title("what it cost, what came back", fontsize=11)
     if "pruned" in metrics["size"]:

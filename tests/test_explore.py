@@ -50,7 +50,7 @@ def test_a_head_is_described_by_entropy_sink_and_ranks():
     sink = torch.zeros(8, 8)
     sink[:, 0] = 1
     said = nb.describe_head(sink, {"entropy": torch.tensor([[3.0, 1], [2, 4]]), "random": torch.tensor([[0.0, 1], [2, 4]])}, 0, 1)
-    assert "layer 0, head 1: entropy 0% of its maximum, 100% on the first token" in said
+    assert "layer 0, head 1\nentropy 0% of its maximum, 100% on the first token" in said
     assert "rank of 4: entropy 4, random 3" in said
 
 
