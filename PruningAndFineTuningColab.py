@@ -351,7 +351,7 @@ def stop_without_traceback(kind, error, trace):
     if int(os.environ.get("RANK", "0")):
         time.sleep(3)  # whoever ends first has the others killed, and the first process has something to say
     else:
-        print(words, file=sys.stderr)
+        print(words, file=sys.__stderr__, flush=True)  # torch.distributed puts another stderr in its place, and drops it where SystemExit is raised
     raise SystemExit(status)
 
 

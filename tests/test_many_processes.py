@@ -58,11 +58,8 @@ def test_scores_are_added_up_over_the_shares(strategy, monkeypatch):
     assert torch.allclose(sum(parts) if strategy != "magnitude" else parts[0], whole, rtol=1e-4)
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(tmp_path, monkeypatch):
-    from conftest import make
-
-    settings = nb.Settings(output_dir=str(tmp_path), batch_size=3)
-    run = nb.Run(settings, torch.device("cpu"), torch.float32)
-    monkeypatch.setattr(nb, "rank_and_world", lambda: (0, 2))
-    with pytest.raises(nb.UserError, match="batch_size is 3, but must be a multiple of 2, the number of processes"):
-        nb.fine_tune(make("gpt2"), dict.fromkeys(nb.SPLITS, torch.randint(3, 97, (4, 16))), settings, run, "fine_tuned", 1.0)
+def test_a_mistake_is_said_once(demo, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", SCRIPT, *FEW, "--model", demo, "--batch-size", "3",
+                           "--strategy", "random", "--no-repair"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode != 0
+    assert done.stderr.count("error: batch_size is 3, but must be a multiple of 2, the number of processes") == 1
