@@ -121,6 +121,11 @@ class RunError(Exception):
     """Something went wrong that is nobody's mistake. Its message says what, and what to do."""
 
 
+def first_sentence(error: Exception) -> str:
+    """The first sentence of a library's message, for one of ours."""
+    return re.split(r"(?<=\w)\.\s|\n", str(error).strip())[0].rstrip(".") or type(error).__name__
+
+
 # %% [markdown]
 # ## 2. Settings
 #
@@ -254,46 +259,55 @@ class Settings:
     trust_remote_code: bool = option(TRUST_REMOTE_CODE, "machine and results", "run the Python code that a model brings along, if it does")
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, choices = getattr(self, field.name), field.metadata["choices"]
-            if choices and value not in choices:
-                nearest = difflib.get_close_matches(str(value), choices, n=1)
-                hint = f"did you mean {nearest[0]!r}?" if nearest else "take one of these."
-                raise UserError(f"{field.name} is {value!r}, but must be one of {', '.join(choices)}: {hint}")
-        self._check("pruning_level", 0 <= self.pruning_level < 1, "at least 0 and below 1", "0.3 is a good start")
-        self._check("learning_rate", 0 < self.learning_rate < math.inf, "above 0", "1e-4 is a good start")
-        self._check("epochs", 0 < self.epochs < math.inf, "above 0", "1 is one pass over the text")
-        self._check("block_length", self.block_length >= 2, "at least 2", "a first token predicts a second")
-        self._check("prompt", self.prompt.strip(), "some words", "write the start of a sentence")
-        self._check("warmup", 0 <= self.warmup <= 1, "from 0 to 1", "0.1 is a good start")
-        self._check("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more", "0.01 is a good start")
-        self._check("distillation", 0 <= self.distillation <= 1, "from 0 to 1", "0.5 is a good start")
-        self._check("rounds", self.rounds == 1 or self.strategy in REPEATABLE, f"1 with the strategy {self.strategy!r}",
-                    f"rounds are for {', '.join(REPEATABLE)}")
-        self._check("sweep_strategies", self.sweep_strategies.split() and set(self.sweep_strategies.split()) <= set(STRATEGY_NAMES), f"one or more of {', '.join(STRATEGY_NAMES)}",
-                    "correct the names")
-        self._check("sweep_levels", re.fullmatch(r"\s*((0?\.\d+|0)(\s+|$))+", self.sweep_levels),
-                    "numbers from 0 to below 1, separated by spaces", "0.1 0.3 0.5 is a good start")
-        for name in ("batch_size", "calibration_blocks", "rounds", "gate_steps", "repair_blocks"):
-            self._check(name, getattr(self, name) >= 1, "1 or more", "choose a larger number")
-        for name in ("max_steps", "eval_blocks", "min_heads", "seed", "patience"):
-            self._check(name, getattr(self, name) >= 0, "0 or more", "choose a larger number")
-        for name in ("train_file", "validation_file", "test_file"):
-            path = Path(getattr(self, name))
-            if getattr(self, name):
-                self._check(name, path.suffix in (".txt", ".jsonl", ".parquet"), "a .txt, .jsonl or .parquet file",
-                            "convert it first")
-                self._check(name, path.is_file(), "an existing file", "check the path")
-                self._check(name, bool(self.train_file), "given together with train_file", "name that file too")
-                self._check("dataset", self.dataset == "auto", "left alone where files are given", "drop one of the two")
-        self._check("uniform", not (self.uniform and self.reopen_heads), "off where reopen_heads is on", "drop one of the two")
-        self._check("sweep", not (self.sweep and self.uniform), "off where uniform is on", "drop one of the two")
-        self._check("save_to_drive", not self.save_to_drive or "google.colab" in sys.modules, "off outside of Colab", "choose an output_dir instead")
-        self._check("output_dir", not Path(self.output_dir).is_file(), "a folder", "choose another name")
+        check_settings(self)
 
-    def _check(self, name, fine, allowed, remedy):
+
+# %% [markdown]
+# What a setting may be:
+
+# %%
+def check_settings(settings: Settings) -> None:
+    """Raises UserError for a value that is out of range, or does not go with another."""
+    def check(name, fine, allowed, remedy):
         if not fine:
-            raise UserError(f"{name} is {getattr(self, name)!r}, but must be {allowed}: {remedy}.")
+            raise UserError(f"{name} is {getattr(settings, name)!r}, but must be {allowed}: {remedy}.")
+
+    for field in dataclasses.fields(settings):
+        value, choices = getattr(settings, field.name), field.metadata["choices"]
+        if choices and value not in choices:
+            nearest = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else "take one of these."
+            raise UserError(f"{field.name} is {value!r}, but must be one of {', '.join(choices)}: {hint}")
+    check("pruning_level", 0 <= settings.pruning_level < 1, "at least 0 and below 1", "0.3 is a good start")
+    check("learning_rate", 0 < settings.learning_rate < math.inf, "above 0", "1e-4 is a good start")
+    check("epochs", 0 < settings.epochs < math.inf, "above 0", "1 is one pass over the text")
+    check("block_length", settings.block_length >= 2, "at least 2", "a first token predicts a second")
+    check("prompt", settings.prompt.strip(), "some words", "write the start of a sentence")
+    check("warmup", 0 <= settings.warmup <= 1, "from 0 to 1", "0.1 is a good start")
+    check("weight_decay", 0 <= settings.weight_decay < math.inf, "0 or more", "0.01 is a good start")
+    check("distillation", 0 <= settings.distillation <= 1, "from 0 to 1", "0.5 is a good start")
+    check("rounds", settings.rounds == 1 or settings.strategy in REPEATABLE, f"1 with the strategy {settings.strategy!r}",
+                f"rounds are for {', '.join(REPEATABLE)}")
+    check("sweep_strategies", settings.sweep_strategies.split() and set(settings.sweep_strategies.split()) <= set(STRATEGY_NAMES), f"one or more of {', '.join(STRATEGY_NAMES)}",
+                "correct the names")
+    check("sweep_levels", re.fullmatch(r"\s*((0?\.\d+|0)(\s+|$))+", settings.sweep_levels),
+                "numbers from 0 to below 1, separated by spaces", "0.1 0.3 0.5 is a good start")
+    for name in ("batch_size", "calibration_blocks", "rounds", "gate_steps", "repair_blocks"):
+        check(name, getattr(settings, name) >= 1, "1 or more", "choose a larger number")
+    for name in ("max_steps", "eval_blocks", "min_heads", "seed", "patience"):
+        check(name, getattr(settings, name) >= 0, "0 or more", "choose a larger number")
+    for name in ("train_file", "validation_file", "test_file"):
+        path = Path(getattr(settings, name))
+        if getattr(settings, name):
+            check(name, path.suffix in (".txt", ".jsonl", ".parquet"), "a .txt, .jsonl or .parquet file",
+                        "convert it first")
+            check(name, path.is_file(), "an existing file", "check the path")
+            check(name, bool(settings.train_file), "given together with train_file", "name that file too")
+            check("dataset", settings.dataset == "auto", "left alone where files are given", "drop one of the two")
+    check("uniform", not (settings.uniform and settings.reopen_heads), "off where reopen_heads is on", "drop one of the two")
+    check("sweep", not (settings.sweep and settings.uniform), "off where uniform is on", "drop one of the two")
+    check("save_to_drive", not settings.save_to_drive or "google.colab" in sys.modules, "off outside of Colab", "choose an output_dir instead")
+    check("output_dir", not Path(settings.output_dir).is_file(), "a folder", "choose another name")
 
 
 # %% [markdown]
@@ -361,7 +375,6 @@ def silence_all_but_first() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open as long as the process)
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
-        os.environ["TQDM_DISABLE"] = "1"
 
 
 # %% [markdown]
@@ -460,7 +473,7 @@ def rank_and_world() -> tuple[int, int]:
     return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if ready else (0, 1)
 
 
-def share(blocks: torch.Tensor) -> torch.Tensor:
+def own_share(blocks: torch.Tensor) -> torch.Tensor:
     """Every n-th block, for this process, of n processes."""
     rank, world = rank_and_world()
     return blocks[rank::world]
@@ -627,15 +640,15 @@ def on_drive(folder: str) -> Path:
 
 
 def fingerprint(*things) -> str:
-    """The same for the same values (numbers, texts, tensors, models), and else another."""
+    """The same for the same values (numbers, texts, tensors, models with weights and gates), and else another."""
     digest = hashlib.sha256()
     for thing in things:
-        if isinstance(thing, torch.nn.Module):  # weights by their sums: a look at every number, but no copy
-            thing = [(name, value.double().sum().item() if value.device.type != "mps" else value.cpu().double().sum().item())
-                     for name, value in thing.state_dict().items()]
-        elif isinstance(thing, torch.Tensor):
-            thing = thing.tolist()
-        digest.update(repr(thing).encode())
+        tensors = thing.state_dict() if isinstance(thing, torch.nn.Module) else {"": thing} if isinstance(thing, torch.Tensor) else {}
+        for name, tensor in tensors.items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        if not tensors:
+            digest.update(repr(thing).encode())
     return digest.hexdigest()[:16]
 
 
@@ -649,6 +662,43 @@ def is_running(process: dict) -> bool:
         return False
     return psutil.Process(process["pid"]).create_time() == process["started"]
 
+
+# %%
+def make_folder(place: Path, model: str) -> Path:
+    """A new folder. Raises UserError where none can be made."""
+    stem = f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_" + re.sub(r"[^\w.-]+", "-", Path(model).stem)
+    names = (stem + (f"-{number}" if number > 1 else "") for number in range(1, 100))
+    try:
+        folder = next(path for name in names if not (path := place / name).exists())
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"output_dir is {str(place)!r}, but no folder can be made there "
+                        f"({error.strerror}): choose another place.") from None
+    return folder
+
+
+def find_unfinished(resume: str, place: Path, wanted: dict) -> tuple[Path, dict] | None:
+    """The folder to go on in, and its record, or None; `wanted` is the record of a new run. Raises UserError where `resume` names one of another run."""
+    if resume == "no":
+        return None
+    for file in [Path(resume, "metrics.json")] if resume != "auto" else sorted(place.glob("*/metrics.json"), reverse=True):
+        try:
+            record = json.loads(file.read_text())
+            differing = [name for name in ("asked", "versions", "device", "precision") if record[name] != wanted[name]]
+            unfinished = not record["finished"] or file.parent.with_name(file.parent.name + ".state").exists()
+            usable = not differing and unfinished and wanted.keys() <= record.keys() and not is_running(record["process"])
+        except (OSError, ValueError, TypeError, KeyError):  # a record of an older version, or none of ours
+            usable, differing = False, ["record"]
+        if usable:
+            return file.parent, record | {name: wanted[name] for name in ("settings", "process")}
+        if resume != "auto":
+            reason = f"its {' and '.join(differing)} differ from this run's" if differing else "it is finished, or still running"
+            raise UserError(f"resume is {resume!r}, but {reason}: give the same options as then, or start anew with --resume no.")
+    return None
+
+
+# %% [markdown]
+# With these, a run is its folder, its record, and three services: `step` times what happens within it, `once` keeps what is dear, `show` keeps pictures.
 
 # %%
 class Run:
@@ -671,45 +721,12 @@ class Run:
         place = on_drive(settings.output_dir) if settings.save_to_drive else Path(settings.output_dir)
         self.writes = rank_and_world()[0] == 0
         if self.writes:
-            self.folder = self.find_unfinished(settings.resume, place)
-            if self.folder:
+            found = find_unfinished(settings.resume, place, self.metrics)
+            self.folder, self.metrics = found or (make_folder(place, settings.model), self.metrics)
+            if found:
                 print(f"Going on with {self.folder}, which was not finished (--resume no starts anew).")
-            else:
-                self.folder = self.make_folder(place, settings.model)
             self.save()
         self.folder, self.metrics = agree((self.folder, self.metrics) if self.writes else None)
-
-    def make_folder(self, place: Path, model: str) -> Path:
-        """A new folder. Raises UserError where none can be made."""
-        stem = f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_" + re.sub(r"[^\w.-]+", "-", Path(model).stem)
-        names = (stem + (f"-{number}" if number > 1 else "") for number in range(1, 100))
-        try:
-            folder = next(path for name in names if not (path := place / name).exists())
-            folder.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"output_dir is {str(place)!r}, but no folder can be made there "
-                            f"({error.strerror}): choose another place.") from None
-        return folder
-
-    def find_unfinished(self, resume: str, place: Path) -> Path | None:
-        """The folder to go on in, and its record, or None. Raises UserError where `resume` names one of another run."""
-        if resume == "no":
-            return None
-        for file in [Path(resume, "metrics.json")] if resume != "auto" else sorted(place.glob("*/metrics.json"), reverse=True):
-            try:
-                record = json.loads(file.read_text())
-                differing = [name for name in ("asked", "versions", "device", "precision") if record[name] != self.metrics[name]]
-                unfinished = not record["finished"] or file.parent.with_name(file.parent.name + ".state").exists()
-                usable = not differing and unfinished and self.metrics.keys() <= record.keys() and not is_running(record["process"])
-            except (OSError, ValueError, TypeError, KeyError):  # a record of an older version, or none of ours
-                usable, differing = False, ["record"]
-            if usable:
-                self.metrics = record | {name: self.metrics[name] for name in ("settings", "process")}
-                return file.parent
-            if resume != "auto":
-                reason = f"its {' and '.join(differing)} differ from this run's" if differing else "it is finished, or still running"
-                raise UserError(f"resume is {resume!r}, but {reason}: give the same options as then, or start anew with --resume no.")
-        return None
 
     @property
     def state(self) -> Path:
@@ -721,6 +738,7 @@ class Run:
         file = self.state / f"{name}-{fingerprint(str(self.dtype), self.metrics['asked']['seed'], *depends)}.safetensors"
         if agree(file.exists()):
             print(f"[{name}: kept from before]")
+            self.kept = True
             with safe_open(file, "pt") as kept:
                 return load_file(file), json.loads(kept.metadata()["record"])
         self.metrics["finished"] = False
@@ -754,16 +772,16 @@ class Run:
     def step(self, name: str):
         """Times a step, watches its memory, and keeps what it recorded in `metrics`, also where the step fails."""
         free_memory()
-        peak, start, empty = PeakMemory(self.device), time.perf_counter(), False
+        peak, start, empty, self.kept = PeakMemory(self.device), time.perf_counter(), False, False
         try:
             yield
         except UserError:
             empty = not self.metrics["perplexity"]
             raise
         finally:
-            top = self.metrics["peak_memory_bytes"][name] = peak.stop()
-            seconds = round(time.perf_counter() - start, 2)
-            self.metrics["seconds"][name] = max(seconds, self.metrics["seconds"].get(name, 0.0))  # the larger, where it was done before
+            top, seconds = peak.stop(), round(time.perf_counter() - start, 2)
+            if not (self.kept and name in self.metrics["seconds"]):  # else what was noted when it was computed stays
+                self.metrics["peak_memory_bytes"][name], self.metrics["seconds"][name] = top, seconds
             if empty:  # a mistake before anything was computed leaves nothing behind
                 shutil.rmtree(self.folder, ignore_errors=True)
             else:
@@ -785,6 +803,10 @@ class Run:
             print(f"picture: {self.folder / name}")
 
 
+# %% [markdown]
+# Pictures, panels and tables show themselves in a notebook, and are files or plain text elsewhere.
+
+# %%
 def png(figure: Figure, dpi: int = 80) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
@@ -904,11 +926,6 @@ def load_text(settings: Settings) -> dict[str, str]:
     for number, split in enumerate(reversed(missing)):
         text["train"], text[split] = cut_tail(text["train"], 0.1 / (1 - 0.1 * number))  # a tenth of the whole each time
     return {split: text[split] for split in SPLITS}
-
-
-def first_sentence(error: Exception) -> str:
-    """The first sentence of a library's message, for one of ours."""
-    return re.split(r"(?<=\w)\.\s|\n", str(error).strip())[0].rstrip(".") or type(error).__name__
 
 
 # %%
@@ -1067,7 +1084,7 @@ def perplexity(model, blocks: torch.Tensor, dtype: torch.dtype = torch.float32, 
 
     def total_nll(batch_size):
         total = 0.0
-        for batch in progress(share(blocks).split(batch_size), "perplexity"):
+        for batch in progress(own_share(blocks).split(batch_size), "perplexity"):
             batch = batch.to(model.device)
             with autocast(model.device, dtype):
                 logits = model(batch, use_cache=False).logits[:, :-1]
@@ -1535,7 +1552,7 @@ class Entropy:
         """Importance (layers, heads) on blocks (n, time). Attention is reduced layer by layer and never kept."""
         model.eval()
         with eager_attention(model):
-            total = fit_batch_size(lambda size: self._score(model, share(blocks), size), self.batch_size, "scoring by entropy")
+            total = fit_batch_size(lambda size: self._score(model, own_share(blocks), size), self.batch_size, "scoring by entropy")
         return add_up(total).cpu() / len(blocks)
 
     def _score(self, model, blocks, batch_size):
@@ -1610,7 +1627,7 @@ class Gradient:
             gates = torch.stack([layer.projection.gates for layer in find_heads(model)]).detach()
             # On a processor two texts at a time are fastest: the logits of more are too large for its caches.
             size = min(self.batch_size, 2) if model.device.type == "cpu" else self.batch_size
-            total = fit_batch_size(lambda size: self._score(model, share(blocks), size, gates, place), size, "scoring by gradient")
+            total = fit_batch_size(lambda size: self._score(model, own_share(blocks), size, gates, place), size, "scoring by gradient")
         return add_up(total).cpu() / len(blocks)
 
     def _score(self, model, blocks, batch_size, gates, place):
@@ -1725,7 +1742,7 @@ class Learned:
                 optimizer.param_groups[0]["lr"] = self.rate * (1 - 0.9 * done)
                 chance = torch.rand(len(chosen), *scores.shape, generator=generator).clamp(1e-4, 1 - 1e-4).logit().to(model.device)
                 gates = soft_gates(scores + self.noise * temperature * chance, open_gates, temperature)
-                mine, part = share(chosen), share(gates)
+                mine, part = own_share(chosen), own_share(gates)
                 if len(mine):
                     place(part[:, None].unbind(2))  # for each layer (texts, 1, heads)
                     divergence = self._divergence(model, texts[mine].to(model.device), dense[mine].to(model.device))
@@ -2362,6 +2379,13 @@ def repair(model, blocks: torch.Tensor, dtype: torch.dtype = torch.float32, batc
     return fixed
 
 
+def put_weights(model, weights: dict[str, torch.Tensor]) -> None:
+    """Gives a model weights that were kept; those that are not among them stay. Raises RunError for weights that it does not have."""
+    strangers = model.load_state_dict(weights, strict=False).unexpected_keys
+    if strangers:
+        raise RunError(f"what was kept is of another model ({strangers[0]}): start anew with --resume no.")
+
+
 def changed_weights(model, before) -> dict[str, torch.Tensor]:
     """The parameters in which a model differs from what it was."""
     old = dict(before.named_parameters())
@@ -2382,7 +2406,7 @@ if __name__ == "__main__":
             kept, _ = run.once("repair", (model, repair_text, RIDGE), lambda: (
                 changed_weights(repair(model, repair_text, dtype, settings.batch_size), model), {}))
             pruned = copy.deepcopy(model)
-            pruned.load_state_dict(kept, strict=False)
+            put_weights(pruned, kept)
         measure(run, "repaired", pruned, tokenizer, test_blocks, settings)
 
 # %% [markdown]
@@ -2926,16 +2950,20 @@ def training_settings(settings: Settings) -> dict:
 
 def fine_tuned(model, start, blocks: dict[str, torch.Tensor], settings: Settings, run: Run, name: str, *arguments, **options):
     """fine_tune(), once: where it was done before, the weights that were kept."""
+    tuned = None
+
     def compute():
+        nonlocal tuned
         tuned = fine_tune(model, blocks, settings, run, name, *arguments, start, **options)
         gates = {key: value for key, value in tuned.named_buffers() if key.endswith(".gates")}
         return dict(tuned.named_parameters()) | gates, run.metrics["training"][name]
 
     weights, record = run.once(name, (model, blocks["train"], blocks["validation"], training_settings(settings)), compute)
     run.metrics.setdefault("training", {})[name] = record
-    tuned = start(model)
-    tuned.load_state_dict(weights, strict=False)
-    return tuned.eval()
+    if tuned is None:  # it was kept from before
+        tuned = start(model).eval()
+        put_weights(tuned, weights)
+    return tuned
 
 
 # %%

@@ -44,7 +44,7 @@ def test_two_processes_end_with_the_numbers_of_one(demo, tmp_path):
     assert two["finished"] and not list(results.parent.glob("*.state"))
 
 
-@pytest.mark.parametrize("strategy", ["entropy", "gradient", "magnitude"])
+@pytest.mark.parametrize("strategy", ["entropy", "gradient"])
 def test_scores_are_added_up_over_the_shares(strategy, monkeypatch):
     """Both shares in one process, one after the other: what the second adds to the first is the whole."""
     from conftest import make
@@ -53,9 +53,9 @@ def test_scores_are_added_up_over_the_shares(strategy, monkeypatch):
     nb.add_gates(model)
     whole, parts = nb.get_strategy(strategy).score(model, blocks), []
     for rank in range(2):
-        monkeypatch.setattr(nb, "share", lambda blocks, rank=rank: blocks[rank::2])
+        monkeypatch.setattr(nb, "own_share", lambda blocks, rank=rank: blocks[rank::2])
         parts.append(nb.get_strategy(strategy).score(model, blocks))
-    assert torch.allclose(sum(parts) if strategy != "magnitude" else parts[0], whole, rtol=1e-4)
+    assert torch.allclose(sum(parts), whole, rtol=1e-4)
 
 
 def test_a_mistake_is_said_once(demo, tmp_path):

@@ -56,6 +56,9 @@ def test_a_fingerprint_sees_every_weight_and_gate(gates):
     nb.set_gates(model, gates)
     closed = nb.fingerprint(model)
     assert closed != before
+    nb.set_gates(model, gates.flip(1))
+    assert nb.fingerprint(model) != closed, "as many heads closed in every layer, but others"
+    nb.set_gates(model, gates)
     with torch.no_grad():
         model.transformer.h[1].mlp.c_fc.weight[3, 5] += 1e-3
     assert nb.fingerprint(model) != closed
@@ -89,6 +92,25 @@ def test_a_spoilt_record_is_refused_when_named_and_passed_over_when_not(content,
     with pytest.raises(nb.UserError, match="resume is .* must be 'auto', 'no', or the folder of a run"):
         nb.read_settings(["--resume", str(tmp_path / "old")])
     assert new_run(tmp_path)[1].folder != tmp_path / "old"
+
+
+def test_what_was_kept_keeps_its_time_and_what_is_computed_anew_gets_its_own(tmp_path):
+    _, run = new_run(tmp_path)
+    for depends, seconds in ((1, 5.0), (1, 5.0), (2, 0.0)):
+        with run.step("score"):
+            run.once("score", (depends,), lambda: ({}, {}))
+        if depends == 1:
+            run.metrics["seconds"]["score"] = seconds  # as if it had taken so long
+        else:
+            assert run.metrics["seconds"]["score"] < 5
+    with run.step("score"):
+        run.once("score", (1,), lambda: 1 / 0)
+    assert run.metrics["seconds"]["score"] < 5
+
+
+def test_weights_of_another_model_are_refused():
+    with pytest.raises(nb.RunError, match="what was kept is of another model .*--resume no"):
+        nb.put_weights(make("gpt2"), {"no.such.weight": torch.zeros(1)})
 
 
 def test_resume_takes_the_settings_of_then(tmp_path):

@@ -1,5 +1,6 @@
 """The whole walk, as a script and as a notebook, on the demo model: what a user without a network gets."""
 
+import ast
 import json
 import re
 import shutil
@@ -253,6 +254,25 @@ def test_the_notebook_is_the_script_without_outputs():
         "out of step: run `jupytext --to ipynb --update --output PruningAndFineTuningColab.ipynb PruningAndFineTuningColab.py`")
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
     assert notebook.metadata.accelerator == "GPU"
+
+
+def test_run_cells_use_only_what_stands_above_them():
+    """The tests import the whole file, which hides it; but as a script or notebook the cells run in order."""
+    defined, runs = {}, []
+    for node in ast.parse(SCRIPT.read_text()).body:
+        names = {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Load)}
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            defined[node.name] = (node.lineno, names)
+        elif isinstance(node, ast.If) and "__name__" in names:
+            runs.append((node.lineno, names))
+    assert len(runs) > 15 and len(defined) > 100
+    for line, names in runs:
+        seen, left = set(), names & defined.keys()
+        while left:
+            name = left.pop()
+            seen.add(name)
+            assert defined[name][0] < line, f"the cell at line {line} needs {name}, which stands below it"
+            left |= (defined[name][1] & defined.keys()) - seen
 
 
 def test_the_table_of_contents_is_clean():
