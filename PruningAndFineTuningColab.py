@@ -423,7 +423,7 @@ if __name__ == "__main__":
 
 
 # %% [markdown]
-# ## 3. Device and memory
+# ## 3. Device, memory, and the record of a run
 #
 # The fastest device is found by itself: an NVIDIA GPU, a TPU, an Apple GPU, else the processor. On a GPU the
 # computations run in half precision, which is faster and takes half the memory: `bfloat16` where the hardware has it,
@@ -2887,8 +2887,8 @@ class LivePlot(TrainerCallback):
             if key == "perplexity":
                 axes.axhline(self.dense, color="#D55E00", linestyle="--", label="dense, untouched")
                 axes.legend(fontsize=8)
-            if key == "memory":
-                axes.set_ylim(bottom=0)
+            if key == "memory" and points:
+                axes.set_ylim(0, 1.15 * max(used for _, used in points))  # a level line at the very top could not be seen
         return figure
 
     def redraw(self, state):

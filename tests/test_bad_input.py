@@ -167,16 +167,20 @@ def test_ctrl_c_stops_with_status_130_and_says_what_is_there(folder, tmp_path):
     assert tokenizer is not None
     (tmp_path / "text.txt").write_text("a " * 3000)
     process = subprocess.Popen([sys.executable, SCRIPT, "--model", str(folder), "--train-file", "text.txt", "--block-length", "16", "--prompt", "a",
-                                "--max-steps", "100000", "--gate-steps", "1"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    metrics = None
-    for _ in range(600):
-        metrics = next(tmp_path.glob("results/*/metrics.json"), None)
-        if metrics and "repaired" in json.loads(metrics.read_text())["perplexity"]:
-            break
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+                                "--max-steps", "100000", "--gate-steps", "1"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # a shell's background jobs ignore it
+    try:
+        metrics = None
+        for _ in range(600):
+            metrics = next(tmp_path.glob("results/*/metrics.json"), None)
+            if metrics and "repaired" in json.loads(metrics.read_text())["perplexity"]:
+                break
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "Traceback" not in said
     assert f"interrupted. What is there is in {metrics.parent.relative_to(tmp_path)}" in said.splitlines()[-1]
     assert {"dense", "pruned", "repaired"} <= set(json.loads(metrics.read_text())["perplexity"])
