@@ -87,6 +87,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -347,19 +348,36 @@ def read_settings(arguments: list[str]) -> Settings:
     return Settings(**values)
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOENT, errno.EIO, errno.ENOTCONN, errno.ESTALE)
+
+
+def disk_trouble(error: BaseException | None) -> str:
+    """What is wrong with a disk (full, read-only, gone), where that is behind an error; else an empty text."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            return error.strerror + (f": {error.filename}" if error.filename else "")
+        if "PytorchStreamWriter failed" in str(error) or "No space left" in str(error):  # PyTorch and safetensors have words of their own
+            return os.strerror(errno.ENOSPC)
+        error = error.__cause__ or error.__context__
+    return ""
+
+
 def stop_without_traceback(kind, error, trace):
     """The script's sys.excepthook: a sentence instead of a traceback, and exit status 2 for a mistake, 1 for a failure, 130 for Ctrl-C."""
-    kept = f" What is there is in {run.folder}." if "run" in globals() and run.folder.exists() else ""
+    there = "run" in globals() and run.folder.exists() and kind is not UserError
+    kept = f" What is there is in {run.folder}; the same command goes on from it." if there else ""
     if issubclass(kind, UserError):
         words, status = f"error: {error}", 2
     elif issubclass(kind, KeyboardInterrupt):
         words, status = f"interrupted.{kept}", 130
     elif issubclass(kind, torch.OutOfMemoryError):
         words, status = f"failed: out of memory: take a smaller --block-length or --batch-size, --precision bf16, or a smaller model.{kept}", 1
-    elif issubclass(kind, (RunError, SafetensorError)):  # the latter also where the disk is full
+    elif issubclass(kind, RunError):
         words, status = f"failed: {error}{kept}", 1
-    elif issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOENT) and error.filename:
-        words, status = f"failed: {error.filename!r} cannot be written or read ({error.strerror}): make room, or choose another --output-dir.{kept}", 1
+    elif trouble := disk_trouble(error):
+        words, status = f"failed: the disk cannot be written or read ({trouble}): make room or bring it back, or choose another --output-dir.{kept}", 1
+    elif issubclass(kind, SafetensorError):
+        words, status = f"failed: {error}{kept}", 1
     else:
         return sys.__excepthook__(kind, error, trace)
     if int(os.environ.get("RANK", "0")):
@@ -583,18 +601,41 @@ class PeakMemory(threading.Thread):
 # Where memory does run out, a batch is tried again in smaller parts: it costs a second try, and not the run.
 
 # %%
+def free_bytes(device: torch.device) -> float:
+    """Bytes that this process can still have: of the accelerator where it says so, and else its share of the free RAM."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "xla":  # XLA plans its memory by itself
+        return math.inf
+    return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def room_for_blocks(model, tokens: int, dtype: torch.dtype, backward: bool = False, training: bool = False, logits: bool = True, maps: bool = False) -> int:
+    """How many blocks of so many tokens have room in the memory that is free now, roughly; at least 1.
+
+    A layer holds 34 bytes per token and width in 16 bits (Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198), and for a `backward` pass
+    every layer does. Beside that come logits, attention `maps` where they are built, and in `training` a copy of the weights, gradients and AdamW's
+    two averages.
+    """
+    config = model.config.get_text_config()
+    layer = 34 * torch.finfo(dtype).bits // 16 * tokens * config.hidden_size + maps * 12 * config.num_attention_heads * tokens**2
+    each = layer * (config.num_hidden_layers if backward else 1) + logits * (16 if backward else 8) * tokens * config.vocab_size
+    beside = training * 16 * model.num_parameters()
+    return max(1, int(min((free_bytes(model.device) - beside) / each, 1e9)))
+
+
 FITTED = {}  # what ran out of memory -> the smaller number of blocks, so that no step finds it out twice
 
 
-def fit_batch_size(function, largest: int, what: str):
-    """`function(batch_size)`, with `largest` or, where memory runs out, the next smaller divisor at most half of it.
+def fit_batch_size(function, largest: int, what: str, room: int | None = None):
+    """`function(batch_size)`, with `largest` or, where that is more than there is room for or memory runs out, the next smaller divisor.
 
     What fits is remembered under `what`. Raises RunError where not even a single block fits.
     """
     sizes = [largest]
     while sizes[-1] > 1:
         sizes.append(max(size for size in range(1, sizes[-1] // 2 + 1) if largest % size == 0))
-    sizes = [size for size in sizes if size <= FITTED.get(what, largest)] or [1]
+    sizes = [size for size in sizes if size <= min(agree(room) or largest, FITTED.get(what, largest))] or [1]
     smaller = iter(sizes[1:])
 
     def reduce():
@@ -614,9 +655,12 @@ def fit_batch_size(function, largest: int, what: str):
 PROGRESS = contextvars.ContextVar("progress")
 
 
-def progress(items, title: str):
-    """The items one by one, with a bar: tqdm's, or that of whoever set PROGRESS."""
-    return PROGRESS.get(functools.partial(tqdm, leave=False, disable=rank_and_world()[0] > 0 or None))(items, title)
+def progress(items, title: str, device: torch.device | None = None):
+    """The items one by one, with a bar: tqdm's, or that of whoever set PROGRESS. `device` is where each item's work is done."""
+    for item in PROGRESS.get(functools.partial(tqdm, leave=False, disable=rank_and_world()[0] > 0 or None))(items, title):
+        yield item
+        if device is not None and device.type == "xla":  # a TPU collects work until it is told to begin; this waits for nothing
+            sys.modules["torch_xla"].sync()
 
 
 # %% [markdown]
@@ -664,6 +708,17 @@ def is_running(process: dict) -> bool:
 
 
 # %%
+@contextlib.contextmanager
+def in_one_move(file: Path):
+    """A path to write to; what is written takes the place of `file` when it is whole, and is removed where that fails."""
+    part = file.with_name(file.name + ".part")
+    try:
+        yield part
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def make_folder(place: Path, model: str) -> Path:
     """A new folder. Raises UserError where none can be made."""
     stem = f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_" + re.sub(r"[^\w.-]+", "-", Path(model).stem)
@@ -725,6 +780,10 @@ class Run:
             self.folder, self.metrics = found or (make_folder(place, settings.model), self.metrics)
             if found:
                 print(f"Going on with {self.folder}, which was not finished (--resume no starts anew).")
+            if others := [path for path in place.glob("*.state") if path != self.state]:
+                size = sum(file.stat().st_size for path in others for file in path.rglob("*"))
+                print(f"{len(others)} other runs in {place} are not finished and keep {size / 1e9:.1f} GB in their .state folders, to go on from: "
+                      "remove those that you do not need.")
             self.save()
         self.folder, self.metrics = agree((self.folder, self.metrics) if self.writes else None)
 
@@ -746,27 +805,28 @@ class Run:
         if not self.writes:
             return tensors, record
         self.state.mkdir(exist_ok=True)
-        part = file.with_suffix(".part")
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, {"record": json.dumps(record)})
-        part.replace(file)
+        with in_one_move(file) as part:
+            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, {"record": json.dumps(record)})
         return tensors, record
 
     def finish(self) -> Path:
         """The run's folder as a zip. What was kept to go on from goes, in the end."""
         self.metrics["finished"] = True
         self.save()
-        archive = shutil.make_archive(str(self.folder), "zip", self.folder.parent, self.folder.name)
+        archive = self.folder.with_name(self.folder.name + ".zip")
+        with in_one_move(archive) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as packed:
+            for file in sorted(self.folder.rglob("*")):
+                packed.write(file, file.relative_to(self.folder.parent))
         shutil.rmtree(self.state, ignore_errors=True)
-        return Path(archive)
+        return archive
 
     def save(self):
         """Writes metrics.json in one move, so that it is never half there."""
         if not self.writes:
             return
         self.folder.mkdir(exist_ok=True)
-        part = self.folder / "metrics.json.part"
-        part.write_text(json.dumps(self.metrics, indent=1))
-        part.replace(self.folder / "metrics.json")
+        with in_one_move(self.folder / "metrics.json") as part:
+            part.write_text(json.dumps(self.metrics, indent=1))
 
     @contextlib.contextmanager
     def step(self, name: str):
@@ -1083,16 +1143,17 @@ def perplexity(model, blocks: torch.Tensor, dtype: torch.dtype = torch.float32, 
     model.eval()
 
     def total_nll(batch_size):
-        total = 0.0
-        for batch in progress(own_share(blocks).split(batch_size), "perplexity"):
+        sums = [torch.zeros((), device=model.device)]  # read in the end only: to read a number is to wait for the device
+        for batch in progress(own_share(blocks).split(batch_size), "perplexity", model.device):
             batch = batch.to(model.device)
             with autocast(model.device, dtype):
                 logits = model(batch, use_cache=False).logits[:, :-1]
-            total += torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum").item()
-        return total
+            sums.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum"))
+        return torch.stack(sums).cpu().double().sum()
 
-    total = torch.tensor(fit_batch_size(total_nll, batch_size, "perplexity"), dtype=torch.float64 if model.device.type == "cpu" else torch.float32)
-    return math.exp(add_up(total.to(model.device)).item() / blocks[:, 1:].numel())
+    total = fit_batch_size(total_nll, batch_size, "perplexity", room_for_blocks(model, blocks.shape[1], dtype))
+    total = total.to(model.device, torch.float64 if model.device.type == "cpu" else torch.float32)
+    return math.exp(add_up(total).item() / blocks[:, 1:].numel())
 
 
 # %% [markdown]
@@ -1102,9 +1163,12 @@ def perplexity(model, blocks: torch.Tensor, dtype: torch.dtype = torch.float32, 
 @torch.no_grad()
 def sample(model, tokenizer, prompt: str, new_tokens: int = 40) -> str:
     """The prompt and the model's most likely continuation, the same every time."""
+    if model.device.type == "xla":
+        model = copy.deepcopy(model).cpu()  # a TPU would compile the model anew for every length of the text
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     model.eval()
-    output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    output = fit_batch_size(lambda _: model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id),
+                            1, "writing a sample")
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
 
@@ -1552,7 +1616,8 @@ class Entropy:
         """Importance (layers, heads) on blocks (n, time). Attention is reduced layer by layer and never kept."""
         model.eval()
         with eager_attention(model):
-            total = fit_batch_size(lambda size: self._score(model, own_share(blocks), size), self.batch_size, "scoring by entropy")
+            room = room_for_blocks(model, blocks.shape[1], self.dtype, logits=False, maps=True)
+            total = fit_batch_size(lambda size: self._score(model, own_share(blocks), size), self.batch_size, "scoring by entropy", room)
         return add_up(total).cpu() / len(blocks)
 
     def _score(self, model, blocks, batch_size):
@@ -1563,7 +1628,7 @@ class Entropy:
             for layer, total in zip(layers, sums):
                 for handle in self._watch(layer, total, parallel):
                     hooks.callback(handle.remove)
-            for batch in progress(blocks.split(batch_size), "importance"):
+            for batch in progress(blocks.split(batch_size), "importance", model.device):
                 with autocast(model.device, self.dtype):
                     model.base_model(batch.to(model.device), use_cache=False)
         return torch.stack(sums)
@@ -1627,12 +1692,13 @@ class Gradient:
             gates = torch.stack([layer.projection.gates for layer in find_heads(model)]).detach()
             # On a processor two texts at a time are fastest: the logits of more are too large for its caches.
             size = min(self.batch_size, 2) if model.device.type == "cpu" else self.batch_size
-            total = fit_batch_size(lambda size: self._score(model, own_share(blocks), size, gates, place), size, "scoring by gradient")
+            room = room_for_blocks(model, blocks.shape[1], self.dtype, backward=True)
+            total = fit_batch_size(lambda size: self._score(model, own_share(blocks), size, gates, place), size, "scoring by gradient", room)
         return add_up(total).cpu() / len(blocks)
 
     def _score(self, model, blocks, batch_size, gates, place):
         total = torch.zeros_like(gates)
-        for batch in progress(blocks.to(model.device).split(batch_size), "importance"):
+        for batch in progress(blocks.to(model.device).split(batch_size), "importance", model.device):
             own = gates[:, None, None].repeat(1, len(batch), 1, 1).requires_grad_()  # (layers, batch, 1, heads): every block has its own
             place(own)
             with autocast(model.device, self.dtype):
@@ -1729,39 +1795,43 @@ class Learned:
         open_gates = start.numel() - round(self.level * start.numel())
         if open_gates == start.numel():
             return start
-        scores = ((start - start.mean()) / start.std().clamp_min(1e-6)).to(model.device).requires_grad_()
-        optimizer, generator = torch.optim.Adam([scores], lr=self.rate, betas=(0.9, 0.98)), torch.Generator().manual_seed(self.seed)
         texts = cut_shorter(blocks)
         per_step = min(len(texts), max(1, 256 // texts.shape[1]))
-        order = torch.cat([torch.randperm(len(texts), generator=generator) for _ in range(math.ceil(self.steps * per_step / len(texts)))])
         with movable_gates(model) as place:
-            dense = fit_batch_size(lambda size: self._last_states(model, texts, size), self.batch_size, "learning gates")
-            for step, chosen in enumerate(progress(order.split(per_step)[: self.steps], "learning gates")):
-                done = step / max(self.steps - 1, 1)
-                temperature = self.hot * (self.cold / self.hot) ** done
-                optimizer.param_groups[0]["lr"] = self.rate * (1 - 0.9 * done)
-                chance = torch.rand(len(chosen), *scores.shape, generator=generator).clamp(1e-4, 1 - 1e-4).logit().to(model.device)
-                gates = soft_gates(scores + self.noise * temperature * chance, open_gates, temperature)
-                mine, part = own_share(chosen), own_share(gates)
-                if len(mine):
-                    place(part[:, None].unbind(2))  # for each layer (texts, 1, heads)
-                    divergence = self._divergence(model, texts[mine].to(model.device), dense[mine].to(model.device))
-                    (divergence * len(mine) / len(chosen)).backward()
-                else:
-                    scores.grad = torch.zeros_like(scores)
-                add_up(scores.grad)
-                optimizer.step()
-                optimizer.zero_grad()
-                if not torch.isfinite(scores).all():
-                    raise RunError(f"the gates are not finite after step {step + 1} of {self.steps}: take --precision fp32, or another strategy.")
-        return scores.detach().cpu()
+            dense = fit_batch_size(lambda size: self._last_states(model, texts, size), self.batch_size, "looking at the dense model")
+            return fit_batch_size(lambda size: self._train(model, place, start, open_gates, texts, dense, per_step, size), per_step, "learning gates").cpu()
+
+    def _train(self, model, place, start, open_gates, texts, dense, per_step, at_once):
+        scores = ((start - start.mean()) / start.std().clamp_min(1e-6)).to(model.device).requires_grad_()
+        optimizer, generator = torch.optim.Adam([scores], lr=self.rate, betas=(0.9, 0.98)), torch.Generator().manual_seed(self.seed)
+        order = torch.cat([torch.randperm(len(texts), generator=generator) for _ in range(math.ceil(self.steps * per_step / len(texts)))])
+        steps_right = torch.zeros((), device=model.device)
+        for step, chosen in enumerate(progress(order.split(per_step)[: self.steps], "learning gates", model.device)):
+            done = step / max(self.steps - 1, 1)
+            temperature = self.hot * (self.cold / self.hot) ** done
+            optimizer.param_groups[0]["lr"] = self.rate * (1 - 0.9 * done)
+            chance = torch.rand(len(chosen), *scores.shape, generator=generator).clamp(1e-4, 1 - 1e-4).logit().to(model.device)
+            gates = own_share(soft_gates(scores + self.noise * temperature * chance, open_gates, temperature))
+            slopes = []
+            for mine, part in zip(own_share(chosen).split(at_once), gates.detach().split(at_once)):
+                part.requires_grad_()
+                place(part[:, None].unbind(2))  # for each layer (texts, 1, heads)
+                divergence = self._divergence(model, texts[mine].to(model.device), dense[mine].to(model.device))
+                slopes += torch.autograd.grad(divergence * len(mine) / len(chosen), part)
+            (scores.grad,) = torch.autograd.grad(gates, scores, torch.cat(slopes)) if slopes else (torch.zeros_like(scores),)
+            add_up(scores.grad)
+            optimizer.step()
+            steps_right += torch.isfinite(scores).all()
+            if (step % 24 == 23 or step + 1 == self.steps) and steps_right < step + 1:  # now and then: to look is to wait for the device
+                raise RunError(f"the gates are not finite after step {int(steps_right) + 1} of {self.steps}: take --precision fp32, or another strategy.")
+        return scores.detach()
 
     @torch.no_grad()
     def _last_states(self, model, blocks, batch_size):
         """What the model's last layer gives, (n, time, hidden): the logits are one multiplication away, and a hundred times larger."""
         with autocast(model.device, self.dtype):
             return torch.cat([model.base_model(batch.to(model.device), use_cache=False).last_hidden_state.cpu()
-                              for batch in progress(blocks.split(batch_size), "importance")])
+                              for batch in progress(blocks.split(batch_size), "importance", model.device)])
 
     def _divergence(self, model, batch, dense):
         """Mean Kullback-Leibler divergence, per token, of the gated model's predictions from the dense one's."""
@@ -1950,6 +2020,14 @@ def predict_cost(model, gates: torch.Tensor, tokens: int) -> dict[str, float]:
 def sharing_copy(model):
     """A copy of a gated model that shares its weights and has gates of its own."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def close_panel(widget) -> None:
+    """Closes a widget and all that is in it: the notebook's server, and with it the models behind the buttons, would be kept for good."""
+    for part in (*getattr(widget, "children", ()), getattr(widget, "style", None), getattr(widget, "layout", None)):
+        if isinstance(part, widgets.Widget):
+            close_panel(part)
+    widget.close()
 
 
 class Cancelled(Exception):
@@ -2144,6 +2222,8 @@ if __name__ == "__main__" and in_notebook():
         pruned = model
         return run.metrics["perplexity"]["pruned"]
 
+    if before := globals().get("explorer"):  # from an earlier run of this cell
+        close_panel(before.box)
     explorer = Explorer(model, tokenizer, blocks, settings, dtype, importance, take)
     show_widget(explorer.box, run.folder / "heads.png")
 
@@ -2247,6 +2327,8 @@ if __name__ == "__main__":
         print(error)
     else:
         if in_notebook():
+            if before := globals().get("viewer"):
+                close_panel(before.box)
             viewer = AttentionViewer(model, tokenizer, sentence, explorer.importance)
             show_widget(viewer.box, run.folder / "attention.png")
 
@@ -2326,7 +2408,7 @@ def dense_targets(model, blocks: torch.Tensor, dtype: torch.dtype, batch_size: i
         for layer, notes in zip(layers, seen):
             for handle in watch_layer(layer, notes):
                 hooks.callback(handle.remove)
-        for batch in blocks.split(batch_size):
+        for batch in progress(blocks.split(batch_size), "repair", model.device):
             with autocast(model.device, dtype):
                 model.base_model(batch.to(model.device), use_cache=False)
             for notes, part in zip(seen, parts):
@@ -2362,7 +2444,8 @@ def repair_layer(layer: HeadLayer, target: dict):
 @torch.no_grad()
 def repair(model, blocks: torch.Tensor, dtype: torch.dtype = torch.float32, batch_size: int = 4):
     """A copy of a gated model whose output projections are refitted on blocks (n, time), so that it follows the model with open gates."""
-    targets = fit_batch_size(lambda size: dense_targets(model, blocks, dtype, size), batch_size, "looking at the dense model")
+    room = room_for_blocks(model, blocks.shape[1], dtype, logits=False)
+    targets = fit_batch_size(lambda size: dense_targets(model, blocks, dtype, size), batch_size, "looking at the dense model", room)
 
     def attempt(number):
         fixed = copy.deepcopy(model).eval()
@@ -2373,7 +2456,7 @@ def repair(model, blocks: torch.Tensor, dtype: torch.dtype = torch.float32, batc
             fixed.base_model(blocks[:number].to(fixed.device), use_cache=False)
         return fixed
 
-    fixed = fit_batch_size(attempt, len(blocks), "repair")  # all blocks have to go through a layer before the next one can be repaired
+    fixed = fit_batch_size(attempt, len(blocks), "repair", room_for_blocks(model, blocks.shape[1], dtype, logits=False))  # all blocks have to go through a layer before the next one can be repaired
     for parameter in fixed.parameters():
         same_everywhere(parameter)
     return fixed
@@ -2455,9 +2538,8 @@ def sweep(model, calibration: torch.Tensor, repair_text: torch.Tensor, test: tor
                 point["repaired"] = perplexity(fixed, test, dtype, settings.batch_size)
             points[name, level] = point
             if rank_and_world()[0] == 0:
-                part = file.with_suffix(".part")
-                part.write_text(json.dumps(list(points.values()), indent=1))
-                part.replace(file)
+                with in_one_move(file) as part:
+                    part.write_text(json.dumps(list(points.values()), indent=1))
     return [points[pair] for pair in wanted]
 
 
@@ -2808,13 +2890,20 @@ class CommitGates(TrainerCallback):
     def __init__(self, level: float, min_heads: int):
         self.level, self.min_heads = level, min_heads
 
+    def on_train_begin(self, args, state, control, model=None, **_):
+        if state.global_step >= max(1, state.max_steps // 2):  # of a training that goes on
+            self.freeze(model)
+
     @torch.no_grad()
     def on_step_end(self, args, state, control, model=None, **_):
         if state.global_step == max(1, state.max_steps // 2):
             values = get_gates(model)
             set_gates(model, values * choose_gates(values.abs(), self.level, self.min_heads))
-            for layer in find_heads(model):
-                layer.projection.gates.requires_grad_(False)
+            self.freeze(model)
+
+    def freeze(self, model):
+        for layer in find_heads(model):
+            layer.projection.gates.requires_grad_(False)
 
 
 # %% [markdown]
@@ -3006,7 +3095,7 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
             per_device_eval_batch_size=micro_batch, prediction_loss_only=True, logging_nan_inf_filter=False,
             eval_strategy="steps", eval_steps=max(1, steps // 10), logging_steps=max(1, steps // 25),
             # Gates that are still being chosen have no best moment: with them the last weights count.
-            save_strategy="no" if settings.reopen_heads else "steps", save_steps=max(1, steps // 10), save_total_limit=1,
+            save_strategy="steps", save_steps=max(1, steps // 10), save_total_limit=1,
             restore_callback_states_from_checkpoint=True,
             load_best_model_at_end=not settings.reopen_heads, metric_for_best_model="loss",
             bf16=run.dtype == torch.bfloat16, fp16=run.dtype == torch.float16, use_cpu=run.device.type == "cpu",
@@ -3030,7 +3119,7 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
             "history": plot.history}
         return tuned.eval()
 
-    tuned = fit_batch_size(attempt, settings.batch_size // world, "fine-tuning")
+    tuned = fit_batch_size(attempt, settings.batch_size // world, "fine-tuning", room_for_blocks(model, blocks["train"].shape[1], run.dtype, True, training=True))
     wait_for_all()  # for those that still read the best weights
     shutil.rmtree(folder, ignore_errors=True)
     return tuned
@@ -3417,11 +3506,14 @@ def save_models(run: Run, tuned, model, tokenizer, settings: Settings, block: to
     for form in forms:
         folder = run.folder / f"model-{form}"
         shutil.rmtree(folder, ignore_errors=True)  # from an earlier run of this cell
-        if form == "compact":
-            save_compact(tuned, tokenizer, folder)
-        else:
-            save_gated(expand(tuned, model) if is_compact else tuned, tokenizer, folder)
-        (folder / "README.md").write_text(model_card(run.metrics, folder), encoding="utf-8")
+        with contextlib.ExitStack() as undo:
+            undo.callback(shutil.rmtree, folder, ignore_errors=True)  # half a model is none
+            if form == "compact":
+                save_compact(tuned, tokenizer, folder)
+            else:
+                save_gated(expand(tuned, model) if is_compact else tuned, tokenizer, folder)
+            (folder / "README.md").write_text(model_card(run.metrics, folder), encoding="utf-8")
+            undo.pop_all()
         difference = run.metrics["reopened_difference"][form] = largest_difference(tuned, reopen(folder).to(run.device), block)
         print(f"{folder}: {sum(file.stat().st_size for file in folder.glob('*.safetensors')) / 1e6:.1f} MB; opened again, "
               + ("with the same logits" if not difference else f"logits differ by {difference:.0e} of the largest"))

@@ -54,9 +54,11 @@ def test_learned_gates_are_the_same(capsys):
     long = torch.randint(3, 97, (8, 64), generator=torch.Generator().manual_seed(1))  # four texts in a step, eight to look at the dense model
     wanted = nb.Learned(level=0.25, steps=3, batch_size=8).score(gated(), long)
     nb.FITTED.clear()
-    result = nb.Learned(level=0.25, steps=3, batch_size=8).score(short_of_memory(gated(), 4), long)
+    result = nb.Learned(level=0.25, steps=3, batch_size=8).score(short_of_memory(gated(), 2), long)
     assert torch.allclose(result, wanted, atol=1e-4)
-    assert "learning gates runs out of memory: trying 4 blocks at once" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "looking at the dense model runs out of memory: trying 2 blocks at once" in said
+    assert "learning gates runs out of memory: trying 2 blocks at once" in said
 
 
 def test_repair_takes_fewer_blocks(capsys):
@@ -77,6 +79,27 @@ def test_fine_tuning_keeps_its_effective_batch(tmp_path, capsys):
     assert record["micro_batch"] == 2 and record["tokens_per_step"] == 64
     assert "fine-tuning runs out of memory: trying 2 blocks at once" in capsys.readouterr().out
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(results[0].parameters(), results[1].parameters()))
+
+
+def test_a_batch_starts_with_what_the_free_memory_has_room_for(monkeypatch, capsys):
+    seen, model = [], gated()
+    model.base_model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(len(args[0] if args else kwargs["input_ids"])), with_kwargs=True)
+    nb.perplexity(model, BLOCKS, batch_size=8)
+    assert set(seen) == {8}
+    monkeypatch.setattr(nb, "free_bytes", lambda device: 3.5 * (68 * 16 * 32 + 8 * 16 * 97))  # room for three blocks of 16 tokens
+    seen.clear()
+    nb.perplexity(model, BLOCKS, batch_size=8)
+    assert set(seen) == {2} and "out of memory" not in capsys.readouterr().out, "the largest divisor of 8 that is at most 3"
+    monkeypatch.setattr(nb, "free_bytes", lambda device: 0)
+    nb.perplexity(model, BLOCKS, batch_size=8)
+    assert seen[-1] == 1, "one block is tried in any case"
+
+
+def test_writing_a_sample_says_what_to_change():
+    model, tokenizer = short_of_memory(gated(), 0), lambda prompt, **_: nb.transformers.BatchEncoding({"input_ids": torch.ones(1, 3, dtype=torch.long)})
+    tokenizer.eos_token_id = 2
+    with pytest.raises(nb.RunError, match="writing a sample runs out of memory with a single block"):
+        nb.sample(model, tokenizer, "prompt")
 
 
 def test_a_single_block_that_does_not_fit_says_what_to_change():

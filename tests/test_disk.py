@@ -1,0 +1,113 @@
+"""A disk that is full, read-only or gone costs one sentence, and nothing that was there before."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import PruningAndFineTuningColab as nb
+
+SCRIPT = Path(nb.__file__)
+FEW = ["--model", "demo", "--max-steps", "12", "--eval-blocks", "2", "--calibration-blocks", "4", "--strategy", "entropy", "--repair-blocks", "4",
+       "--block-length", "128"]
+
+
+def run_script(cwd, *words):
+    return subprocess.run([sys.executable, SCRIPT, *FEW, *words], cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that makes a disk of so many megabytes, or changes its size."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = []
+
+    def mount(size, *more):
+        options = ",".join([f"size={size}m", *more, *(["remount"] if mounted else [])])
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", place], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
+        mounted.append(place)
+        return place
+
+    yield mount
+    if mounted:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+def fill_and_go_on(mount, tmp_path, size):
+    """Runs into a full disk of so many megabytes; then there is room, and the same command ends. What was said, and the metrics of the end."""
+    place = mount(size)
+    failed = run_script(tmp_path, "--output-dir", str(place))
+    assert failed.returncode == 1, failed.stderr[-3000:]
+    (said,) = (line for line in failed.stderr.splitlines() if line.startswith("failed: "))
+    assert "the disk cannot be written or read (No space left on device" in said and "Traceback" not in failed.stderr
+    assert not [path for path in place.rglob("*.part")], "nothing half written"
+    for file in place.rglob("metrics.json"):
+        json.loads(file.read_text())
+    mount(200)
+    done = run_script(tmp_path, "--output-dir", str(place))
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = (path for path in place.iterdir() if path.is_dir())
+    assert Path(f"{folder}.zip").exists()
+    return said, json.loads((folder / "metrics.json").read_text())
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(home, small_disk, tmp_path):
+    said, metrics = fill_and_go_on(small_disk, tmp_path, 12)
+    assert "the same command goes on from it" in said and metrics["finished"]
+
+
+@pytest.mark.slow
+def test_disks_that_are_full_at_many_moments(home, small_disk, tmp_path):
+    """About five minutes: pytest -m slow -s tests/test_disk.py"""
+    (tmp_path / "whole").mkdir()
+    assert run_script(tmp_path / "whole").returncode == 0
+    (wanted,) = ((json.loads(path.read_text())) for path in (tmp_path / "whole").glob("results/*/metrics.json"))
+    needed = sum(path.stat().st_size for path in (tmp_path / "whole").rglob("*") if path.is_file()) / 2**20
+    for size in (1, 2, 4, 6, 8, 12, 16, 20, 24):
+        place = small_disk(size)
+        for path in place.iterdir():
+            subprocess.run(["rm", "-r", path], check=True)
+        said, metrics = fill_and_go_on(small_disk, tmp_path, size)
+        assert metrics["perplexity"] == wanted["perplexity"]
+        print(f"full at {size} MB of {needed:.0f}: {said[:120]}")
+
+
+def test_a_read_only_disk_is_said_at_once(small_disk, tmp_path):
+    done = run_script(tmp_path, "--output-dir", str(small_disk(1, "ro")))
+    assert done.returncode == 2 and "no folder can be made there (Read-only file system): choose another place" in done.stderr.splitlines()[-1]
+
+
+def test_a_folder_that_has_gone_is_said_with_its_name(tmp_path):
+    run = nb.Run(nb.Settings(output_dir=str(tmp_path / "drive")), torch.device("cpu"), torch.float32)
+    os.rename(tmp_path / "drive", tmp_path / "unmounted")
+    with pytest.raises(OSError) as caught, run.step("a step"):
+        pass
+    assert nb.disk_trouble(caught.value).startswith("No such file or directory: ") and str(run.folder) in nb.disk_trouble(caught.value)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/1"),
+                                   nb.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")])
+def test_a_full_disk_is_known_in_the_words_of_every_library(error, tmp_path, monkeypatch):
+    run = nb.Run(nb.Settings(output_dir=str(tmp_path)), torch.device("cpu"), torch.float32)
+    run.once("first", (), lambda: ({"a": torch.ones(3)}, {}))
+
+    def fail(tensors, path, *_):
+        Path(path).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(nb, "save_file", fail)
+    with pytest.raises(type(error)) as caught:
+        run.once("second", (), lambda: ({"a": torch.ones(3)}, {}))
+    assert nb.disk_trouble(caught.value) == "No space left on device"
+    assert [path.name.split("-")[0] for path in run.state.iterdir()] == ["first"]
+
+
+def test_other_failures_are_not_taken_for_the_disk():
+    assert not nb.disk_trouble(ValueError("no")) and not nb.disk_trouble(RuntimeError("CUDA error"))
