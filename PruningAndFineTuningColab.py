@@ -100,7 +100,7 @@ import psutil
 import tokenizers
 import torch
 import transformers
-from accelerate.utils import find_executable_batch_size
+from accelerate.utils import find_executable_batch_size, is_torch_xla_available
 from huggingface_hub.errors import StrictDataclassError
 from matplotlib.colors import PowerNorm, to_hex
 from matplotlib.figure import Figure
@@ -450,7 +450,7 @@ if __name__ == "__main__":
 # %%
 def find_device(choice: str = "auto") -> torch.device:
     """The device to compute on. Raises UserError where the chosen one is not there."""
-    available = {"cuda": torch.cuda.is_available(), "tpu": importlib.util.find_spec("torch_xla") is not None,
+    available = {"cuda": torch.cuda.is_available(), "tpu": is_torch_xla_available(),
                  "mps": torch.backends.mps.is_available(), "cpu": True}
     if choice == "auto":
         choice = next(name for name, there in available.items() if there)
@@ -461,6 +461,8 @@ def find_device(choice: str = "auto") -> torch.device:
         import torch_xla
 
         return torch_xla.device()
+    if available["tpu"]:
+        raise UserError(f"device is {choice!r}, but transformers trains by torch_xla where that is installed: set USE_TORCH_XLA=0 in the environment.")
     return torch.device(choice)
 
 
@@ -477,7 +479,7 @@ def find_precision(device: torch.device, choice: str = "auto") -> torch.dtype:
 
 def autocast(device: torch.device, dtype: torch.dtype):
     """Context in which the model computes in `dtype`."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 # %% [markdown]
@@ -531,6 +533,17 @@ def join_processes(device: torch.device) -> torch.device:
 
 
 # %% [markdown]
+# A model goes to the device in one piece: where input and output embeddings are one tensor, they have to be it afterwards, too.
+
+# %%
+def move(model, device: torch.device | str):
+    """The model, moved to a device. On XLA devices moving makes new tensors, one for each of two names."""
+    model.to(device)
+    model.tie_weights()
+    return model
+
+
+# %% [markdown]
 # Memory is what runs out first on Colab, so it is shown after every step and its peak is recorded.
 
 # %%
@@ -553,7 +566,8 @@ def memory_used(device: torch.device) -> dict[str, int]:
     elif device.type == "xla":
         import torch_xla.core.xla_model as xm
 
-        used["accelerator"] = xm.get_memory_info(device).get("bytes_used", 0)
+        if xm.xla_device_hw(device) == "TPU":  # XLA on a processor does not say
+            used["accelerator"] = xm.get_memory_info(device)["bytes_used"]
     return used
 
 
@@ -1031,7 +1045,7 @@ def load_model(name: str, device: torch.device, trust_remote_code: bool = False,
         # The weights are plain float32 now, but the model would still refuse save_pretrained as quantised.
         model.hf_quantizer, model.is_quantized = None, False
         model.config.__dict__.pop("quantization_config", None)
-    model = model.to(device).eval()
+    model = move(model, device).eval()
     if not is_causal(model):
         raise UserError(f"model {name!r} is a {type(model).__name__} whose tokens see those after them: take a causal language model.")
     return tokenizer, model
@@ -1050,6 +1064,9 @@ def is_causal(model) -> bool:
 # The demo's recipe: byte-level BPE of 1,024 tokens, 4 layers of 8 heads, 128 numbers wide.
 
 # %%
+ADAMW = "adamw_torch" if is_torch_xla_available() else "adamw_torch_fused"  # XLA fuses it by itself
+
+
 def make_demo(text: str, steps: int = 600) -> str:
     """Trains the demo model, once; the folder that holds it."""
     # No dropout: on a processor it makes attention several times slower.
@@ -1072,11 +1089,11 @@ def make_demo(text: str, steps: int = 600) -> str:
     model, blocks = transformers.GPT2LMHeadModel(config), pack(text, tokenizer, 128)
     part = folder.with_name(f"{folder.name}.{os.getpid()}")
     arguments = TrainingArguments(str(part), max_steps=steps, per_device_train_batch_size=16, learning_rate=3e-3,
-                                  warmup_steps=steps // 10, lr_scheduler_type="cosine", seed=0, report_to="none",
+                                  warmup_steps=steps // 10, lr_scheduler_type="cosine", seed=0, report_to="none", optim=ADAMW,
                                   save_strategy="no", logging_strategy="no", use_cpu=True, dataloader_pin_memory=False)
     Trainer(model, arguments, train_dataset=[{"input_ids": block, "labels": block} for block in blocks]).train()
     model.config.use_cache = True  # which the Trainer switched off
-    model.save_pretrained(part)
+    move(model, "cpu").save_pretrained(part)
     tokenizer.save_pretrained(part)
     part.rename(folder)
     return str(folder)
@@ -1164,7 +1181,7 @@ def perplexity(model, blocks: torch.Tensor, dtype: torch.dtype = torch.float32, 
 def sample(model, tokenizer, prompt: str, new_tokens: int = 40) -> str:
     """The prompt and the model's most likely continuation, the same every time."""
     if model.device.type == "xla":
-        model = copy.deepcopy(model).cpu()  # a TPU would compile the model anew for every length of the text
+        model = move(copy.deepcopy(model), "cpu")  # a TPU would compile the model anew for every length of the text
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     model.eval()
     output = fit_batch_size(lambda _: model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id),
@@ -1587,7 +1604,8 @@ def eager_attention(model):
 
 def focus(attention: torch.Tensor) -> torch.Tensor:
     """1 - entropy / log(visible tokens) of causal attention (..., time, time): (..., time), and 0 for the first token."""
-    entropy = torch.special.entr(attention.float()).sum(-1)
+    attention = attention.float()
+    entropy = -torch.xlogy(attention, attention).sum(-1)
     visible = torch.arange(1, attention.shape[-1] + 1, device=attention.device)
     return torch.where(visible > 1, 1 - entropy / visible.log().clamp_min(1e-9), 0.0)
 
@@ -1652,7 +1670,8 @@ class Entropy:
                 raise UserError(f"strategy 'entropy' needs attention weights, which {type(attention).__name__} does not give: "
                                 "take another strategy.")
             if self.literal:
-                total.sub_(torch.special.entr(output[1].float()).sum(-1)[..., 1:].mean(-1).sum(0))
+                attention = output[1].float()
+                total.add_(torch.xlogy(attention, attention).sum(-1)[..., 1:].mean(-1).sum(0))
             else:
                 seen["focus"] = focus(output[1])
                 seen["stream"] = seen["stream"] + output[0]
@@ -1756,7 +1775,7 @@ def soft_gates(scores: torch.Tensor, open_gates: float, temperature: float) -> t
     """sigmoid((scores - threshold) / temperature) of scores (..., layers, heads); thresholds are such that each table of gates sums to
     `open_gates`, and the gradient knows that they move along."""
     values = scores.detach().flatten(-2)
-    low, high = (values.aminmax(dim=-1, keepdim=True)[end] + sign * 20 * temperature for end, sign in ((0, -1), (1, 1)))
+    low, high = values.amin(-1, keepdim=True) - 20 * temperature, values.amax(-1, keepdim=True) + 20 * temperature
     for _ in range(40):
         middle = (low + high) / 2
         too_many = torch.sigmoid((values - middle) / temperature).sum(-1, keepdim=True) > open_gates
@@ -1772,6 +1791,12 @@ def cut_shorter(blocks: torch.Tensor, longest: int = 128) -> torch.Tensor:
     parts = math.ceil(blocks.shape[1] / longest)
     length = blocks.shape[1] // parts
     return blocks[:, : parts * length].reshape(-1, length)
+
+
+def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Mean Kullback-Leibler divergence per token of the predictions of `logits` from those of `wanted`, both (batch, time, vocabulary)."""
+    given, wanted = logits.float().log_softmax(-1), wanted.float().log_softmax(-1)  # (not kl_div, whose gradient XLA does not vouch for)
+    return (wanted.exp() * (wanted - given)).sum(-1).mean()
 
 
 # %%
@@ -1816,8 +1841,8 @@ class Learned:
             for mine, part in zip(own_share(chosen).split(at_once), gates.detach().split(at_once)):
                 part.requires_grad_()
                 place(part[:, None].unbind(2))  # for each layer (texts, 1, heads)
-                divergence = self._divergence(model, texts[mine].to(model.device), dense[mine].to(model.device))
-                slopes += torch.autograd.grad(divergence * len(mine) / len(chosen), part)
+                loss = self._loss(model, texts[mine].to(model.device), dense[mine].to(model.device))
+                slopes += torch.autograd.grad(loss * len(mine) / len(chosen), part)
             (scores.grad,) = torch.autograd.grad(gates, scores, torch.cat(slopes)) if slopes else (torch.zeros_like(scores),)
             add_up(scores.grad)
             optimizer.step()
@@ -1833,15 +1858,14 @@ class Learned:
             return torch.cat([model.base_model(batch.to(model.device), use_cache=False).last_hidden_state.cpu()
                               for batch in progress(blocks.split(batch_size), "importance", model.device)])
 
-    def _divergence(self, model, batch, dense):
-        """Mean Kullback-Leibler divergence, per token, of the gated model's predictions from the dense one's."""
+    def _loss(self, model, batch, dense):
+        """The divergence of the gated model's predictions from the dense one's."""
         to_logits = model.get_output_embeddings()
         with autocast(model.device, self.dtype):
             gated = to_logits(model.base_model(batch, use_cache=False).last_hidden_state)
             with torch.no_grad():
                 wanted = to_logits(dense.to(gated.dtype))
-        gated, wanted = (logits.float().flatten(0, 1).log_softmax(-1) for logits in (gated, wanted))
-        return torch.nn.functional.kl_div(gated, wanted, log_target=True, reduction="batchmean")
+        return divergence(gated, wanted)
 
 
 # %% [markdown]
@@ -3007,10 +3031,8 @@ class DistillingTrainer(Trainer):
         loss = output.loss
         if model.training:  # validation stays comparable: the text's own tokens
             with torch.no_grad():
-                wanted = self.teacher(inputs["input_ids"], use_cache=False).logits[:, :-1].float().flatten(0, 1).log_softmax(-1)
-            given = output.logits[:, :-1].float().flatten(0, 1).log_softmax(-1)
-            divergence = torch.nn.functional.kl_div(given, wanted, log_target=True, reduction="batchmean")
-            loss = (1 - self.share) * loss + self.share * divergence
+                wanted = self.teacher(inputs["input_ids"], use_cache=False).logits
+            loss = (1 - self.share) * loss + self.share * divergence(output.logits[:, :-1], wanted[:, :-1])
         return (loss, output) if return_outputs else loss
 
 
@@ -3098,7 +3120,7 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
             save_strategy="steps", save_steps=max(1, steps // 10), save_total_limit=1,
             restore_callback_states_from_checkpoint=True,
             load_best_model_at_end=not settings.reopen_heads, metric_for_best_model="loss",
-            bf16=run.dtype == torch.bfloat16, fp16=run.dtype == torch.float16, use_cpu=run.device.type == "cpu",
+            optim=ADAMW, bf16=run.dtype == torch.bfloat16, fp16=run.dtype == torch.float16, use_cpu=run.device.type == "cpu",
             seed=settings.seed, report_to="none", disable_tqdm=in_notebook(), dataloader_pin_memory=run.device.type == "cuda")
         distil = bool(settings.distillation and teacher is not None)
         kind = functools.partial(DistillingTrainer, teacher=teacher, share=settings.distillation) if distil else Trainer
@@ -3108,6 +3130,8 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
             result = trainer.train(resume_from_checkpoint=agree(last_checkpoint(Path(arguments.output_dir)) if not rank else None))
         seen = [value for _, value in plot.history["perplexity"]]
         del tuned._keys_to_ignore_on_save
+        for attribute in ("forward", "_original_forward"):  # accelerate's own, which would go on computing in 16 bits
+            vars(tuned).pop(attribute, None)
         tuned.config.use_cache = model.config.use_cache  # which the Trainer switches off, and would be saved so
         if settings.reopen_heads:
             untrain_gates(tuned)
@@ -3380,6 +3404,7 @@ def native_config(model):
 
 def save_compact(model, tokenizer, folder: Path) -> None:
     """Saves a compact model for from_pretrained: natively where that is possible, else with modeling_pruned.py."""
+    model = move(copy.deepcopy(model), "cpu")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     config = native_config(model)
@@ -3419,7 +3444,7 @@ def expand(small, model):
 @torch.no_grad()
 def save_gated(model, tokenizer, folder: Path) -> None:
     """Saves a gated model as a plain checkpoint, with its gates and what they erased in gates.safetensors."""
-    plain = copy.deepcopy(model).cpu()
+    plain = move(copy.deepcopy(model), "cpu")
     kept = {"gates": get_gates(plain)}
     for number, layer in enumerate(find_heads(plain)):
         gates = layer.projection.gates
@@ -3514,7 +3539,7 @@ def save_models(run: Run, tuned, model, tokenizer, settings: Settings, block: to
                 save_gated(expand(tuned, model) if is_compact else tuned, tokenizer, folder)
             (folder / "README.md").write_text(model_card(run.metrics, folder), encoding="utf-8")
             undo.pop_all()
-        difference = run.metrics["reopened_difference"][form] = largest_difference(tuned, reopen(folder).to(run.device), block)
+        difference = run.metrics["reopened_difference"][form] = largest_difference(tuned, move(reopen(folder), run.device), block)
         print(f"{folder}: {sum(file.stat().st_size for file in folder.glob('*.safetensors')) / 1e6:.1f} MB; opened again, "
               + ("with the same logits" if not difference else f"logits differ by {difference:.0e} of the largest"))
         if difference > 1e-3:

@@ -118,3 +118,13 @@ def test_distillation_pulls_to_the_teacher(place, blocks):
     assert torch.equal(nb.get_gates(teacher), gates) and torch.equal(nb.get_gates(taught), gates)
     assert distance(taught) < distance(teacher) and distance(taught) < distance(alone)
 
+
+
+def test_a_model_that_was_trained_in_16_bits_computes_in_32_again(place, blocks):
+    """accelerate wraps its forward pass; left so, the saved model would differ from it, and the run end in an error."""
+    settings, run, _ = place
+    run.dtype = torch.bfloat16
+    tuned = nb.fine_tune(make("llama"), blocks, settings, run, "fine_tuned", 1.0)
+    fresh = make("llama")
+    fresh.load_state_dict({name: value for name, value in tuned.state_dict().items() if not name.endswith(".gates")})
+    assert nb.largest_difference(tuned, fresh, blocks["test"]) == 0 and "forward" not in vars(tuned)

@@ -217,6 +217,15 @@ def test_rounds_and_sweep_run_from_the_script(short_run):
     assert "| strategy | 25% | 50% |" in said and "in 2 rounds" in said
 
 
+def test_a_run_in_16_bits_hands_on_the_model_that_it_measured(short_run):
+    """The default wherever there is a GPU."""
+    config = transformers.LlamaConfig(vocab_size=1024, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                      num_key_value_heads=2, max_position_embeddings=64)
+    folder, said = short_run(transformers.LlamaForCausalLM(config), "--precision", "bf16", "--gate-steps", "4", "--repair-blocks", "4", "--save-model", "both")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["precision"] == "bfloat16" and metrics["reopened_difference"] == {"compact": 0, "zeroed": 0}
+
+
 def test_a_family_that_cannot_be_compacted_keeps_its_gates_and_says_so(short_run):
     folder, said = short_run(transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=1024, hidden_size=32, n_layer=2, n_head=4)))
     assert "BloomForCausalLM keeps its gates: compacting knows gpt2, opt" in said

@@ -1,0 +1,85 @@
+"""What runs on a TPU runs through XLA, which runs on a processor too. In a virtual environment of its own (several GB):
+
+    python3 -m venv xla && xla/bin/pip install torch==2.9.0 torch_xla==2.9.0 transformers==5.15.0 datasets accelerate matplotlib ipywidgets \
+        psutil jupytext gguf pytest
+    PJRT_DEVICE=CPU xla/bin/python -m pytest tests/test_xla.py
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make
+
+pytest.importorskip("torch_xla", reason="torch_xla is not installed")
+
+import torch_xla
+from torch_xla.debug import metrics
+
+import PruningAndFineTuningColab as nb
+
+FEW = ["--dataset", "python-docs", "--max-steps", "12", "--eval-blocks", "4", "--calibration-blocks", "8", "--gate-steps", "12", "--repair-blocks", "8",
+       "--block-length", "128"]
+
+
+def walk(cwd, *words, **environment):
+    cwd.mkdir()
+    done = subprocess.run([sys.executable, Path(nb.__file__), *FEW, *words], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = cwd.glob("results/*/metrics.json")
+    return json.loads(file.read_text())
+
+
+def test_the_whole_walk_has_the_numbers_of_the_processor(home, tmp_path):
+    plain = walk(tmp_path / "plain", "--model", "demo", USE_TORCH_XLA="0")
+    (demo,) = (home / "cache").glob("*/demo-*")
+    xla = walk(tmp_path / "xla", "--model", str(demo), "--device", "tpu", "--precision", "fp32")
+    assert xla["device"].startswith("XLA") and plain["device"].startswith("CPU")
+    assert xla["perplexity"] == pytest.approx(plain["perplexity"], rel=1e-4)
+    assert xla["heads"] == plain["heads"]
+    for stage, record in xla["training"].items():
+        assert [value for _, value in record["history"]["perplexity"]] == pytest.approx(
+            [value for _, value in plain["training"][stage]["history"]["perplexity"]], rel=1e-3)
+
+
+def test_bf16_runs_too(home, tmp_path):
+    with_16 = walk(tmp_path / "bf16", "--model", "demo", "--device", "tpu", "--strategy", "entropy", "--no-control")
+    assert with_16["precision"] == "bfloat16" and with_16["perplexity"]["fine_tuned"] < 1.3 * with_16["perplexity"]["dense"]
+
+
+def count(work):
+    """(graphs compiled, numbers read back) while `work()` runs."""
+    torch_xla.sync()
+    before = [(metrics.metric_data(name) or (0,))[0] for name in ("CompileTime", "TransferFromDeviceTime")]
+    work()
+    torch_xla.sync()
+    return [(metrics.metric_data(name) or (0,))[0] - first for name, first in zip(("CompileTime", "TransferFromDeviceTime"), before)]
+
+
+WORK = {
+    "perplexity": lambda model, n: nb.perplexity(model, torch.randint(3, 97, (4 * n, 16))),
+    "entropy": lambda model, n: nb.get_strategy("entropy").score(model, torch.randint(3, 97, (4 * n, 16))),
+    "gradient": lambda model, n: nb.get_strategy("gradient").score(model, torch.randint(3, 97, (4 * n, 16))),
+    "learned": lambda model, n: nb.get_strategy("learned", level=0.25, steps=6 * n).score(model, torch.randint(3, 97, (16, 16))),
+}
+
+
+@pytest.mark.parametrize("work", WORK)
+def test_more_steps_compile_nothing_new_and_wait_for_nothing(work):
+    model = nb.move(make("llama"), torch_xla.device())
+    nb.add_gates(model)
+    for n in (2, 2, 4):
+        WORK[work](model, n)  # all shapes are known now
+    few, many = (count(lambda n=n: WORK[work](model, n)) for n in (2, 4))
+    assert few[0] == many[0] == 0, "compiled anew"
+    # One number is read back in every forward pass, by transformers: it looks whether several texts are packed into one.
+    assert many[1] - few[1] <= (12 if work == "learned" else 2), "numbers are read back in every step"
+
+
+def test_tied_embeddings_stay_tied():
+    model = nb.move(make("gpt2"), torch_xla.device())
+    assert model.lm_head.weight is model.transformer.wte.weight
