@@ -168,6 +168,7 @@ WEIGHT_DECAY = 0.01  # @param {type: "number"}
 DISTILLATION = 0.0  # @param {type: "slider", min: 0, max: 1, step: 0.1}
 PATIENCE = 3  # @param {type: "integer"}
 BATCH_SIZE = 4  # @param {type: "integer"}
+GRADIENT_CHECKPOINTING = False  # @param {type: "boolean"}
 CONTROL = "auto"  # @param ["auto", "yes", "no"]
 
 # @markdown **Sweep**
@@ -238,6 +239,8 @@ class Settings:
                                  "the text's next token, 0 to 1")
     patience: int = option(PATIENCE, "fine-tuning", "stop when validation did not improve in so many evaluations, 0 = never; the best weights are kept")
     batch_size: int = option(BATCH_SIZE, "fine-tuning", "blocks in one optimizer step, however many fit at once")
+    gradient_checkpointing: bool = option(GRADIENT_CHECKPOINTING, "fine-tuning", "keep only each layer's input and compute the rest a second time: slower, "
+                                          "in much less memory")
     control: str = option(CONTROL, "fine-tuning", "fine-tune the dense model with the same budget, to compare: yes, no, "
                           "or auto (yes, unless the model is large and the machine has no accelerator)",
                           ("auto", "yes", "no"))
@@ -633,7 +636,7 @@ def room_for_blocks(model, tokens: int, dtype: torch.dtype, backward: bool = Fal
     """
     config = model.config.get_text_config()
     layer = 34 * torch.finfo(dtype).bits // 16 * tokens * config.hidden_size + maps * 12 * config.num_attention_heads * tokens**2
-    each = layer * (config.num_hidden_layers if backward else 1) + logits * (16 if backward else 8) * tokens * config.vocab_size
+    each = layer * (config.num_hidden_layers if backward else 1) + logits * (16 if backward or training else 8) * tokens * config.vocab_size
     beside = training * 16 * model.num_parameters()
     return max(1, int(min((free_bytes(model.device) - beside) / each, 1e9)))
 
@@ -655,7 +658,8 @@ def fit_batch_size(function, largest: int, what: str, room: int | None = None):
     def reduce():
         size = FITTED[what] = next(smaller, 0)
         if not size:
-            raise RunError(f"{what} runs out of memory with a single block: take a smaller --block-length, --precision bf16, or a smaller model.")
+            raise RunError(f"{what} runs out of memory with a single block: take a smaller --block-length, --precision bf16, "
+                           f"{'--gradient-checkpointing, ' if what == 'fine-tuning' else ''}or a smaller model.")
         print(f"{what} runs out of memory: trying {size} blocks at once")
         return size
 
@@ -3102,6 +3106,8 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
         tuned._keys_to_ignore_on_save = list(names[1].keys() - names[0].keys()) or None  # tied weights are not missed in checkpoints
         plot, optimizer = LivePlot(run, name, dense_validation, settings.batch_size * blocks["train"].shape[1]), None
         callbacks = [plot] + ([EarlyStoppingCallback(settings.patience)] if settings.patience and not settings.reopen_heads else [])
+        if settings.gradient_checkpointing:
+            tuned.gradient_checkpointing_enable({"use_reentrant": False})
         if settings.reopen_heads:
             train_gates(tuned)
             callbacks.append(CommitGates(settings.pruning_level, settings.min_heads))
@@ -3116,9 +3122,8 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
             per_device_train_batch_size=micro_batch, gradient_accumulation_steps=settings.batch_size // world // micro_batch,
             per_device_eval_batch_size=micro_batch, prediction_loss_only=True, logging_nan_inf_filter=False,
             eval_strategy="steps", eval_steps=max(1, steps // 10), logging_steps=max(1, steps // 25),
+            save_strategy="steps", save_steps=max(1, steps // 10), save_total_limit=1, restore_callback_states_from_checkpoint=True,
             # Gates that are still being chosen have no best moment: with them the last weights count.
-            save_strategy="steps", save_steps=max(1, steps // 10), save_total_limit=1,
-            restore_callback_states_from_checkpoint=True,
             load_best_model_at_end=not settings.reopen_heads, metric_for_best_model="loss",
             optim=ADAMW, bf16=run.dtype == torch.bfloat16, fp16=run.dtype == torch.float16, use_cpu=run.device.type == "cpu",
             seed=settings.seed, report_to="none", disable_tqdm=in_notebook(), dataloader_pin_memory=run.device.type == "cuda")
@@ -3132,6 +3137,8 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
         del tuned._keys_to_ignore_on_save
         for attribute in ("forward", "_original_forward"):  # accelerate's own, which would go on computing in 16 bits
             vars(tuned).pop(attribute, None)
+        if settings.gradient_checkpointing:
+            tuned.gradient_checkpointing_disable()
         tuned.config.use_cache = model.config.use_cache  # which the Trainer switches off, and would be saved so
         if settings.reopen_heads:
             untrain_gates(tuned)
@@ -3143,7 +3150,7 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
             "history": plot.history}
         return tuned.eval()
 
-    tuned = fit_batch_size(attempt, settings.batch_size // world, "fine-tuning", room_for_blocks(model, blocks["train"].shape[1], run.dtype, True, training=True))
+    tuned = fit_batch_size(attempt, settings.batch_size // world, "fine-tuning", room_for_blocks(model, blocks["train"].shape[1], run.dtype, not settings.gradient_checkpointing, training=True))
     wait_for_all()  # for those that still read the best weights
     shutil.rmtree(folder, ignore_errors=True)
     return tuned

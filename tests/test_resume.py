@@ -155,6 +155,34 @@ def test_fine_tuning_goes_on_bit_for_bit(how, tmp_path, monkeypatch):
     assert not list(run.state.glob("trainer-*")), "checkpoints go when they are not needed any more"
 
 
+@pytest.mark.parametrize("step", [5, 15])
+def test_gates_that_are_being_chosen_go_on_bit_for_bit(step, tmp_path, monkeypatch):
+    """Before and after the moment, half-way, when the gates are decided."""
+    model = make("gpt2")
+    nb.set_gates(model, torch.tensor([[1.0, 0, 1, 1], [1, 0, 1, 0]]))
+    blocks = {split: torch.randint(3, 97, (40, 16), generator=torch.Generator().manual_seed(2)) for split in nb.SPLITS}
+    more = {"learning_rate": 1e-3, "reopen_heads": True, "pruning_level": 0.375}
+    settings, run = new_run(tmp_path / "whole", **more)
+    whole = nb.fine_tuned(model, nb.copy.deepcopy, blocks, settings, run, "fine_tuned", 1.0)
+    settings, run = new_run(tmp_path / "broken", **more)
+    original = nb.LivePlot.on_step_end
+
+    def die(self, args, state, control, **others):
+        if state.global_step == step:
+            raise KeyboardInterrupt
+        return original(self, args, state, control, **others)
+
+    monkeypatch.setattr(nb.LivePlot, "on_step_end", die)
+    with pytest.raises(KeyboardInterrupt):
+        nb.fine_tuned(model, nb.copy.deepcopy, blocks, settings, run, "fine_tuned", 1.0)
+    monkeypatch.undo()
+    assert list(run.state.glob("trainer-*/*/checkpoint-*"))
+    _, run = new_run(tmp_path / "broken", **more)
+    tuned = nb.fine_tuned(model, nb.copy.deepcopy, blocks, settings, run, "fine_tuned", 1.0)
+    assert torch.equal(nb.get_gates(tuned), nb.get_gates(whole)) and (nb.get_gates(tuned) == 0).sum() == 3
+    assert all(torch.equal(value, dict(whole.named_parameters())[name]) for name, value in tuned.named_parameters())
+
+
 def run_script(cwd, *words, kill_after=None):
     process = subprocess.Popen([sys.executable, SCRIPT, "--model", "demo", *FEW, *words], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                text=True, start_new_session=True)

@@ -128,3 +128,27 @@ def test_a_model_that_was_trained_in_16_bits_computes_in_32_again(place, blocks)
     fresh = make("llama")
     fresh.load_state_dict({name: value for name, value in tuned.state_dict().items() if not name.endswith(".gates")})
     assert nb.largest_difference(tuned, fresh, blocks["test"]) == 0 and "forward" not in vars(tuned)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_gradient_checkpointing_trains_the_same(family, place, blocks):
+    """On a compact model with unevenly read key/value heads and a layer without heads, whose modules are ours."""
+    settings, run, _ = place
+    model = make(family)
+    nb.set_gates(model, torch.tensor([[1.0, 0, 1, 1], [0, 0, 0, 0]]))
+    calls = {False: 0, True: 0}
+
+    def start(model, on):
+        def count(*_):
+            calls[on] += 1
+
+        small = nb.compact(model)
+        [mlp] = [module for name, module in small.named_modules() if name.endswith(".0.mlp")]
+        mlp.register_forward_pre_hook(count)
+        return small
+
+    plain, thrifty = (nb.fine_tune(model, blocks, nb.dataclasses.replace(settings, gradient_checkpointing=on), run, "fine_tuned", 1.0,
+                                   lambda model, on=on: start(model, on)) for on in (False, True))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain.parameters(), thrifty.parameters()))
+    assert calls[True] == calls[False] + settings.max_steps, "every training step computes the layer a second time"
+    assert not thrifty.is_gradient_checkpointing and thrifty.config.use_cache == model.config.use_cache

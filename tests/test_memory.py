@@ -1,0 +1,50 @@
+"""Nothing grows with the number of runs: the whole notebook, five times in one kernel."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+import transformers
+from nbclient import NotebookClient
+
+import PruningAndFineTuningColab as nb
+
+NOTEBOOK = Path(nb.__file__).with_suffix(".ipynb")
+FEW = {"MODEL": '"model"', "DATASET": '"python-docs"', "BLOCK_LENGTH": "64", "EVAL_BLOCKS": "4", "CALIBRATION_BLOCKS": "4", "GATE_STEPS": "6", "REPAIR_BLOCKS": "8",
+       "MAX_STEPS": "4", "CONTROL": '"yes"', "RESUME": '"no"'}
+LOOK = """
+import json
+print(json.dumps({"ram": psutil.Process().memory_info().rss, "models": sum(isinstance(thing, transformers.PreTrainedModel) for thing in gc.get_objects()),
+                  "widgets": len(widgets.Widget.widgets if hasattr(widgets.Widget, "widgets") else ())}))
+"""
+
+
+@pytest.mark.slow
+def test_five_runs_in_one_kernel_take_the_memory_of_one(home, tmp_path):
+    """About three minutes: pytest -m slow -s tests/test_memory.py"""
+    demo = nb.make_demo(nb.load_text(nb.Settings(dataset="python-docs"))["train"])
+    shutil.copytree(demo, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=1024, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
+                                      num_key_value_heads=4, max_position_embeddings=128)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")  # 100 MB: large beside what else may vary
+    notebook = nbformat.read(NOTEBOOK, 4)
+    (form,) = (cell for cell in notebook.cells if "# @title Settings" in cell.source)
+    for name, value in FEW.items():
+        form.source = re.sub(rf"^{name} = \S+", f"{name} = {value}", form.source, flags=re.M)
+    look = nbformat.v4.new_code_cell(LOOK)
+    notebook.cells.append(look)
+    client, seen = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}), []
+    with client.setup_kernel():
+        for _ in range(5):
+            for index, cell in enumerate(notebook.cells):
+                if cell.cell_type == "code":
+                    client.execute_cell(cell, index)
+            seen.append(json.loads("".join(output.get("text", "") for output in look.outputs)))
+            print(seen[-1])
+    assert seen[-1]["ram"] < 1.05 * seen[0]["ram"]
+    assert seen[-1]["models"] == seen[0]["models"] and seen[-1]["widgets"] <= 1.05 * seen[0]["widgets"]
