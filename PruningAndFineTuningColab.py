@@ -367,8 +367,10 @@ def disk_trouble(error: BaseException | None) -> str:
 
 def stop_without_traceback(kind, error, trace):
     """The script's sys.excepthook: a sentence instead of a traceback, and exit status 2 for a mistake, 1 for a failure, 130 for Ctrl-C."""
-    there = "run" in globals() and run.folder.exists() and kind is not UserError
-    kept = f" What is there is in {run.folder}; the same command goes on from it." if there else ""
+    kept = ""
+    if "run" in globals() and run.folder.exists() and kind is not UserError:
+        known = ", ".join(f"{stage} {value:.2f}" for stage, value in run.metrics["perplexity"].items())
+        kept = f" What is there is in {run.folder}{f' (perplexity: {known})' if known else ''}; the same command goes on from it."
     if issubclass(kind, UserError):
         words, status = f"error: {error}", 2
     elif issubclass(kind, KeyboardInterrupt):
@@ -1700,6 +1702,9 @@ class Entropy:
 # **Fisher** information, which says how fast the model's predictions change ([Kwon et al. 2022](https://arxiv.org/abs/2204.09656)).
 
 # %%
+SCALE = 1024.0  # lifts small gradients into the range of float16; a power of two, so that nothing else changes
+
+
 @dataclasses.dataclass
 class Gradient:
     """Mean over blocks of |d loss / d gate|; `squared=True` is the mean square instead (Fisher)."""
@@ -1727,7 +1732,8 @@ class Gradient:
             with autocast(model.device, self.dtype):
                 logits = model(batch[:, :-1], use_cache=False).logits  # a slice of logits would cost a copy of them on the way back
             nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum")
-            (slope,) = torch.autograd.grad(nll / (batch.shape[1] - 1), own)  # of each block's mean loss, for no block's gate moves another's
+            (slope,) = torch.autograd.grad(nll * (SCALE / (batch.shape[1] - 1)), own)  # of each block's mean loss, for no block's gate moves another's
+            slope = slope / SCALE
             total += (slope.square() if self.squared else slope.abs()).sum((1, 2))
         return total
 
@@ -1846,8 +1852,8 @@ class Learned:
                 part.requires_grad_()
                 place(part[:, None].unbind(2))  # for each layer (texts, 1, heads)
                 loss = self._loss(model, texts[mine].to(model.device), dense[mine].to(model.device))
-                slopes += torch.autograd.grad(loss * len(mine) / len(chosen), part)
-            (scores.grad,) = torch.autograd.grad(gates, scores, torch.cat(slopes)) if slopes else (torch.zeros_like(scores),)
+                slopes += torch.autograd.grad(loss * (SCALE * len(mine) / len(chosen)), part)
+            (scores.grad,) = torch.autograd.grad(gates, scores, torch.cat(slopes) / SCALE) if slopes else (torch.zeros_like(scores),)
             add_up(scores.grad)
             optimizer.step()
             steps_right += torch.isfinite(scores).all()

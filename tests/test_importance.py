@@ -223,3 +223,14 @@ def test_the_least_important_heads_are_closed():
 def test_a_level_beyond_the_minimum_is_refused():
     with pytest.raises(nb.UserError, match="0.8 with min_heads 2.*at most 12 of 24 heads"):
         nb.choose_gates(torch.rand(6, 4), 0.8, min_heads=2)
+
+
+@pytest.mark.parametrize("strategy", ["fisher", "learned"])
+def test_float16_is_enough(strategy):
+    """In which GPUs without bfloat16 score."""
+    model, blocks = make("llama", max_position_embeddings=1024), torch.randint(3, 97, (4, 512), generator=torch.Generator().manual_seed(0))
+    options = {"level": 0.25, "steps": 8} if strategy == "learned" else {}
+    exact, half = (nb.get_strategy(strategy, dtype=dtype, **options).score(model, blocks) for dtype in (torch.float32, torch.float16))
+    if strategy == "fisher":
+        exact, half = exact.log(), half.log()
+    assert torch.corrcoef(torch.stack([exact.flatten(), half.flatten()]))[0, 1] > 0.99
