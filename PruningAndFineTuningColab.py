@@ -2256,8 +2256,8 @@ if __name__ == "__main__" and in_notebook():
         pruned = model
         return run.metrics["perplexity"]["pruned"]
 
-    if before := globals().get("explorer"):  # from an earlier run of this cell
-        close_panel(before.box)
+    if "explorer" in globals():  # from an earlier run of this cell
+        close_panel(globals().pop("explorer").box)
     explorer = Explorer(model, tokenizer, blocks, settings, dtype, importance, take)
     show_widget(explorer.box, run.folder / "heads.png")
 
@@ -2361,8 +2361,8 @@ if __name__ == "__main__":
         print(error)
     else:
         if in_notebook():
-            if before := globals().get("viewer"):
-                close_panel(before.box)
+            if "viewer" in globals():
+                close_panel(globals().pop("viewer").box)
             viewer = AttentionViewer(model, tokenizer, sentence, explorer.importance)
             show_widget(viewer.box, run.folder / "attention.png")
 
