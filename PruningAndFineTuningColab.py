@@ -800,10 +800,9 @@ class Run:
             self.folder, self.metrics = found or (make_folder(place, settings.model), self.metrics)
             if found:
                 print(f"Going on with {self.folder}, which was not finished (--resume no starts anew).")
-            if others := [path for path in place.glob("*.state") if path != self.state]:
-                size = sum(file.stat().st_size for path in others for file in path.rglob("*"))
-                print(f"{len(others)} other runs in {place} are not finished and keep {size / 1e9:.1f} GB in their .state folders, to go on from: "
-                      "remove those that you do not need.")
+            others = sum(file.stat().st_size for file in place.glob("*.state/**/*") if not file.is_relative_to(self.state))
+            if others > 1e8:
+                print(f"Unfinished runs keep {others / 1e9:.1f} GB in {place}/*.state, to go on from: remove those that you do not need.")
             self.save()
         self.folder, self.metrics = agree((self.folder, self.metrics) if self.writes else None)
 

@@ -85,6 +85,17 @@ def test_only_an_unfinished_run_of_these_very_settings_is_gone_on_with(tmp_path,
         new_run(tmp_path, resume=str(run.folder))
 
 
+def test_what_unfinished_runs_keep_is_said(tmp_path, capsys):
+    _, run = new_run(tmp_path)
+    run.state.mkdir()
+    (run.state / "repair-0.safetensors").touch()
+    os.truncate(run.state / "repair-0.safetensors", 2_300_000_000)  # a hole: it takes no room
+    _, again = new_run(tmp_path)
+    assert again.folder == run.folder and "Unfinished" not in capsys.readouterr().out
+    new_run(tmp_path, seed=1)
+    assert f"Unfinished runs keep 2.3 GB in {tmp_path}/*.state" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"asked": []}', '{"asked": {"model": 3}}', "\x00", '{"asked": {}, "perplexity": "x"}'])
 def test_a_spoilt_record_is_refused_when_named_and_passed_over_when_not(content, tmp_path):
     (tmp_path / "old").mkdir()
