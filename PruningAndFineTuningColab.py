@@ -365,6 +365,17 @@ def disk_trouble(error: BaseException | None) -> str:
     return ""
 
 
+@contextlib.contextmanager
+def saying_disk_trouble():
+    """Within it trouble with a disk becomes a RunError that says so."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if trouble := disk_trouble(error):
+            raise RunError(f"the disk cannot be written or read ({trouble}): make room or bring it back, or choose another --output-dir.") from error
+        raise
+
+
 def stop_without_traceback(kind, error, trace):
     """The script's sys.excepthook: a sentence instead of a traceback, and exit status 2 for a mistake, 1 for a failure, 130 for Ctrl-C."""
     kept = ""
@@ -377,11 +388,7 @@ def stop_without_traceback(kind, error, trace):
         words, status = f"interrupted.{kept}", 130
     elif issubclass(kind, torch.OutOfMemoryError):
         words, status = f"failed: out of memory: take a smaller --block-length or --batch-size, --precision bf16, or a smaller model.{kept}", 1
-    elif issubclass(kind, RunError):
-        words, status = f"failed: {error}{kept}", 1
-    elif trouble := disk_trouble(error):
-        words, status = f"failed: the disk cannot be written or read ({trouble}): make room or bring it back, or choose another --output-dir.{kept}", 1
-    elif issubclass(kind, SafetensorError):
+    elif issubclass(kind, RunError) or issubclass(kind, SafetensorError):
         words, status = f"failed: {error}{kept}", 1
     else:
         return sys.__excepthook__(kind, error, trace)
@@ -828,6 +835,7 @@ class Run:
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, {"record": json.dumps(record)})
         return tensors, record
 
+    @saying_disk_trouble()
     def finish(self) -> Path:
         """The run's folder as a zip. What was kept to go on from goes, in the end."""
         self.metrics["finished"] = True
@@ -839,6 +847,7 @@ class Run:
         shutil.rmtree(self.state, ignore_errors=True)
         return archive
 
+    @saying_disk_trouble()
     def save(self):
         """Writes metrics.json in one move, so that it is never half there."""
         if not self.writes:
@@ -853,7 +862,8 @@ class Run:
         free_memory()
         peak, start, empty, self.kept = PeakMemory(self.device), time.perf_counter(), False, False
         try:
-            yield
+            with saying_disk_trouble():
+                yield
         except UserError:
             empty = not self.metrics["perplexity"]
             raise
@@ -869,6 +879,7 @@ class Run:
                                for kind, used in memory_used(self.device).items())
             print(f"[{name}: {seconds:.1f} s, {memory}]")
 
+    @saying_disk_trouble()
     def show(self, figure: Figure, name: str, width: int = 760):
         """Keeps a figure as PNG in the run's folder, and displays it in a notebook."""
         if not self.writes:
@@ -3313,6 +3324,7 @@ def draw_dashboard(metrics: dict, gates: torch.Tensor) -> Figure:
 # Everything together goes into `report.md`.
 
 # %%
+@saying_disk_trouble()
 def write_report(run: Run) -> str:
     """Writes report.md into the run's folder, and returns it."""
     metrics = run.metrics
