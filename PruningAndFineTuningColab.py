@@ -57,6 +57,14 @@ if __name__ == "__main__" and in_notebook():
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
 
 # %%
+import os
+
+import torch
+
+if torch.cuda.is_available():
+    os.environ.setdefault("USE_TORCH_XLA", "0")  # on a machine that has both, the Trainer would leave the GPU idle
+
+# %%
 import argparse
 import ast
 import base64
@@ -77,7 +85,6 @@ import io
 import json
 import linecache
 import math
-import os
 import platform
 import re
 import shutil
@@ -98,7 +105,6 @@ import ipywidgets as widgets
 import matplotlib
 import psutil
 import tokenizers
-import torch
 import transformers
 from accelerate.utils import find_executable_batch_size, is_torch_xla_available
 from huggingface_hub.errors import StrictDataclassError
