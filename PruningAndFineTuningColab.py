@@ -544,7 +544,10 @@ def agree(value):
 
 
 def join_processes(device: torch.device) -> torch.device:
-    """Joins the processes that were started together; the device of this one."""
+    """Joins the processes that were started together; the device of this one. Raises UserError where they are to share a model's parts."""
+    for what in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{what}", "false") in ("true", "1"):
+            raise UserError(f"accelerate was told to use {what}, but heads are scored and cut on a whole model: leave it out, or take a smaller model.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         device = accelerate.PartialState(cpu=device.type == "cpu").device
     return device

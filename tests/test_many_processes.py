@@ -63,3 +63,9 @@ def test_a_mistake_is_said_once(demo, tmp_path):
                            "--strategy", "random", "--no-repair"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode != 0
     assert done.stderr.count("error: batch_size is 3, but must be a multiple of 2, the number of processes") == 1
+
+
+def test_a_model_in_parts_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(nb.UserError, match="told to use FSDP, but heads are scored and cut on a whole model"):
+        nb.join_processes(torch.device("cpu"))
