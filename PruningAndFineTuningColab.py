@@ -357,17 +357,20 @@ def read_settings(arguments: list[str]) -> Settings:
     return Settings(**values)
 
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOENT, errno.EIO, errno.ENOTCONN, errno.ESTALE)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOTCONN, errno.ESTALE)
 
 
 def disk_trouble(error: BaseException | None) -> str:
     """What is wrong with a disk (full, read-only, gone), where that is behind an error; else an empty text."""
+    allowed = (*DISK_ERRORS, errno.ENOENT, errno.EACCES)  # these two are usual where something is only looked for
     while error is not None:
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        if isinstance(error, OSError) and error.errno in allowed:
             return error.strerror + (f": {error.filename}" if error.filename else "")
         if "PytorchStreamWriter failed" in str(error) or "No space left" in str(error):  # PyTorch and safetensors have words of their own
             return os.strerror(errno.ENOSPC)
-        error = error.__cause__ or error.__context__
+        if gone := re.search(r"Parent directory .* does not exist", str(error)):
+            return gone[0]
+        error, allowed = error.__cause__ or error.__context__, DISK_ERRORS
     return ""
 
 
@@ -394,7 +397,7 @@ def stop_without_traceback(kind, error, trace):
         words, status = f"interrupted.{kept}", 130
     elif issubclass(kind, torch.OutOfMemoryError):
         words, status = f"failed: out of memory: take a smaller --block-length or --batch-size, --precision bf16, or a smaller model.{kept}", 1
-    elif issubclass(kind, RunError) or issubclass(kind, SafetensorError):
+    elif issubclass(kind, (RunError, SafetensorError)):
         words, status = f"failed: {error}{kept}", 1
     else:
         return sys.__excepthook__(kind, error, trace)
@@ -670,7 +673,11 @@ def fit_batch_size(function, largest: int, what: str, room: int | None = None):
     sizes = [largest]
     while sizes[-1] > 1:
         sizes.append(max(size for size in range(1, sizes[-1] // 2 + 1) if largest % size == 0))
-    sizes = [size for size in sizes if size <= min(agree(room) or largest, FITTED.get(what, largest))] or [1]
+    room = agree(room) or largest
+    if room < FITTED.get(what, largest):
+        FITTED[what] = next((size for size in sizes if size <= room), 1)
+        print(f"{what}: memory has room for {FITTED[what]} blocks at once, not {largest}")
+    sizes = [size for size in sizes if size <= FITTED.get(what, largest)] or [1]
     smaller = iter(sizes[1:])
 
     def reduce():

@@ -112,5 +112,12 @@ def test_a_full_disk_is_known_in_the_words_of_every_library(error, tmp_path, mon
 
 def test_other_failures_are_not_taken_for_the_disk():
     assert not nb.disk_trouble(ValueError("no"))
+    try:
+        try:
+            Path("not/there").read_text()
+        except OSError:  # something was looked for, was not there, and then something else failed
+            raise RuntimeError("CUDA error")  # noqa: B904
+    except RuntimeError as error:
+        assert not nb.disk_trouble(error)
     with pytest.raises(RuntimeError, match="^CUDA error$"), nb.saying_disk_trouble():
         raise RuntimeError("CUDA error")
