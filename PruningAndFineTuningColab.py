@@ -652,12 +652,12 @@ def room_for_blocks(model, tokens: int, dtype: torch.dtype, backward: bool = Fal
     """How many blocks of so many tokens have room in the memory that is free now, roughly; at least 1.
 
     A layer holds 34 bytes per token and width in 16 bits (Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198), and for a `backward` pass
-    every layer does. Beside that come logits, attention `maps` where they are built, and in `training` a copy of the weights, gradients and AdamW's
+    every layer does. Beside that come logits and their copies, attention `maps` where they are built, and in `training` a copy of the weights, gradients and AdamW's
     two averages.
     """
     config = model.config.get_text_config()
     layer = 34 * torch.finfo(dtype).bits // 16 * tokens * config.hidden_size + maps * 12 * config.num_attention_heads * tokens**2
-    each = layer * (config.num_hidden_layers if backward else 1) + logits * (16 if backward or training else 8) * tokens * config.vocab_size
+    each = layer * (config.num_hidden_layers if backward else 1) + logits * (24 if backward or training else 12) * tokens * config.vocab_size
     beside = training * 16 * model.num_parameters()
     return max(1, int(min((free_bytes(model.device) - beside) / each, 1e9)))
 

@@ -86,7 +86,7 @@ def test_a_batch_starts_with_what_the_free_memory_has_room_for(monkeypatch, caps
     model.base_model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(len(args[0] if args else kwargs["input_ids"])), with_kwargs=True)
     nb.perplexity(model, BLOCKS, batch_size=8)
     assert set(seen) == {8}
-    monkeypatch.setattr(nb, "free_bytes", lambda device: 3.5 * (68 * 16 * 32 + 8 * 16 * 97))  # room for three blocks of 16 tokens
+    monkeypatch.setattr(nb, "free_bytes", lambda device: 3.5 * (68 * 16 * 32 + 12 * 16 * 97))  # room for three blocks of 16 tokens
     seen.clear()
     nb.perplexity(model, BLOCKS, batch_size=8)
     assert set(seen) == {2}, "the largest divisor of 8 that is at most 3"
