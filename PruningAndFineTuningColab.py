@@ -357,6 +357,10 @@ def read_settings(arguments: list[str]) -> Settings:
     return Settings(**values)
 
 
+# %% [markdown]
+# What goes wrong later is answered the same way. A disk may fill up, or a mounted Drive vanish, and every library says that in words of its own.
+
+# %%
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOTCONN, errno.ESTALE)
 
 
@@ -385,6 +389,7 @@ def saying_disk_trouble():
         raise
 
 
+# %%
 def stop_without_traceback(kind, error, trace):
     """The script's sys.excepthook: a sentence instead of a traceback, and exit status 2 for a mistake, 1 for a failure, 130 for Ctrl-C."""
     kept = ""

@@ -130,6 +130,18 @@ def test_resume_takes_the_settings_of_then(tmp_path):
     assert dataclasses.replace(again, resume="auto") == settings and again.resume == str(run.folder)
 
 
+def interrupt_at(monkeypatch, step):
+    """Training is interrupted when this step is done."""
+    original = nb.LivePlot.on_step_end
+
+    def die(self, args, state, control, **others):
+        if state.global_step == step:
+            raise KeyboardInterrupt
+        return original(self, args, state, control, **others)
+
+    monkeypatch.setattr(nb.LivePlot, "on_step_end", die)
+
+
 @pytest.mark.parametrize("how", ["before a checkpoint", "after one", "while one is written"])
 def test_fine_tuning_goes_on_bit_for_bit(how, tmp_path, monkeypatch):
     """With dropout, so that the random numbers count."""
@@ -141,14 +153,7 @@ def test_fine_tuning_goes_on_bit_for_bit(how, tmp_path, monkeypatch):
     history = run.metrics["training"]["fine_tuned"]["history"]
 
     settings, run = new_run(tmp_path / "broken", learning_rate=1e-3)
-    step, original = {"before a checkpoint": 1, "after one": 13, "while one is written": 14}[how], nb.LivePlot.on_step_end
-
-    def die(self, args, state, control, **others):
-        if state.global_step == step:
-            raise KeyboardInterrupt
-        return original(self, args, state, control, **others)
-
-    monkeypatch.setattr(nb.LivePlot, "on_step_end", die)
+    interrupt_at(monkeypatch, {"before a checkpoint": 1, "after one": 13, "while one is written": 14}[how])
     with pytest.raises(KeyboardInterrupt):
         nb.fine_tuned(model, nb.compact, blocks, settings, run, "fine_tuned", 1.0)
     monkeypatch.undo()
@@ -176,14 +181,7 @@ def test_gates_that_are_being_chosen_go_on_bit_for_bit(step, tmp_path, monkeypat
     settings, run = new_run(tmp_path / "whole", **more)
     whole = nb.fine_tuned(model, nb.copy.deepcopy, blocks, settings, run, "fine_tuned", 1.0)
     settings, run = new_run(tmp_path / "broken", **more)
-    original = nb.LivePlot.on_step_end
-
-    def die(self, args, state, control, **others):
-        if state.global_step == step:
-            raise KeyboardInterrupt
-        return original(self, args, state, control, **others)
-
-    monkeypatch.setattr(nb.LivePlot, "on_step_end", die)
+    interrupt_at(monkeypatch, step)
     with pytest.raises(KeyboardInterrupt):
         nb.fine_tuned(model, nb.copy.deepcopy, blocks, settings, run, "fine_tuned", 1.0)
     monkeypatch.undo()
