@@ -175,6 +175,7 @@ DISTILLATION = 0.0  # @param {type: "slider", min: 0, max: 1, step: 0.1}
 PATIENCE = 3  # @param {type: "integer"}
 BATCH_SIZE = 4  # @param {type: "integer"}
 GRADIENT_CHECKPOINTING = False  # @param {type: "boolean"}
+FSDP = False  # @param {type: "boolean"}
 CONTROL = "auto"  # @param ["auto", "yes", "no"]
 
 # @markdown **Sweep**
@@ -247,6 +248,8 @@ class Settings:
     batch_size: int = option(BATCH_SIZE, "fine-tuning", "blocks in one optimizer step, however many fit at once")
     gradient_checkpointing: bool = option(GRADIENT_CHECKPOINTING, "fine-tuning", "keep only each layer's input and compute the rest a second time: slower, "
                                           "in much less memory")
+    fsdp: bool = option(FSDP, "fine-tuning", "share weights, gradients and optimizer among the GPUs that torchrun starts processes on, for models that "
+                        "are too large to be trained on one")
     control: str = option(CONTROL, "fine-tuning", "fine-tune the dense model with the same budget, to compare: yes, no, "
                           "or auto (yes, unless the model is large and the machine has no accelerator)",
                           ("auto", "yes", "no"))
@@ -315,6 +318,7 @@ def check_settings(settings: Settings) -> None:
             check(name, bool(settings.train_file), "given together with train_file", "name that file too")
             check("dataset", settings.dataset == "auto", "left alone where files are given", "drop one of the two")
     check("uniform", not (settings.uniform and settings.reopen_heads), "off where reopen_heads is on", "drop one of the two")
+    check("fsdp", not (settings.fsdp and settings.reopen_heads), "off where reopen_heads is on", "drop one of the two")
     check("sweep", not (settings.sweep and settings.uniform), "off where uniform is on", "drop one of the two")
     check("save_to_drive", not settings.save_to_drive or "google.colab" in sys.modules, "off outside of Colab", "choose an output_dir instead")
     check("output_dir", not Path(settings.output_dir).is_file(), "a folder", "choose another name")
@@ -551,13 +555,18 @@ def agree(value):
     return values[0]
 
 
-def join_processes(device: torch.device) -> torch.device:
-    """Joins the processes that were started together; the device of this one. Raises UserError where they are to share a model's parts."""
+def join_processes(device: torch.device, fsdp: bool = False) -> torch.device:
+    """Joins the processes that were started together; the device of this one. Raises UserError where they cannot share what is trained."""
     for what in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{what}", "false") in ("true", "1"):
-            raise UserError(f"accelerate was told to use {what}, but heads are scored and cut on a whole model: leave it out, or take a smaller model.")
+            raise UserError(f"accelerate was told to use {what}, but heads are scored and cut on a whole model: leave it out, and give this script --fsdp.")
+    kind = accelerate.DistributedType.NO
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        device = accelerate.PartialState(cpu=device.type == "cpu").device
+        state = accelerate.PartialState(cpu=device.type == "cpu")
+        device, kind = state.device, state.distributed_type
+    if fsdp and kind in ("NO", "MULTI_CPU", "XLA"):
+        raise UserError(f"fsdp is on, but there is {'one process' if kind == 'NO' else 'no GPU'}, and several GPUs share a model: start this script with "
+                        "torchrun on them, or leave --fsdp out.")
     return device
 
 
@@ -570,6 +579,17 @@ def move(model, device: torch.device | str):
     model.to(device)
     model.tie_weights()
     return model
+
+
+@contextlib.contextmanager
+def set_aside(*models):
+    """Models wait in the processor's memory while the accelerator's is needed for another."""
+    devices = [model.device for model in models]
+    for model in models:
+        move(model, "cpu")
+    yield
+    for model, device in zip(models, devices):
+        move(model, device)
 
 
 # %% [markdown]
@@ -653,18 +673,19 @@ def free_bytes(device: torch.device) -> float:
     return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def room_for_blocks(model, tokens: int, dtype: torch.dtype, backward: bool = False, training: bool = False, logits: bool = True, maps: bool = False) -> int:
+def room_for_blocks(model, tokens: int, dtype: torch.dtype, backward: bool = False, training: float = 0, logits: bool = True, maps: bool = False,
+                    device: torch.device | None = None) -> int:
     """How many blocks of so many tokens have room in the memory that is free now, roughly; at least 1.
 
     A layer holds 34 bytes per token and width in 16 bits (Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198), and for a `backward` pass
-    every layer does. Beside that come logits and their copies, attention `maps` where they are built, and in `training` a copy of the weights, gradients and AdamW's
-    two averages.
+    every layer does. Beside that come logits and their copies, attention `maps` where they are built, and in `training` so many bytes for each parameter.
+    `device` is the model's, if it does not say another.
     """
     config = model.config.get_text_config()
     layer = 34 * torch.finfo(dtype).bits // 16 * tokens * config.hidden_size + maps * 12 * config.num_attention_heads * tokens**2
     each = layer * (config.num_hidden_layers if backward else 1) + logits * (24 if backward or training else 12) * tokens * config.vocab_size
-    beside = training * 16 * model.num_parameters()
-    return max(1, int(min((free_bytes(model.device) - beside) / each, 1e9)))
+    beside = training * model.num_parameters()
+    return max(1, int(min((free_bytes(device or model.device) - beside) / each, 1e9)))
 
 
 FITTED = {}  # what ran out of memory -> the smaller number of blocks, so that no step finds it out twice
@@ -948,7 +969,7 @@ def show_markdown(text: str) -> None:
 
 # %%
 if __name__ == "__main__":
-    device = join_processes(find_device(settings.device))
+    device = join_processes(find_device(settings.device), settings.fsdp)
     dtype = find_precision(device, settings.precision)
     run = Run(settings, device, dtype)
     print(f"{run.metrics['device']}, computing in {run.metrics['precision']}")
@@ -3115,7 +3136,21 @@ def fine_tuned(model, start, blocks: dict[str, torch.Tensor], settings: Settings
     if tuned is None:  # it was kept from before
         tuned = start(model).eval()
         put_weights(tuned, weights)
-    return tuned
+    return move(tuned, run.device)
+
+
+# %% [markdown]
+# AdamW needs 16 bytes a parameter: the weight, its gradient and two averages. Several GPUs can share them (fully sharded data parallel,
+# [Zhao et al. 2023](https://arxiv.org/abs/2304.11277)): each keeps a part, and gathers a layer's weights when that layer's turn comes.
+
+# %%
+@torch.no_grad()
+def put_together(shared, whole):
+    """The whole model, with the weights of one whose parts all processes share."""
+    parts = shared.state_dict()
+    for name, parameter in whole.named_parameters():
+        parameter.copy_(parts[name].full_tensor())
+    return whole
 
 
 # %%
@@ -3143,7 +3178,10 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
         tuned._keys_to_ignore_on_save = list(names[1].keys() - names[0].keys()) or None  # tied weights are not missed in checkpoints
         plot, optimizer = LivePlot(run, name, dense_validation, settings.batch_size * blocks["train"].shape[1]), None
         callbacks = [plot] + ([EarlyStoppingCallback(settings.patience)] if settings.patience and not settings.reopen_heads else [])
-        if settings.gradient_checkpointing:
+        # Whole weights in checkpoints: of weights in parts the Trainer (of transformers 5.24) remembers a wrong checkpoint as the best one.
+        sharing = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT",
+                                                 "activation_checkpointing": settings.gradient_checkpointing}} if settings.fsdp else {}
+        if settings.gradient_checkpointing and not settings.fsdp:
             tuned.gradient_checkpointing_enable({"use_reentrant": False})
         if settings.reopen_heads:
             train_gates(tuned)
@@ -3163,7 +3201,8 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
             # Gates that are still being chosen have no best moment: with them the last weights count.
             load_best_model_at_end=not settings.reopen_heads, metric_for_best_model="loss",
             optim=ADAMW, bf16=run.dtype == torch.bfloat16, fp16=run.dtype == torch.float16, use_cpu=run.device.type == "cpu",
-            seed=settings.seed, report_to="none", disable_tqdm=in_notebook(), dataloader_pin_memory=run.device.type == "cuda")
+            seed=settings.seed, report_to="none", disable_tqdm=in_notebook(), dataloader_pin_memory=run.device.type == "cuda",
+            **sharing)
         distil = bool(settings.distillation and teacher is not None)
         kind = functools.partial(DistillingTrainer, teacher=teacher, share=settings.distillation) if distil else Trainer
         trainer = kind(tuned, arguments, train_dataset=train, eval_dataset=validation, callbacks=callbacks, optimizers=(optimizer, None))
@@ -3171,7 +3210,9 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
         with all_open(teacher) if distil else contextlib.nullcontext():
             result = trainer.train(resume_from_checkpoint=agree(last_checkpoint(Path(arguments.output_dir)) if not rank else None))
         seen = [value for _, value in plot.history["perplexity"]]
-        del tuned._keys_to_ignore_on_save
+        if settings.fsdp:
+            tuned = put_together(tuned, start(model))
+        vars(tuned).pop("_keys_to_ignore_on_save", None)
         for attribute in ("forward", "_original_forward"):  # accelerate's own, which would go on computing in 16 bits
             vars(tuned).pop(attribute, None)
         if settings.gradient_checkpointing:
@@ -3187,7 +3228,8 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
             "history": plot.history}
         return tuned.eval()
 
-    tuned = fit_batch_size(attempt, settings.batch_size // world, "fine-tuning", room_for_blocks(model, blocks["train"].shape[1], run.dtype, not settings.gradient_checkpointing, training=True))
+    room = room_for_blocks(model, blocks["train"].shape[1], run.dtype, not settings.gradient_checkpointing, 16 / (world if settings.fsdp else 1), device=run.device)
+    tuned = fit_batch_size(attempt, settings.batch_size // world, "fine-tuning", room)
     wait_for_all()  # for those that still read the best weights
     shutil.rmtree(folder, ignore_errors=True)
     return tuned
@@ -3200,7 +3242,9 @@ if __name__ == "__main__":
             dense_validation = perplexity(model, blocks["validation"][:16], dtype, settings.batch_size)
         tuned = None  # lets the last one go, if this cell is run again
         start = compact if can_compact(model) and not settings.reopen_heads else copy.deepcopy
-        tuned = fine_tuned(pruned, start, blocks, settings, run, "fine_tuned", dense_validation, teacher=model)
+        unused = [] if not settings.fsdp else [pruned] if settings.distillation else [pruned, model]
+        with set_aside(*unused):
+            tuned = fine_tuned(pruned, start, blocks, settings, run, "fine_tuned", dense_validation, teacher=model)
     run.metrics.pop("heads_after_fine_tuning", None)
     if settings.reopen_heads:
         came_back = ((get_gates(model) == 0) & (get_gates(tuned) != 0)).nonzero().tolist()
@@ -3225,7 +3269,7 @@ if __name__ == "__main__":
     if settings.control == "auto" and not affordable:
         print("No control: it would take long for a model of this size without an accelerator. --control runs it.")
     elif settings.control != "no":
-        with run.step("fine-tune control"), all_open(model):
+        with run.step("fine-tune control"), all_open(model), set_aside(*[model, pruned] if settings.fsdp else []):
             all_heads = dataclasses.replace(settings, reopen_heads=False)
             dense_tuned = fine_tuned(model, copy.deepcopy, blocks, all_heads, run, "dense_fine_tuned", dense_validation)
         measure(run, "dense_fine_tuned", dense_tuned, tokenizer, test_blocks, settings)

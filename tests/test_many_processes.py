@@ -3,14 +3,18 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 import PruningAndFineTuningColab as nb
 
 SCRIPT = Path(nb.__file__)
+TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+SHARING = [*TWO, Path(__file__).with_name("on_processors.py")]  # which runs the script that follows
 FEW = ["--dataset", "python-docs", "--device", "cpu", "--max-steps", "12", "--eval-blocks", "7", "--calibration-blocks", "7", "--gate-steps", "12",
        "--repair-blocks", "8", "--block-length", "128"]
 
@@ -28,9 +32,13 @@ def walk(launcher, folder, *words):
     return json.loads((results / "metrics.json").read_text()), done.stdout, results
 
 
-def test_two_processes_end_with_the_numbers_of_one(demo, tmp_path):
-    one, _, _ = walk([sys.executable], tmp_path / "one", "--model", demo)
-    two, said, results = walk([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"], tmp_path / "two", "--model", demo)
+@pytest.fixture(scope="module")
+def one(demo, tmp_path_factory):
+    return walk([sys.executable], tmp_path_factory.mktemp("one") / "process", "--model", demo)[0]
+
+
+def test_two_processes_end_with_the_numbers_of_one(demo, one, tmp_path):
+    two, said, results = walk(TWO, tmp_path / "two", "--model", demo)
     assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-3)
     assert torch.allclose(torch.tensor(two["importance"]), torch.tensor(one["importance"]), rtol=1e-3, atol=1e-3)
     assert two["heads"] == one["heads"]
@@ -42,6 +50,40 @@ def test_two_processes_end_with_the_numbers_of_one(demo, tmp_path):
     assert said.count("dense: perplexity") == 1 and said.count("results: results/") == 2  # the folder at the start, the zip in the end
     assert {"report.md", "dashboard.png", "model-compact"} <= {path.name for path in results.iterdir()} and Path(f"{results}.zip").exists()
     assert two["finished"] and not list(results.parent.glob("*.state"))
+
+
+def test_a_model_that_is_trained_in_parts_ends_with_the_same_numbers(demo, one, tmp_path):
+    """Were it not in parts, it could not be put together, and the run would fail."""
+    two, _, results = walk(SHARING, tmp_path / "two", "--model", demo, "--fsdp")
+    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-4)
+    for stage, record in two["training"].items():
+        wanted = one["training"][stage]
+        assert record["kept_step"] == wanted["kept_step"]
+        assert [value for _, value in record["history"]["perplexity"]] == pytest.approx([value for _, value in wanted["history"]["perplexity"]], rel=1e-4)
+    assert two["finished"] and (results / "model-compact" / "model.safetensors").exists() and not list(results.parent.glob("*.state"))
+
+
+@pytest.mark.slow
+def test_a_model_that_is_trained_in_parts_goes_on_after_a_kill(demo, tmp_path):
+    whole, _, _ = walk(SHARING, tmp_path / "whole", "--model", demo, "--fsdp")
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    with subprocess.Popen([*SHARING, SCRIPT, *FEW, "--model", demo, "--fsdp"], cwd=folder) as process:
+        while process.poll() is None and not list(folder.glob("results/*.state/trainer-*/*/checkpoint-5/trainer_state.json")):
+            time.sleep(0.01)
+        assert process.poll() is None
+        for worker in [*psutil.Process(process.pid).children(recursive=True), process]:
+            worker.kill()
+    done = subprocess.run([*SHARING, SCRIPT, *FEW, "--model", demo, "--fsdp"], cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "Going on with" in done.stdout, done.stderr[-3000:]
+    (record,) = folder.glob("results/*/metrics.json")
+    assert json.loads(record.read_text())["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-6)
+
+
+@pytest.mark.parametrize("words, sentence", [((), "fsdp is on, but there is one process"), (TWO, "fsdp is on, but there is no GPU")])
+def test_sharing_wants_several_gpus(words, sentence, demo, tmp_path):
+    done = subprocess.run([*(words or [sys.executable]), SCRIPT, *FEW, "--model", demo, "--fsdp"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode and done.stderr.count(f"error: {sentence}, and several GPUs share a model: start this script with torchrun on them") == 1
 
 
 @pytest.mark.parametrize("strategy", ["entropy", "gradient"])
@@ -59,7 +101,7 @@ def test_scores_are_added_up_over_the_shares(strategy, monkeypatch):
 
 
 def test_a_mistake_is_said_once(demo, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", SCRIPT, *FEW, "--model", demo, "--batch-size", "3",
+    done = subprocess.run([*TWO, SCRIPT, *FEW, "--model", demo, "--batch-size", "3",
                            "--strategy", "random", "--no-repair"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode != 0
     assert done.stderr.count("error: batch_size is 3, but must be a multiple of 2, the number of processes") == 1
