@@ -854,6 +854,7 @@ class Run:
                 print(f"Unfinished runs keep {others / 1e9:.1f} GB in {place}/*.state, to go on from: remove those that you do not need.")
             self.save()
         self.folder, self.metrics = agree((self.folder, self.metrics) if self.writes else None)
+        self.taken = self.metrics.get("taken")  # heads that were taken in section 10 before the run was interrupted
 
     @property
     def state(self) -> Path:
@@ -922,11 +923,16 @@ class Run:
             print(f"[{name}: {seconds:.1f} s, {memory}]")
 
     @saying_disk_trouble()
+    def keep(self, figure: Figure, name: str):
+        """Keeps a figure as PNG in the run's folder."""
+        if self.writes:
+            figure.savefig(self.folder / name, dpi=150, bbox_inches="tight")
+
     def show(self, figure: Figure, name: str, width: int = 760):
-        """Keeps a figure as PNG in the run's folder, and displays it in a notebook."""
+        """Keeps a figure, and displays it in a notebook."""
+        self.keep(figure, name)
         if not self.writes:
             return
-        figure.savefig(self.folder / name, dpi=150, bbox_inches="tight")
         if in_notebook():
             from IPython.display import Image, display
 
@@ -2052,11 +2058,10 @@ def close_heads(run: Run, model, tokenizer, gates: torch.Tensor, test_blocks: to
     print(f"heads lost, layer by layer: {' '.join(map(str, run.metrics['heads']['closed_per_layer']))}")
 
 
-def show_heads(run: Run, importance: torch.Tensor, gates: torch.Tensor) -> None:
-    """Keeps and shows the picture of what was closed, with the finding as its title."""
+def picture_heads(run: Run, importance: torch.Tensor, gates: torch.Tensor) -> Figure:
+    """What was closed, with the finding as its title."""
     heads, ppl, strategy = run.metrics["heads"], run.metrics["perplexity"], run.metrics["settings"]["strategy"]
-    run.show(draw_heads(importance, gates, f"{heads['closed']} of {heads['total']} heads closed (×) by {strategy}: "
-                        f"perplexity {ppl['dense']:.1f} → {ppl['pruned']:.1f}"), "heads.png")
+    return draw_heads(importance, gates, f"{heads['closed']} of {heads['total']} heads closed (×) by {strategy}: perplexity {ppl['dense']:.1f} → {ppl['pruned']:.1f}")
 
 
 # %%
@@ -2065,9 +2070,11 @@ if __name__ == "__main__":
         gates = choose_uniform_gates(importance, *plan_uniform(model, settings.pruning_level, settings.min_heads))
     else:
         gates = choose_gates(importance, settings.pruning_level, settings.min_heads)
+    if not run.taken:
+        run.metrics.pop("taken", None)
     close_heads(run, model, tokenizer, gates, test_blocks, settings)
     pruned = model  # until it is repaired
-    show_heads(run, importance, gates)
+    run.show(picture_heads(run, importance, gates), "heads.png")
 
 # %% [markdown]
 # ## 10. Explore
@@ -2295,19 +2302,29 @@ class Explorer:
 
 
 # %% [markdown]
-# In a script there is nobody to press a button: then this cell does nothing, and the picture of section 9 stands for it.
+# What is taken is kept with the run: should it be interrupted, it goes on with these heads, not with those of section 9. In a script there is nobody to
+# press a button, and the picture of section 9 stands for the panel.
+
+# %%
+if __name__ == "__main__":
+    def take(gates, scores, strategy, level, by_hand):
+        """Makes heads that were chosen by hand those of the run."""
+        global settings, importance, pruned
+        settings = dataclasses.replace(settings, strategy=strategy, pruning_level=level, rounds=1, uniform=False, min_heads=int(gates.sum(1).min()))
+        importance, pruned = scores, model
+        run.metrics["importance"] = importance.tolist()
+        run.metrics["taken"] = {"gates": gates.tolist(), "scores": scores.tolist(), "strategy": strategy, "level": level, "by_hand": by_hand}
+        close_heads(run, model, tokenizer, gates, test_blocks, settings, by_hand)
+        run.keep(picture_heads(run, importance, gates), "heads.png")
+        return run.metrics["perplexity"]["pruned"]
+
+    if run.taken:
+        take(**run.taken | {key: torch.tensor(run.taken[key]) for key in ("gates", "scores")})
+        run.taken = None
+        print("These are the heads that were taken before the run was interrupted.")
 
 # %%
 if __name__ == "__main__" and in_notebook():
-    def take(gates, importance, strategy, level, by_hand):
-        """Makes heads that were chosen by hand those of the run."""
-        global settings, pruned
-        settings = dataclasses.replace(settings, strategy=strategy, pruning_level=level, rounds=1, uniform=False, min_heads=int(gates.sum(1).min()))
-        run.metrics["importance"] = importance.tolist()
-        close_heads(run, model, tokenizer, gates, test_blocks, settings, by_hand)
-        pruned = model
-        return run.metrics["perplexity"]["pruned"]
-
     if "explorer" in globals():  # from an earlier run of this cell
         close_panel(globals().pop("explorer").box)
     explorer = Explorer(model, tokenizer, blocks, settings, dtype, importance, take)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make
+from conftest import make, tiny_tokenizer
 
 import PruningAndFineTuningColab as nb
 
@@ -128,6 +128,30 @@ def test_resume_takes_the_settings_of_then(tmp_path):
     settings, run = new_run(tmp_path, strategy="fisher", pruning_level=0.2, control="no")
     again = nb.read_settings(["--resume", str(run.folder)])
     assert dataclasses.replace(again, resume="auto") == settings and again.resume == str(run.folder)
+
+
+def test_heads_that_were_taken_in_the_explorer_are_taken_again(tmp_path, capsys, gates):
+    scores, test_blocks = torch.rand(2, 4), torch.randint(3, 97, (4, 16), generator=torch.Generator().manual_seed(0))
+    prune, explore = (part for part in SCRIPT.read_text().split("\n# %%\n") if "def take(" in part or "run.taken:" in part and "choose_gates(" in part)
+    for again in (False, True):
+        settings, run = new_run(tmp_path, strategy="entropy", prompt="a")
+        run.metrics["perplexity"]["dense"] = 3.0
+        model = make("llama")
+        nb.add_gates(model)
+        room = vars(nb) | {"__name__": "__main__", "run": run, "settings": settings, "model": model, "tokenizer": tiny_tokenizer(), "test_blocks": test_blocks,
+                           "importance": torch.arange(8.0).view(2, 4)}
+        exec(prune, room)
+        exec(explore, room)
+        if not again:
+            assert "taken before" not in capsys.readouterr().out and torch.equal(nb.get_gates(model), room["gates"])
+            room["take"](gates, scores, "magnitude", 0.4, 2)
+            exec(prune, room)
+            assert "taken" not in run.metrics and not torch.equal(nb.get_gates(model), gates), "section 9, run again, has the last word"
+            room["take"](gates, scores, "magnitude", 0.4, 2)
+        assert torch.equal(nb.get_gates(model), gates) and torch.equal(room["importance"], scores) and room["pruned"] is model
+        assert run.metrics["heads"]["by_hand"] == 2 and (room["settings"].strategy, room["settings"].pruning_level) == ("magnitude", 0.4)
+        assert (run.folder / "heads.png").exists()
+    assert "These are the heads that were taken before the run was interrupted." in capsys.readouterr().out and run.taken is None
 
 
 def interrupt_at(monkeypatch, step):
