@@ -85,6 +85,7 @@ import io
 import json
 import linecache
 import math
+import operator
 import platform
 import re
 import shutil
@@ -126,6 +127,10 @@ class UserError(Exception):
 
 class RunError(Exception):
     """Something went wrong that is nobody's mistake. Its message says what, and what to do."""
+
+
+class OutOfStep(RunError):
+    """One of several processes cannot go on as the others do."""
 
 
 def first_sentence(error: Exception) -> str:
@@ -408,9 +413,11 @@ def stop_without_traceback(kind, error, trace):
         words, status = f"failed: out of memory: take a smaller --block-length or --batch-size, --precision bf16, or a smaller model.{kept}", 1
     elif issubclass(kind, (RunError, SafetensorError)):
         words, status = f"failed: {error}{kept}", 1
+    elif issubclass(kind, RuntimeError) and re.search("onnection (closed|reset) by|NCCL", str(error)):
+        words, status = f"failed: another process ended, and this one waited for it in vain.{kept}", 1
     else:
         return sys.__excepthook__(kind, error, trace)
-    if int(os.environ.get("RANK", "0")):
+    if int(os.environ.get("RANK", "0")) and not issubclass(kind, OutOfStep):
         time.sleep(3)  # whoever ends first has the others killed, and the first process has something to say
     else:
         print(words, file=sys.__stderr__, flush=True)  # torch.distributed puts another stderr in its place, and drops it where SystemExit is raised
@@ -547,12 +554,25 @@ def wait_for_all() -> None:
         torch.distributed.barrier()
 
 
-def agree(value):
-    """The first process's value, in all of them."""
-    values = [value]
-    if rank_and_world()[1] > 1:
-        torch.distributed.broadcast_object_list(values)
-    return values[0]
+def agree(value, choose=operator.itemgetter(0)):
+    """One value for all processes, of those that they bring: the first one's, if `choose` does not take another."""
+    values = [value] * rank_and_world()[1]
+    if len(values) > 1:
+        torch.distributed.all_gather_object(values, value)
+    return choose(values)
+
+
+MEETING = []  # a group of all processes in which they wait a minute for each other, and no longer
+
+
+def all_come() -> bool:
+    """True where all processes come to this point within a minute of each other."""
+    if MEETING:
+        try:
+            torch.distributed.barrier(MEETING[0])
+        except RuntimeError:
+            return False
+    return True
 
 
 def join_processes(device: torch.device, fsdp: bool = False) -> torch.device:
@@ -564,6 +584,7 @@ def join_processes(device: torch.device, fsdp: bool = False) -> torch.device:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         state = accelerate.PartialState(cpu=device.type == "cpu")
         device, kind = state.device, state.distributed_type
+        MEETING[:] = [torch.distributed.new_group(timeout=datetime.timedelta(minutes=1), backend="gloo")]
     if fsdp and kind in ("NO", "MULTI_CPU", "XLA"):
         raise UserError(f"fsdp is on, but there is {'one process' if kind == 'NO' else 'no GPU'}, and several GPUs share a model: start this script with "
                         "torchrun on them, or leave --fsdp out.")
@@ -691,15 +712,16 @@ def room_for_blocks(model, tokens: int, dtype: torch.dtype, backward: bool = Fal
 FITTED = {}  # what ran out of memory -> the smaller number of blocks, so that no step finds it out twice
 
 
-def fit_batch_size(function, largest: int, what: str, room: int | None = None):
+def fit_batch_size(function, largest: int, what: str, room: int | None = None, in_step: bool = False):
     """`function(batch_size)`, with `largest` or, where that is more than there is room for or memory runs out, the next smaller divisor.
 
-    What fits is remembered under `what`. Raises RunError where not even a single block fits.
+    What fits is remembered under `what`. `in_step` says that several processes wait for each other within the function, so that they have to begin
+    anew together. Raises RunError where not even a single block fits, and OutOfStep where memory ran out for some of the processes only.
     """
     sizes = [largest]
     while sizes[-1] > 1:
         sizes.append(max(size for size in range(1, sizes[-1] // 2 + 1) if largest % size == 0))
-    room = agree(room) or largest
+    room = agree(room or largest, min)
     if room < FITTED.get(what, largest):
         FITTED[what] = next((size for size in sizes if size <= room), 1)
         print(f"{what}: memory has room for {FITTED[what]} blocks at once, not {largest}")
@@ -708,9 +730,12 @@ def fit_batch_size(function, largest: int, what: str, room: int | None = None):
 
     def reduce():
         size = FITTED[what] = next(smaller, 0)
+        alone = in_step and not all_come()
         if not size:
-            raise RunError(f"{what} runs out of memory with a single block: take a smaller --block-length, --precision bf16, "
-                           f"{'--gradient-checkpointing, ' if what == 'fine-tuning' else ''}or a smaller model.")
+            raise (OutOfStep if alone else RunError)(f"{what} runs out of memory with a single block: take a smaller --block-length, --precision bf16, "
+                                                     f"{'--gradient-checkpointing, ' if what == 'fine-tuning' else ''}or a smaller model.")
+        if alone:
+            raise OutOfStep(f"{what} runs out of memory in process {rank_and_world()[0]}, but not in all: start the same command again, and it takes {size} blocks at once.")
         print(f"{what} runs out of memory: trying {size} blocks at once")
         return size
 
@@ -855,6 +880,8 @@ class Run:
             self.save()
         self.folder, self.metrics = agree((self.folder, self.metrics) if self.writes else None)
         self.taken = self.metrics.get("taken")  # heads that were taken in section 10 before the run was interrupted
+        if (self.state / "fitted.json").exists():
+            FITTED.update(json.loads((self.state / "fitted.json").read_text()))
 
     @property
     def state(self) -> Path:
@@ -909,6 +936,11 @@ class Run:
                 yield
         except UserError:
             empty = not self.metrics["perplexity"]
+            raise
+        except OutOfStep:
+            self.state.mkdir(exist_ok=True)
+            with in_one_move(self.state / "fitted.json") as part:
+                part.write_text(json.dumps({what: max(size, 1) for what, size in FITTED.items()}))
             raise
         finally:
             top, seconds = peak.stop(), round(time.perf_counter() - start, 2)
@@ -1892,7 +1924,7 @@ class Learned:
         per_step = min(len(texts), max(1, 256 // texts.shape[1]))
         with movable_gates(model) as place:
             dense = fit_batch_size(lambda size: self._last_states(model, texts, size), self.batch_size, "looking at the dense model")
-            return fit_batch_size(lambda size: self._train(model, place, start, open_gates, texts, dense, per_step, size), per_step, "learning gates").cpu()
+            return fit_batch_size(lambda size: self._train(model, place, start, open_gates, texts, dense, per_step, size), per_step, "learning gates", in_step=True).cpu()
 
     def _train(self, model, place, start, open_gates, texts, dense, per_step, at_once):
         scores = ((start - start.mean()) / start.std().clamp_min(1e-6)).to(model.device).requires_grad_()
@@ -3246,7 +3278,7 @@ def fine_tune(model, blocks: dict[str, torch.Tensor], settings: Settings, run: R
         return tuned.eval()
 
     room = room_for_blocks(model, blocks["train"].shape[1], run.dtype, not settings.gradient_checkpointing, 16 / (world if settings.fsdp else 1), device=run.device)
-    tuned = fit_batch_size(attempt, settings.batch_size // world, "fine-tuning", room)
+    tuned = fit_batch_size(attempt, settings.batch_size // world, "fine-tuning", room, in_step=True)
     wait_for_all()  # for those that still read the best weights
     shutil.rmtree(folder, ignore_errors=True)
     return tuned

@@ -25,7 +25,7 @@ def demo(home):
 
 
 def walk(launcher, folder, *words):
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     done = subprocess.run([*launcher, SCRIPT, *FEW, *words], cwd=folder, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     (results,) = (path for path in (folder / "results").iterdir() if path.is_dir())
@@ -80,10 +80,36 @@ def test_a_model_that_is_trained_in_parts_goes_on_after_a_kill(demo, tmp_path):
     assert json.loads(record.read_text())["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-6)
 
 
-@pytest.mark.parametrize("words, sentence", [((), "fsdp is on, but there is one process"), (TWO, "fsdp is on, but there is no GPU")])
-def test_sharing_wants_several_gpus(words, sentence, demo, tmp_path):
-    done = subprocess.run([*(words or [sys.executable]), SCRIPT, *FEW, "--model", demo, "--fsdp"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert done.returncode and done.stderr.count(f"error: {sentence}, and several GPUs share a model: start this script with torchrun on them") == 1
+def test_where_one_process_alone_runs_out_of_memory_the_run_goes_on_with_smaller_batches(demo, one, tmp_path):
+    """The second process has no room for two blocks in its third step, while the first waits for its gradients."""
+    folder = tmp_path / "two"
+    folder.mkdir()
+    command = [*TWO, Path(__file__).with_name("short_of_memory.py"), SCRIPT, *FEW, "--model", demo]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode and done.stderr.count("failed: fine-tuning runs out of memory in process 1, but not in all: start the same command again, and it takes 1 blocks") == 1
+    assert f'File "{SCRIPT}"' not in done.stderr, "no traceback of ours"
+    two, said, _ = walk(command[:-len(FEW) - 3], folder, "--model", demo)
+    assert "Going on with" in said and "[repair: kept from before]" in said
+    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-4) and two["finished"]
+    assert {record["micro_batch"] for record in two["training"].values()} == {1}
+
+
+@pytest.mark.parametrize("kind, sentence", [("NO", "there is one process"), ("MULTI_CPU", "there is no GPU"), ("XLA", "there is no GPU"), ("MULTI_GPU", "")])
+def test_sharing_wants_several_gpus(kind, sentence, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1" if kind == "NO" else "2")
+    state = nb.SimpleNamespace(device=torch.device("cpu"), distributed_type=nb.accelerate.DistributedType[kind])
+    monkeypatch.setattr(nb.accelerate, "PartialState", lambda cpu: state)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **_: None)
+    monkeypatch.setattr(nb, "MEETING", [])
+    if sentence:
+        with pytest.raises(nb.UserError, match=f"fsdp is on, but {sentence}, and several GPUs share a model: start this script with torchrun on them"):
+            nb.join_processes(torch.device("cpu"), fsdp=True)
+    assert nb.join_processes(torch.device("cpu"), fsdp=not sentence) == torch.device("cpu")
+
+
+def test_heads_that_may_come_back_are_not_trained_in_parts():
+    with pytest.raises(nb.UserError, match="fsdp is True, but must be off where reopen_heads is on: drop one of the two"):
+        nb.Settings(fsdp=True, reopen_heads=True)
 
 
 @pytest.mark.parametrize("strategy", ["entropy", "gradient"])
