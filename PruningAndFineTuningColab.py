@@ -2353,7 +2353,7 @@ if __name__ == "__main__":
     if run.taken:
         take(**run.taken | {key: torch.tensor(run.taken[key]) for key in ("gates", "scores")})
         run.taken = None
-        print("These are the heads that were taken before the run was interrupted.")
+        print("These are the heads that were taken before the run was interrupted (section 9, run again, goes back to the strategy's).")
 
 # %%
 if __name__ == "__main__" and in_notebook():

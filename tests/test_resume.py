@@ -151,7 +151,7 @@ def test_heads_that_were_taken_in_the_explorer_are_taken_again(tmp_path, capsys,
         assert torch.equal(nb.get_gates(model), gates) and torch.equal(room["importance"], scores) and room["pruned"] is model
         assert run.metrics["heads"]["by_hand"] == 2 and (room["settings"].strategy, room["settings"].pruning_level) == ("magnitude", 0.4)
         assert (run.folder / "heads.png").exists()
-    assert "These are the heads that were taken before the run was interrupted." in capsys.readouterr().out and run.taken is None
+    assert "These are the heads that were taken before the run was interrupted (section 9, run again, goes back to the strategy's)." in capsys.readouterr().out and run.taken is None
 
 
 def interrupt_at(monkeypatch, step):
