@@ -80,6 +80,7 @@ def test_a_model_that_is_trained_in_parts_goes_on_after_a_kill(demo, tmp_path):
     assert json.loads(record.read_text())["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_where_one_process_alone_runs_out_of_memory_the_run_goes_on_with_smaller_batches(demo, one, tmp_path):
     """The second process has no room for two blocks in its third step, while the first waits for its gradients."""
     folder = tmp_path / "two"

@@ -81,6 +81,23 @@ def test_fine_tuning_keeps_its_effective_batch(tmp_path, capsys):
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(results[0].parameters(), results[1].parameters()))
 
 
+def test_one_process_that_is_alone_out_of_memory_ends_the_run_which_remembers_what_fits(tmp_path, monkeypatch):
+    settings = nb.Settings(output_dir=str(tmp_path), max_steps=4, batch_size=4, block_length=16, learning_rate=1e-3)
+    run, blocks = nb.Run(settings, torch.device("cpu"), torch.float32), dict.fromkeys(nb.SPLITS, BLOCKS)
+    monkeypatch.setattr(nb, "all_come", lambda: False)
+    with pytest.raises(nb.OutOfStep, match="fine-tuning runs out of memory in process 0, but not in all: start the same command again, and it takes 2 blocks at once"):
+        with run.step("fine-tune"):
+            nb.fine_tune(short_of_memory(gated(), 2), blocks, settings, run, "fine_tuned", 1.0)
+    again = nb.Run(settings, torch.device("cpu"), torch.float32)
+    assert again.folder == run.folder and nb.FITTED == {"fine-tuning": 2}
+    with again.step("fine-tune"):
+        nb.fine_tune(short_of_memory(gated(), 2), blocks, settings, again, "fine_tuned", 1.0)
+    with pytest.raises(nb.OutOfStep, match="fine-tuning runs out of memory with a single block: take a smaller --block-length"):
+        nb.fine_tune(short_of_memory(gated(), 0), blocks, settings, again, "fine_tuned", 1.0)
+    monkeypatch.undo()
+    assert nb.all_come(), "a single process is never alone"
+
+
 def test_a_batch_starts_with_what_the_free_memory_has_room_for(monkeypatch, capsys):
     seen, model = [], gated()
     model.base_model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(len(args[0] if args else kwargs["input_ids"])), with_kwargs=True)
