@@ -588,6 +588,8 @@ def join_processes(device: torch.device, fsdp: bool = False) -> torch.device:
     if fsdp and kind in ("NO", "MULTI_CPU", "XLA"):
         raise UserError(f"fsdp is on, but there is {'one process' if kind == 'NO' else 'no GPU'}, and several GPUs share a model: start this script with "
                         "torchrun on them, or leave --fsdp out.")
+    if fsdp and not transformers.utils.is_accelerate_available("1.15.0"):  # older ones take tied embeddings apart
+        raise UserError(f"fsdp is on, but accelerate is {accelerate.__version__}, and has to be 1.15 or later: pip install -U accelerate.")
     return device
 
 

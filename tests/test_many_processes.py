@@ -19,6 +19,9 @@ FEW = ["--dataset", "python-docs", "--device", "cpu", "--max-steps", "12", "--ev
        "--repair-blocks", "8", "--block-length", "128"]
 
 
+new_accelerate = pytest.mark.skipif(not nb.transformers.utils.is_accelerate_available("1.15.0"), reason="--fsdp needs accelerate 1.15")
+
+
 @pytest.fixture(scope="module")
 def demo(home):
     return nb.make_demo(nb.load_text(nb.Settings(dataset="python-docs"))["train"])
@@ -52,6 +55,7 @@ def test_two_processes_end_with_the_numbers_of_one(demo, one, tmp_path):
     assert two["finished"] and not list(results.parent.glob("*.state"))
 
 
+@new_accelerate
 def test_a_model_that_is_trained_in_parts_ends_with_the_same_numbers(demo, one, tmp_path):
     """Were it not in parts, it could not be put together, and the run would fail."""
     two, _, results = walk(SHARING, tmp_path / "two", "--model", demo, "--fsdp")
@@ -63,6 +67,7 @@ def test_a_model_that_is_trained_in_parts_ends_with_the_same_numbers(demo, one, 
     assert two["finished"] and (results / "model-compact" / "model.safetensors").exists() and not list(results.parent.glob("*.state"))
 
 
+@new_accelerate
 @pytest.mark.slow
 def test_a_model_that_is_trained_in_parts_goes_on_after_a_kill(demo, tmp_path):
     whole, _, _ = walk(SHARING, tmp_path / "whole", "--model", demo, "--fsdp")
@@ -95,17 +100,23 @@ def test_where_one_process_alone_runs_out_of_memory_the_run_goes_on_with_smaller
     assert {record["micro_batch"] for record in two["training"].values()} == {1}
 
 
-@pytest.mark.parametrize("kind, sentence", [("NO", "there is one process"), ("MULTI_CPU", "there is no GPU"), ("XLA", "there is no GPU"), ("MULTI_GPU", "")])
-def test_sharing_wants_several_gpus(kind, sentence, monkeypatch):
+GPUS = "several GPUs share a model: start this script with torchrun on them, or leave --fsdp out"
+
+
+@pytest.mark.parametrize("kind, recent, mistake", [
+    ("NO", True, f"there is one process, and {GPUS}"), ("MULTI_CPU", True, f"there is no GPU, and {GPUS}"), ("XLA", True, f"there is no GPU, and {GPUS}"),
+    ("MULTI_GPU", False, "accelerate is .*, and has to be 1.15 or later"), ("MULTI_GPU", True, "")])
+def test_sharing_wants_several_gpus_and_a_recent_accelerate(kind, recent, mistake, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1" if kind == "NO" else "2")
     state = nb.SimpleNamespace(device=torch.device("cpu"), distributed_type=nb.accelerate.DistributedType[kind])
     monkeypatch.setattr(nb.accelerate, "PartialState", lambda cpu: state)
     monkeypatch.setattr(torch.distributed, "new_group", lambda **_: None)
     monkeypatch.setattr(nb, "MEETING", [])
-    if sentence:
-        with pytest.raises(nb.UserError, match=f"fsdp is on, but {sentence}, and several GPUs share a model: start this script with torchrun on them"):
+    monkeypatch.setattr(nb.transformers.utils, "is_accelerate_available", lambda least: recent)
+    if mistake:
+        with pytest.raises(nb.UserError, match=f"fsdp is on, but {mistake}"):
             nb.join_processes(torch.device("cpu"), fsdp=True)
-    assert nb.join_processes(torch.device("cpu"), fsdp=not sentence) == torch.device("cpu")
+    assert nb.join_processes(torch.device("cpu"), fsdp=not mistake) == torch.device("cpu")
 
 
 def test_heads_that_may_come_back_are_not_trained_in_parts():
