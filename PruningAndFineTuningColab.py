@@ -73,6 +73,7 @@ import contextlib
 import contextvars
 import copy
 import csv
+import ctypes
 import dataclasses
 import datetime
 import difflib
@@ -646,6 +647,7 @@ def memory_used(device: torch.device) -> dict[str, int]:
 def free_memory() -> None:
     """Gives back what deleted models held, on the processor and on the accelerator."""
     gc.collect()
+    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # glibc keeps what is free for itself, and a kernel would seem to grow from run to run
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():

@@ -18,6 +18,7 @@ FEW = {"MODEL": '"model"', "DATASET": '"python-docs"', "BLOCK_LENGTH": "64", "EV
        "MAX_STEPS": "4", "CONTROL": '"yes"', "RESUME": '"no"'}
 LOOK = """
 import json
+free_memory()
 print(json.dumps({"ram": psutil.Process().memory_info().rss, "models": sum(issubclass(type(thing), transformers.PreTrainedModel) for thing in gc.get_objects()),
                   "buttons": sum(issubclass(type(thing), widgets.Button) for thing in gc.get_objects())}))
 """
