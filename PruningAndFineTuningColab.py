@@ -647,7 +647,8 @@ def memory_used(device: torch.device) -> dict[str, int]:
 def free_memory() -> None:
     """Gives back what deleted models held, on the processor and on the accelerator."""
     gc.collect()
-    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # glibc keeps what is free for itself, and a kernel would seem to grow from run to run
+    if sys.platform == "linux":  # glibc keeps what is free for itself, and a kernel would seem to grow from run to run
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():
