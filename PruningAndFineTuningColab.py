@@ -740,7 +740,7 @@ def fit_batch_size(function, largest: int, what: str, room: int | None = None, i
             raise (OutOfStep if alone else RunError)(f"{what} runs out of memory with a single block: take a smaller --block-length, --precision bf16, "
                                                      f"{'--gradient-checkpointing, ' if what == 'fine-tuning' else ''}or a smaller model.")
         if alone:
-            raise OutOfStep(f"{what} runs out of memory in process {rank_and_world()[0]}, but not in all: start the same command again, and it takes {size} blocks at once.")
+            raise OutOfStep(f"{what} runs out of memory in process {rank_and_world()[0]}, but not in all: start the same command again, and it takes fewer blocks at once: {size}.")
         print(f"{what} runs out of memory: trying {size} blocks at once")
         return size
 

@@ -92,7 +92,7 @@ def test_where_one_process_alone_runs_out_of_memory_the_run_goes_on_with_smaller
     folder.mkdir()
     command = [*TWO, Path(__file__).with_name("short_of_memory.py"), SCRIPT, *FEW, "--model", demo]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
-    assert done.returncode and done.stderr.count("failed: fine-tuning runs out of memory in process 1, but not in all: start the same command again, and it takes 1 blocks") == 1
+    assert done.returncode and done.stderr.count("failed: fine-tuning runs out of memory in process 1, but not in all: start the same command again, and it takes fewer blocks at once: 1.") == 1
     assert f'File "{SCRIPT}"' not in done.stderr, "no traceback of ours"
     two, said, _ = walk(command[:-len(FEW) - 3], folder, "--model", demo)
     assert "Going on with" in said and "[repair: kept from before]" in said

@@ -85,7 +85,7 @@ def test_one_process_that_is_alone_out_of_memory_ends_the_run_which_remembers_wh
     settings = nb.Settings(output_dir=str(tmp_path), max_steps=4, batch_size=4, block_length=16, learning_rate=1e-3)
     run, blocks = nb.Run(settings, torch.device("cpu"), torch.float32), dict.fromkeys(nb.SPLITS, BLOCKS)
     monkeypatch.setattr(nb, "all_come", lambda: False)
-    said = "fine-tuning runs out of memory in process 0, but not in all: start the same command again, and it takes 2 blocks at once"
+    said = "fine-tuning runs out of memory in process 0, but not in all: start the same command again, and it takes fewer blocks at once: 2"
     with pytest.raises(nb.OutOfStep, match=said), run.step("fine-tune"):
         nb.fine_tune(short_of_memory(gated(), 2), blocks, settings, run, "fine_tuned", 1.0)
     again = nb.Run(settings, torch.device("cpu"), torch.float32)
