@@ -1,12 +1,15 @@
 """Small random models of real transformers classes, one for every family, and a reference gate of our own."""
 
 import os
+import re
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
 import transformers
+
+import PruningAndFineTuningColab as nb
 
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=97,
              max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -95,8 +98,20 @@ def gates():
 
 
 @pytest.fixture(autouse=True)
-def one_seed():
+def a_fresh_start():
+    """One seed, and a machine on which nothing has run: float32, batches of four, no step that ran out of memory."""
     torch.manual_seed(0)
+    nb.COMPUTING.dtype, nb.COMPUTING.batch_size, nb.COMPUTING.fitted = torch.float32, 4, {}
+
+
+def fill_form(notebook, settings: dict):
+    """Sets fields of a notebook's form; what is not in the form goes into MORE, as in a shell."""
+    (form,) = (cell for cell in notebook.cells if cell.source.startswith("# @title Settings"))
+    more = []
+    for name, value in settings.items():
+        form.source, found = re.subn(rf"^{name.upper()} = [^#]*", f"{name.upper()} = {value!r}  ", form.source, flags=re.M)
+        more += [] if found else ["--" + name.replace("_", "-"), str(value)]
+    form.source = form.source.replace('MORE = ""', f"MORE = {' '.join(more)!r}")
 
 
 @pytest.fixture(scope="session")

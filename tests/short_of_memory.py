@@ -1,6 +1,5 @@
 """Runs a script in which the second process alone cannot train on two blocks at once: torchrun short_of_memory.py SCRIPT OPTIONS."""
 
-import datetime
 import os
 import runpy
 import sys
@@ -8,7 +7,7 @@ import sys
 import torch
 from transformers import Trainer
 
-train, new_group = Trainer.training_step, torch.distributed.new_group
+train = Trainer.training_step
 
 
 def training_step(self, model, inputs, *others):
@@ -18,6 +17,5 @@ def training_step(self, model, inputs, *others):
 
 
 Trainer.training_step = training_step
-torch.distributed.new_group = lambda timeout=None, backend=None: new_group(timeout=timeout and datetime.timedelta(seconds=5), backend=backend)
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,5 +1,6 @@
 """Every mistake costs one sentence: it names the value, says what is allowed and what to do, and nothing is left half written."""
 
+import copy
 import dataclasses
 import json
 import signal
@@ -125,13 +126,17 @@ def test_a_file_that_is_no_text_is_refused(name, content, message, tmp_path, mon
 
 
 def test_tokens_and_prompts_that_the_model_cannot_read_are_refused():
-    model, settings = make("gpt2"), nb.Settings(prompt="a a")
-    fine = {"train": torch.zeros(1, 8, dtype=torch.long)}
-    nb.check_tokens(fine, tiny_tokenizer(), model, settings, 64)
-    with pytest.raises(nb.UserError, match="has a token 97, but the model knows only 97"):
-        nb.check_tokens({"train": torch.full((1, 8), 97)}, tiny_tokenizer(), model, settings, 64)
+    model, text = make("gpt2"), dict.fromkeys(nb.SPLITS, "a a a a")
+    short = nb.Settings(prompt="a a", block_length=4)
+    assert nb.pack_all(text, tiny_tokenizer(), model, short)["train"].tolist() == [[1, 1, 1, 1]]
+    with pytest.raises(nb.UserError, match="has a token 1, but the model knows only 1: they do not belong together"):
+        nb.pack_all(text, tiny_tokenizer(), make("gpt2", vocab_size=1), short)
     with pytest.raises(nb.UserError, match="prompt has 30 tokens, but must have 1 to 24: write a shorter one"):
-        nb.check_tokens(fine, tiny_tokenizer(), model, nb.Settings(prompt="a " * 30), 64)
+        nb.pack_all(text, tiny_tokenizer(), model, nb.Settings(prompt="a " * 30, block_length=4))
+    with pytest.raises(nb.UserError, match="block_length is 65, but the model reads at most 64 tokens: take --block-length 64"):
+        nb.pack_all(text, tiny_tokenizer(), model, nb.Settings(prompt="a", block_length=65))
+    with pytest.raises(nb.UserError, match="the train text has fewer than 5 tokens, but one block is needed"):
+        nb.pack_all(text, tiny_tokenizer(), model, nb.Settings(prompt="a", block_length=5))
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path):
@@ -143,7 +148,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path):
     settings = nb.Settings(output_dir=str(tmp_path), max_steps=4, block_length=16)
     run = nb.Run(settings, torch.device("cpu"), torch.float32)
     with pytest.raises(nb.RunError, match="the loss is nan at step 1 of 4: take a lower --learning-rate"):
-        nb.fine_tune(model, blocks, settings, run, "fine_tuned", 1.0)
+        nb.fine_tune(run, "fine_tuned", lambda: copy.deepcopy(model), blocks, settings)
 
 
 def run_script(*words, cwd):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import fill_form
 
 import PruningAndFineTuningColab as nb
 
@@ -23,7 +24,7 @@ if CHROMIUM is None:
     pytest.skip("no chromium on this machine: apt-get install chromium", allow_module_level=True)
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -r tests/requirements.txt")
 
-FEW = {"MAX_STEPS": "60", "EVAL_BLOCKS": "8", "CALIBRATION_BLOCKS": "8", "GATE_STEPS": "20", "REPAIR_BLOCKS": "16", "CONTROL": '"no"'}
+FEW = {"max_steps": 60, "eval_blocks": 8, "calibration_blocks": 8, "gate_steps": 20, "repair_blocks": 16}
 MINUTES = 60_000  # milliseconds
 
 
@@ -32,9 +33,7 @@ def server(home, tmp_path_factory):
     """The address of a JupyterLab whose root folder holds the notebook, and that folder."""
     root = tmp_path_factory.mktemp("lab")
     notebook = nbformat.read(Path(nb.__file__).with_suffix(".ipynb"), 4)
-    (form,) = (cell for cell in notebook.cells if "# @title Settings" in cell.source)
-    for name, value in FEW.items():
-        form.source = re.sub(rf"^{name} = \S+", f"{name} = {value}", form.source, flags=re.M)
+    fill_form(notebook, FEW)
     nbformat.write(notebook, root / "notebook.ipynb")
     settings = root / "settings/@jupyterlab/notebook-extension"
     settings.mkdir(parents=True)
@@ -104,9 +103,9 @@ def finished(page, server):
     """Everything was run; the pictures that the fine-tuning cell showed, one after the other."""
     page.evaluate("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
     page.locator(".jp-InputPrompt", has_text="[*]").first.wait_for()
-    picture = cell_of(page, 'with run.step("fine-tune"):').locator(".jp-OutputArea img").first
+    picture = cell_of(page, "tuned = fine_tune_pruned(").locator(".jp-OutputArea img").first
     picture.wait_for(timeout=5 * MINUTES)
-    seen, last = [], cell_of(page, "deliver(run.finish())").locator(".jp-OutputArea-output a")
+    seen, last = [], cell_of(page, "offer_download(run.finish())").locator(".jp-OutputArea-output a")
     while not last.count():
         source = picture.get_attribute("src")
         if not seen or seen[-1] != source:
@@ -122,14 +121,14 @@ def test_all_cells_run_and_the_live_picture_changes_in_place(page, server, finis
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in code)
     assert not [output for cell in code for output in cell.outputs if output.output_type == "error"]
-    (tuning,) = (cell for cell in code if 'with run.step("fine-tune"):' in cell.source)
+    (tuning,) = (cell for cell in code if "tuned = fine_tune_pruned(" in cell.source)
     assert sum("image/png" in output.get("data", {}) for output in tuning.outputs) == 1, "one picture is left, whatever the number of steps"
     shot(page, "lab")
 
 
 @pytest.fixture
 def explorer(page, finished):
-    box = cell_of(page, "show_widget(explorer.box").locator(".jp-OutputArea")
+    box = cell_of(page, "explorer = show_explorer(run").locator(".jp-OutputArea")
     box.locator(".prune-head").first.wait_for()
     box.scroll_into_view_if_needed()
     return box
@@ -197,8 +196,8 @@ def test_what_is_shown_can_be_taken_into_the_run(explorer):
 
 
 def test_the_attention_viewer_shows_another_head(page, finished):
-    box = cell_of(page, "show_widget(viewer.box").locator(".jp-OutputArea")
-    picture = box.locator("img.widget-image")
+    box = cell_of(page, "viewer = show_attention(run").locator(".jp-OutputArea")
+    picture = box.locator(".widget-output img")
     picture.wait_for()
     before = picture.get_attribute("src")
     slider = box.locator(".noUi-handle").last
@@ -210,7 +209,7 @@ def test_the_attention_viewer_shows_another_head(page, finished):
 
 def test_the_link_downloads_the_zip(page, server, finished):
     with page.expect_download() as download:
-        cell_of(page, "deliver(run.finish())").locator(".jp-OutputArea-output a").first.click()
+        cell_of(page, "offer_download(run.finish())").locator(".jp-OutputArea-output a").first.click()
     (archive,) = (server[1] / "results").glob("*.zip")
     assert Path(download.value.path()).read_bytes() == archive.read_bytes()
 

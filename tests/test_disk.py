@@ -98,7 +98,7 @@ def test_a_folder_that_has_gone_is_said_with_its_name(tmp_path):
                                    nb.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")])
 def test_a_full_disk_is_known_in_the_words_of_every_library(error, tmp_path, monkeypatch):
     run = nb.Run(nb.Settings(output_dir=str(tmp_path)), torch.device("cpu"), torch.float32)
-    run.once("first", (), lambda: ({"a": torch.ones(3)}, {}))
+    run.load_or_compute("first", (), lambda: ({"a": torch.ones(3)}, {}))
 
     def fail(tensors, path, *_):
         Path(path).write_bytes(b"half")
@@ -106,7 +106,7 @@ def test_a_full_disk_is_known_in_the_words_of_every_library(error, tmp_path, mon
 
     monkeypatch.setattr(nb, "save_file", fail)
     with pytest.raises(nb.RunError, match="cannot be written or read .No space left on device.: make room"), run.step("a step"):
-        run.once("second", (), lambda: ({"a": torch.ones(3)}, {}))
+        run.load_or_compute("second", (), lambda: ({"a": torch.ones(3)}, {}))
     assert [path.name.split("-")[0] for path in run.state.iterdir()] == ["first"]
 
 

@@ -35,14 +35,14 @@ def test_a_sharing_copy_shares_weights_but_not_gates(tokens, gates):
     assert torch.equal(nb.get_gates(model), torch.ones(2, 4)) and torch.equal(nb.get_gates(other), gates)
 
 
-def test_attention_maps_are_those_that_the_model_gives(tokens):
+def test_attention_maps_are_those_that_the_model_gives():
     model = make("gpt2")
     nb.set_gates(model, torch.tensor([[1.0, 0, 1, 1], [1, 1, 1, 0]]))
-    maps = nb.attention_maps(model, tokens[:1])
+    maps, words = nb.attention_maps(model, tiny_tokenizer(), "a a b")
     model.config._attn_implementation = "eager"
     with nb.all_open(model), torch.no_grad():
-        wanted = torch.cat(model(tokens[:1], output_attentions=True).attentions)
-    assert torch.equal(maps, wanted) and maps.shape == (2, 4, 16, 16)
+        wanted = torch.cat(model(torch.tensor([[1, 1, 0]]), output_attentions=True).attentions)
+    assert torch.equal(maps, wanted) and maps.shape == (2, 4, 3, 3) and words == ["a", "a", "<unk>"]
     assert torch.equal(nb.get_gates(model)[0], torch.tensor([1.0, 0, 1, 1])), "the gates are as they were"
 
 
@@ -60,21 +60,21 @@ def explorer():
     nb.add_gates(model)
     importance, taken = torch.arange(8.0).view(2, 4), []
     nb.set_gates(model, nb.choose_gates(importance, 0.25))
-    blocks = {"train": text, "validation": text, "test": text}
     settings = nb.Settings(strategy="entropy", pruning_level=0.25, block_length=16, batch_size=2)
 
-    def take(*what):
+    def take(what):
         taken.append(what)
         return 12.0
 
-    made = nb.Explorer(model, tiny_tokenizer(), blocks, settings, torch.float32, importance, take)
+    nb.COMPUTING.batch_size = 2
+    made = nb.Explorer(model, tiny_tokenizer(), text, settings, importance, take)
     made.original, made.taken = model, taken
     return made
 
 
 def wait(explorer):
-    explorer.panel.thread.join(60)
-    return explorer.panel.text.value
+    explorer.thread.join(60)
+    return explorer.text.value
 
 
 def test_the_level_closes_heads_and_counts_follow(explorer):
@@ -91,28 +91,28 @@ def test_a_click_on_a_head_toggles_its_gate_and_measuring_measures_what_is_shown
     explorer.measure.click()
     said = wait(explorer)
     nb.set_gates(explorer.original, explorer.gates)
-    assert f"Validation perplexity {nb.perplexity(explorer.original, explorer.blocks['validation']):.2f}" in said
+    assert f"Validation perplexity {nb.perplexity(explorer.original, explorer.validation):.2f}" in said
     explorer.grid.buttons[1, 3].click()
     assert explorer.gates[1, 3] == 1
 
 
 def test_a_strategy_is_scored_once_on_open_gates(explorer):
     explorer.strategy.value = "magnitude"
-    explorer.panel.thread.join(60)
+    explorer.thread.join(60)
     nb.set_gates(explorer.original, torch.ones(2, 4))
     assert torch.allclose(explorer.importance["magnitude"], nb.get_strategy("magnitude").score(explorer.original))
     assert torch.equal(explorer.gates, nb.choose_gates(explorer.importance["magnitude"], 0.25))
     explorer.importance["magnitude"] = kept = explorer.importance["magnitude"].clone()
     explorer.strategy.value = "entropy"
     explorer.strategy.value = "magnitude"
-    explorer.panel.thread.join(60)
+    explorer.thread.join(60)
     assert explorer.importance["magnitude"] is kept
 
 
 def test_what_goes_wrong_is_said_in_the_panel(explorer):
     explorer.min_heads.value = 4
-    assert "at most 0 of 8 heads" in explorer.panel.text.value
-    explorer.panel.start(lambda: 1 / 0)
+    assert "at most 0 of 8 heads" in explorer.text.value
+    explorer.start(lambda: 1 / 0)
     assert "ZeroDivisionError: division by zero" in wait(explorer)
 
 
@@ -120,19 +120,19 @@ def test_a_job_can_be_cancelled_and_only_one_runs_at_a_time(explorer):
     begun, go_on = threading.Event(), threading.Event()
 
     def work():
-        for _ in nb.progress(range(10**6), "long"):
+        for _ in nb.long_loop(range(10**6), "long"):
             begun.set()
             go_on.wait(60)
         return "finished"
 
-    explorer.panel.start(work)
-    assert begun.wait(60) and explorer.panel.busy.layout.display == ""
-    explorer.panel.start(lambda: "another")
-    assert "One thing at a time" in explorer.panel.text.value
-    explorer.panel.cancel.click()
+    explorer.start(work)
+    assert begun.wait(60) and explorer.busy.layout.display == ""
+    explorer.start(lambda: "another")
+    assert "One thing at a time" in explorer.text.value
+    explorer.cancel.click()
     go_on.set()
-    assert "Cancelled." in wait(explorer) and explorer.panel.busy.layout.display == "none"
-    explorer.panel.start(lambda: "works again")
+    assert "Cancelled." in wait(explorer) and explorer.busy.layout.display == "none"
+    explorer.start(lambda: "works again")
     assert "works again" in wait(explorer)
 
 
@@ -141,8 +141,9 @@ def test_take_hands_over_what_is_shown_and_how_many_gates_were_set_by_hand(explo
     explorer.grid.buttons[1, 3].click()
     explorer.taking.click()
     assert "Taken: test perplexity 12.00" in wait(explorer)
-    ((gates, importance, strategy, level, by_hand),) = explorer.taken
-    assert torch.equal(gates, explorer.gates) and strategy == "entropy" and (level, by_hand) == (0.5, 1)
+    (taken,) = explorer.taken
+    assert torch.equal(torch.tensor(taken["gates"]), explorer.gates) and taken["scores"] == explorer.importance["entropy"].tolist()
+    assert (taken["strategy"], taken["level"], taken["by_hand"]) == ("entropy", 0.5, 1)
 
 
 def test_both_models_write(explorer):
@@ -156,13 +157,15 @@ def test_both_models_write(explorer):
 
 
 def test_the_viewer_shows_heads_and_says_what_is_wrong(explorer):
-    viewer = nb.AttentionViewer(explorer.original, tiny_tokenizer(), "a a a", explorer.importance)
-    assert bytes(viewer.picture.value).startswith(b"\x89PNG")
-    before = bytes(viewer.picture.value)
-    viewer.head.value = 2
-    assert bytes(viewer.picture.value) != before
-    viewer.sentence.value = "a"
-    assert "has 1 tokens, but two are needed" in viewer.panel.text.value
+    viewer = nb.attention_viewer(explorer.original, tiny_tokenizer(), "a a a", explorer.importance)
+    viewer.update()
+    sentence, layer, head = viewer.kwargs_widgets
+    assert viewer.result.startswith(b"\x89PNG")
+    before = viewer.result
+    head.value = 2
+    assert viewer.result.startswith(b"\x89PNG") and viewer.result != before
+    sentence.value = "a"
+    assert "has 1 tokens, but two are needed" in viewer.result
 
 
 def test_results_go_to_drive_in_colab(tmp_path, monkeypatch):

@@ -45,8 +45,8 @@ def test_entropy_equals_a_computation_by_hand(tokens):
         share = written.norm(dim=-1)[..., 1:] / stream.norm(dim=-1)[:, None, 1:]
         expected.append((share * (1 + focus)).mean((0, 2)))
         literal.append(-entropy.mean((0, 2)))
-    for size in (1, 2):
-        score = nb.get_strategy("entropy", batch_size=size).score(model, tokens)
+    for nb.COMPUTING.batch_size in (1, 2):
+        score = nb.get_strategy("entropy").score(model, tokens)
         torch.testing.assert_close(score, torch.stack(expected), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(nb.get_strategy("entropy-literal").score(model, tokens), torch.stack(literal), rtol=1e-4, atol=1e-5)
 
@@ -69,7 +69,7 @@ def test_scoring_leaves_the_model_as_it_was(family, tokens):
     with torch.no_grad():
         logits = model(tokens).logits
     for name in nb.STRATEGIES:
-        options = {"level": 0.5, "steps": 3} if name == "learned" else {"rounds": 2, "level": 0.5} if name == "fisher" else {}
+        options = {"level": 0.5, "steps": 3} if name == "learned" else {}
         score = nb.get_strategy(name, **options).score(model, tokens)
         assert score.shape == (2, 4) and score.isfinite().all() and len(set(score.flatten().tolist())) > 1
     assert model.config._attn_implementation == before
@@ -95,14 +95,15 @@ def test_gradient_equals_finite_differences(family, tokens):
                 scale[layer, head] += by
                 return block_losses(zero_heads(make(family), family, scale), tokens)
             slopes[:, layer, head] = (moved(small) - moved(-small)) / (2 * small)
-    for size in (1, 2):
+    for nb.COMPUTING.batch_size in (1, 2):
         for name, expected in (("gradient", slopes.abs().mean(0)), ("fisher", slopes.square().mean(0))):
-            score = nb.get_strategy(name, batch_size=size).score(make(family), tokens).double()
+            score = nb.get_strategy(name).score(make(family), tokens).double()
             torch.testing.assert_close(score, expected, rtol=2e-2, atol=2e-2 * expected.max().item())
 
 
 def test_gradient_starts_anew_where_memory_runs_out(tokens, monkeypatch):
-    expected, real, sizes = nb.get_strategy("gradient", batch_size=1).score(make("gpt2"), tokens), torch.autograd.grad, []
+    nb.COMPUTING.batch_size = 1
+    expected, real, sizes = nb.get_strategy("gradient").score(make("gpt2"), tokens), torch.autograd.grad, []
 
     def greedy(loss, inputs):
         sizes.append(inputs.shape[1])
@@ -111,29 +112,9 @@ def test_gradient_starts_anew_where_memory_runs_out(tokens, monkeypatch):
         return real(loss, inputs)
 
     monkeypatch.setattr(torch.autograd, "grad", greedy)
-    torch.testing.assert_close(nb.get_strategy("gradient", batch_size=2).score(make("gpt2"), tokens), expected)
+    nb.COMPUTING.batch_size = 2
+    torch.testing.assert_close(nb.get_strategy("gradient").score(make("gpt2"), tokens), expected)
     assert sizes == [2, 1, 1]
-
-
-def test_rounds_score_what_is_left(tokens):
-    model = make("gpt2")
-    nb.add_gates(model)
-    first = nb.choose_gates(nb.get_strategy("fisher").score(model, tokens), 0.25)
-    importance = nb.get_strategy("fisher", rounds=2, level=0.5).score(model, tokens)
-    assert torch.equal(importance < 2, first == 0), "the first round closes what one-shot scoring would"
-    nb.set_gates(model, first)
-    again = nb.get_strategy("fisher").score(model, tokens)  # a closed gate has a gradient too
-    lowest = again.masked_fill(first == 0, torch.inf).flatten().argsort()[:2]
-    final = nb.choose_gates(importance, 0.5)
-    assert (final == 0).sum() == 4 and (final.flatten()[lowest] == 0).all()
-
-
-def test_rounds_are_for_scores_that_change():
-    for name in ("random", "magnitude", "learned"):
-        with pytest.raises(nb.UserError, match=f"{name}.*rounds"):
-            nb.get_strategy(name, rounds=3, level=0.3)
-        with pytest.raises(nb.UserError, match="rounds is 3.*1 with the strategy"):
-            nb.Settings(strategy=name, rounds=3)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.03])
@@ -230,7 +211,7 @@ def test_float16_is_enough(strategy):
     """In which GPUs without bfloat16 score."""
     model, blocks = make("llama", max_position_embeddings=1024), torch.randint(3, 97, (4, 512), generator=torch.Generator().manual_seed(0))
     options = {"level": 0.25, "steps": 8} if strategy == "learned" else {}
-    exact, half = (nb.get_strategy(strategy, dtype=dtype, **options).score(model, blocks) for dtype in (torch.float32, torch.float16))
+    exact, half = (nb.get_strategy(strategy, **options).score(model, blocks) for nb.COMPUTING.dtype in (torch.float32, torch.float16))
     if strategy == "fisher":
         exact, half = exact.log(), half.log()
     assert torch.corrcoef(torch.stack([exact.flatten(), half.flatten()]))[0, 1] > 0.99

@@ -9,14 +9,16 @@ import nbformat
 import pytest
 import torch
 import transformers
+from conftest import fill_form
 from nbclient import NotebookClient
 
 import PruningAndFineTuningColab as nb
 
 NOTEBOOK = Path(nb.__file__).with_suffix(".ipynb")
-FEW = {"MODEL": '"model"', "DATASET": '"python-docs"', "BLOCK_LENGTH": "64", "EVAL_BLOCKS": "4", "CALIBRATION_BLOCKS": "4", "GATE_STEPS": "6", "REPAIR_BLOCKS": "8",
-       "MAX_STEPS": "4", "CONTROL": '"yes"', "RESUME": '"no"'}
+FEW = {"model": "model", "dataset": "python-docs", "block_length": 64, "eval_blocks": 4, "calibration_blocks": 4, "gate_steps": 6,
+       "repair_blocks": 8, "max_steps": 4, "resume": "no"}
 LOOK = """
+import gc
 import json
 free_memory()
 print(json.dumps({"ram": psutil.Process().memory_info().rss, "models": sum(issubclass(type(thing), transformers.PreTrainedModel) for thing in gc.get_objects()),
@@ -34,9 +36,7 @@ def test_five_runs_in_one_kernel_take_the_memory_of_one(home, tmp_path):
                                       num_key_value_heads=4, max_position_embeddings=128)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")  # 40 MB: large beside what else may vary
     notebook = nbformat.read(NOTEBOOK, 4)
-    (form,) = (cell for cell in notebook.cells if "# @title Settings" in cell.source)
-    for name, value in FEW.items():
-        form.source = re.sub(rf"^{name} = \S+", f"{name} = {value}", form.source, flags=re.M)
+    fill_form(notebook, FEW)
     look = nbformat.v4.new_code_cell(LOOK)
     notebook.cells.append(look)
     client, seen = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}), []

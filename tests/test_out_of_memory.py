@@ -1,5 +1,7 @@
 """Where memory runs out, every stage goes on with fewer blocks at once, says so, remembers it, and comes to the same result."""
 
+import copy
+
 import pytest
 import torch
 from conftest import make
@@ -7,11 +9,6 @@ from conftest import make
 import PruningAndFineTuningColab as nb
 
 BLOCKS = torch.randint(3, 97, (8, 16), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(autouse=True)
-def nothing_remembered():
-    nb.FITTED.clear()
 
 
 def short_of_memory(model, most):
@@ -41,7 +38,7 @@ STAGES = {
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_goes_on_with_fewer_blocks_and_the_same_result(stage, capsys):
     wanted = STAGES[stage](gated())
-    nb.FITTED.clear()
+    nb.COMPUTING.fitted.clear()
     result = STAGES[stage](short_of_memory(gated(), 1))
     assert torch.allclose(result, wanted, rtol=1e-4, atol=1e-5)
     said = capsys.readouterr().out
@@ -51,18 +48,17 @@ def test_a_stage_goes_on_with_fewer_blocks_and_the_same_result(stage, capsys):
 
 
 def test_learned_gates_are_the_same(capsys):
-    long = torch.randint(3, 97, (8, 64), generator=torch.Generator().manual_seed(1))  # four texts in a step, eight to look at the dense model
-    wanted = nb.Learned(level=0.25, steps=3, batch_size=8).score(gated(), long)
-    nb.FITTED.clear()
-    result = nb.Learned(level=0.25, steps=3, batch_size=8).score(short_of_memory(gated(), 2), long)
+    long = torch.randint(3, 97, (8, 64), generator=torch.Generator().manual_seed(1))  # four texts in a step, two at once
+    wanted = nb.Learned(level=0.25, steps=3).score(gated(), long)
+    nb.COMPUTING.fitted.clear()
+    result = nb.Learned(level=0.25, steps=3).score(short_of_memory(gated(), 1), long)
     assert torch.allclose(result, wanted, atol=1e-4)
-    said = capsys.readouterr().out
-    assert "looking at the dense model runs out of memory: trying 2 blocks at once" in said
-    assert "learning gates runs out of memory: trying 2 blocks at once" in said
+    assert capsys.readouterr().out.count("learning gates runs out of memory: trying 1 blocks at once") == 1
 
 
 def test_repair_takes_fewer_blocks(capsys):
-    fixed = nb.repair(short_of_memory(gated(), 4), BLOCKS, batch_size=8)
+    nb.COMPUTING.batch_size = 8
+    fixed = nb.repair(short_of_memory(gated(), 4), BLOCKS)
     said = capsys.readouterr().out
     assert all(f"{what} runs out of memory: trying 4 blocks at once" in said for what in ("looking at the dense model", "repair"))
     wanted = nb.repair(gated(), BLOCKS[:4])
@@ -74,43 +70,44 @@ def test_fine_tuning_keeps_its_effective_batch(tmp_path, capsys):
     blocks, results = dict.fromkeys(nb.SPLITS, BLOCKS), []
     for model in (gated(), short_of_memory(gated(), 2)):
         run = nb.Run(settings, torch.device("cpu"), torch.float32)
-        results.append(nb.fine_tune(model, blocks, settings, run, "fine_tuned", 1.0))
+        results.append(nb.fine_tune(run, "fine_tuned", lambda model=model: copy.deepcopy(model), blocks, settings))
         record = run.metrics["training"]["fine_tuned"]
     assert record["micro_batch"] == 2 and record["tokens_per_step"] == 64
     assert "fine-tuning runs out of memory: trying 2 blocks at once" in capsys.readouterr().out
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(results[0].parameters(), results[1].parameters()))
 
 
-def test_one_process_that_is_alone_out_of_memory_ends_the_run_which_remembers_what_fits(tmp_path, monkeypatch):
+def test_several_processes_end_in_a_sentence_and_remember_what_fits(tmp_path, monkeypatch):
+    """They wait for each other's gradients, so one cannot begin anew alone: the same command goes on with smaller batches."""
     settings = nb.Settings(output_dir=str(tmp_path), max_steps=4, batch_size=4, block_length=16, learning_rate=1e-3)
     run, blocks = nb.Run(settings, torch.device("cpu"), torch.float32), dict.fromkeys(nb.SPLITS, BLOCKS)
-    monkeypatch.setattr(nb, "all_come", lambda: False)
-    said = "fine-tuning runs out of memory in process 0, but not in all: start the same command again, and it takes fewer blocks at once: 2"
-    with pytest.raises(nb.OutOfStep, match=said), run.step("fine-tune"):
-        nb.fine_tune(short_of_memory(gated(), 2), blocks, settings, run, "fine_tuned", 1.0)
-    again = nb.Run(settings, torch.device("cpu"), torch.float32)
-    assert again.folder == run.folder and nb.FITTED == {"fine-tuning": 2}
-    with again.step("fine-tune"):
-        nb.fine_tune(short_of_memory(gated(), 2), blocks, settings, again, "fine_tuned", 1.0)
-    nb.FITTED["fine-tuning"] = 1
-    with pytest.raises(nb.OutOfStep, match="fine-tuning runs out of memory with a single block: take a smaller --block-length"):
-        nb.fine_tune(short_of_memory(gated(), 0), blocks, settings, again, "fine_tuned", 1.0)
+    monkeypatch.setattr(nb, "rank_and_world", lambda: (0, 2))
+    monkeypatch.setattr(nb, "from_all_processes", lambda value: [value, value])
+    said = "fine-tuning runs out of memory in one of several processes: start the same command again, and it takes 1 blocks at once"
+    with pytest.raises(nb.RunError, match=said), run.step("fine-tune"):
+        nb.fine_tune(run, "fine_tuned", lambda: short_of_memory(gated(), 1), blocks, settings)
     monkeypatch.undo()
-    assert nb.all_come(), "a single process is never alone"
+    again = nb.Run(settings, torch.device("cpu"), torch.float32)
+    assert again.folder == run.folder and nb.COMPUTING.fitted == {"fine-tuning": 1}
+    with again.step("fine-tune"):
+        nb.fine_tune(again, "fine_tuned", lambda: short_of_memory(gated(), 1), blocks, settings)
+    with pytest.raises(nb.RunError, match="fine-tuning runs out of memory with a single block: take a smaller --block-length"):
+        nb.fine_tune(again, "fine_tuned", lambda: short_of_memory(gated(), 0), blocks, settings)
 
 
 def test_a_batch_starts_with_what_the_free_memory_has_room_for(monkeypatch, capsys):
     seen, model = [], gated()
     model.base_model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(len(args[0] if args else kwargs["input_ids"])), with_kwargs=True)
-    nb.perplexity(model, BLOCKS, batch_size=8)
+    nb.COMPUTING.batch_size = 8
+    nb.perplexity(model, BLOCKS)
     assert set(seen) == {8}
     monkeypatch.setattr(nb, "free_bytes", lambda device: 3.5 * (68 * 16 * 32 + 12 * 16 * 97))  # room for three blocks of 16 tokens
     seen.clear()
-    nb.perplexity(model, BLOCKS, batch_size=8)
+    nb.perplexity(model, BLOCKS)
     assert set(seen) == {2}, "the largest divisor of 8 that is at most 3"
     assert capsys.readouterr().out == "perplexity: memory has room for 2 blocks at once, not 8\n"
     monkeypatch.setattr(nb, "free_bytes", lambda device: 0)
-    nb.perplexity(model, BLOCKS, batch_size=8)
+    nb.perplexity(model, BLOCKS)
     assert seen[-1] == 1, "one block is tried in any case"
 
 

@@ -72,7 +72,7 @@ def test_repair_comes_nearer_to_the_dense_model_and_touches_nothing_else(family,
     dense = logits(model, text)
     nb.set_gates(model, gates)
     before, pruned = {name: value.clone() for name, value in model.state_dict().items()}, logits(model, text)
-    fixed = nb.repair(model, text, batch_size=4)
+    fixed = nb.repair(model, text)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.dist(logits(fixed, text), dense) < 0.95 * torch.dist(pruned, dense)
     assert torch.equal(nb.get_gates(fixed), gates)

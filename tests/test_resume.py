@@ -1,6 +1,7 @@
 """Nothing that was computed is lost: a run that was killed goes on, and ends with the numbers of one that was not."""
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -34,13 +35,13 @@ def test_a_product_is_computed_once_for_what_it_depends_on(tmp_path):
         calls.append(1)
         return {"a": torch.arange(6.0).view(2, 3).T}, {"number": 0.1 + 0.2}
 
-    first = run.once("thing", (1, torch.ones(2)), compute)
+    first = run.load_or_compute("thing", (1, torch.ones(2)), compute)
     _, again = new_run(tmp_path)
     assert again.folder == run.folder
-    second = again.once("thing", (1, torch.ones(2)), compute)
+    second = again.load_or_compute("thing", (1, torch.ones(2)), compute)
     assert len(calls) == 1 and torch.equal(first[0]["a"], second[0]["a"]) and first[1] == second[1]
-    again.once("thing", (1, torch.zeros(2)), compute)
-    again.once("thing", (2, torch.ones(2)), compute)
+    again.load_or_compute("thing", (1, torch.zeros(2)), compute)
+    again.load_or_compute("thing", (2, torch.ones(2)), compute)
     assert len(calls) == 3
     archive = again.finish()
     assert archive.exists() and not again.state.exists()
@@ -109,13 +110,13 @@ def test_what_was_kept_keeps_its_time_and_what_is_computed_anew_gets_its_own(tmp
     _, run = new_run(tmp_path)
     for depends, seconds in ((1, 5.0), (1, 5.0), (2, 0.0)):
         with run.step("score"):
-            run.once("score", (depends,), lambda: ({}, {}))
+            run.load_or_compute("score", (depends,), lambda: ({}, {}))
         if depends == 1:
             run.metrics["seconds"]["score"] = seconds  # as if it had taken so long
         else:
             assert run.metrics["seconds"]["score"] < 5
     with run.step("score"):
-        run.once("score", (1,), lambda: 1 / 0)
+        run.load_or_compute("score", (1,), lambda: 1 / 0)
     assert run.metrics["seconds"]["score"] < 5
 
 
@@ -132,24 +133,28 @@ def test_resume_takes_the_settings_of_then(tmp_path):
 
 def test_heads_that_were_taken_in_the_explorer_are_taken_again(tmp_path, capsys, gates):
     scores, test_blocks = torch.rand(2, 4), torch.randint(3, 97, (4, 16), generator=torch.Generator().manual_seed(0))
-    prune, explore = (part for part in SCRIPT.read_text().split("\n# %%\n") if "def take(" in part or "run.taken:" in part and "choose_gates(" in part)
+    prune, explore = (part.split("\n# %%")[0] for part in SCRIPT.read_text().split("\n# %%\n")
+                      if "    run.settings = settings" in part or "explorer = show_explorer(" in part)
     for again in (False, True):
         settings, run = new_run(tmp_path, strategy="entropy", prompt="a")
         run.metrics["perplexity"]["dense"] = 3.0
         model = make("llama")
         nb.add_gates(model)
         room = vars(nb) | {"__name__": "__main__", "run": run, "settings": settings, "model": model, "tokenizer": tiny_tokenizer(), "test_blocks": test_blocks,
-                           "importance": torch.arange(8.0).view(2, 4)}
+                           "blocks": {}, "importance": torch.arange(8.0).view(2, 4)}
+        run.metrics["importance"] = room["importance"].tolist()
+        taken = {"gates": gates.tolist(), "scores": scores.tolist(), "strategy": "magnitude", "level": 0.4, "by_hand": 2}
+        take = functools.partial(nb.take_heads, run, model, room["tokenizer"], test_blocks, taken)
         exec(prune, room)
         exec(explore, room)
         if not again:
             assert "taken before" not in capsys.readouterr().out and torch.equal(nb.get_gates(model), room["gates"])
-            room["take"](gates, scores, "magnitude", 0.4, 2)
+            take()
             exec(prune, room)
-            assert "taken" not in run.metrics and not torch.equal(nb.get_gates(model), gates), "section 9, run again, has the last word"
-            room["take"](gates, scores, "magnitude", 0.4, 2)
-        assert torch.equal(nb.get_gates(model), gates) and torch.equal(room["importance"], scores) and room["pruned"] is model
-        assert run.metrics["heads"]["by_hand"] == 2 and (room["settings"].strategy, room["settings"].pruning_level) == ("magnitude", 0.4)
+            assert run.metrics["taken"] is None and not torch.equal(nb.get_gates(model), gates), "section 9, run again, has the last word"
+            take()
+        assert torch.equal(nb.get_gates(model), gates) and torch.equal(torch.tensor(run.metrics["importance"]), scores)
+        assert run.metrics["heads"]["by_hand"] == 2 and (run.settings.strategy, run.settings.pruning_level) == ("magnitude", 0.4)
         assert (run.folder / "heads.png").exists()
     assert "These are the heads that were taken before the run was interrupted (section 9, run again, goes back to the strategy's)." in capsys.readouterr().out and run.taken is None
 
@@ -173,13 +178,13 @@ def test_fine_tuning_goes_on_bit_for_bit(how, tmp_path, monkeypatch):
     nb.set_gates(model, torch.tensor([[1.0, 0, 1, 1], [1, 1, 1, 0]]))
     blocks = {split: torch.randint(3, 97, (40, 16), generator=torch.Generator().manual_seed(2)) for split in nb.SPLITS}
     settings, run = new_run(tmp_path / "whole", learning_rate=1e-3)
-    whole = nb.fine_tuned(model, nb.compact, blocks, settings, run, "fine_tuned", 1.0)
+    whole = nb.fine_tuned(run, "fine_tuned", lambda: nb.compact(model), blocks, settings)
     history = run.metrics["training"]["fine_tuned"]["history"]
 
     settings, run = new_run(tmp_path / "broken", learning_rate=1e-3)
     interrupt_at(monkeypatch, {"before a checkpoint": 1, "after one": 13, "while one is written": 14}[how])
     with pytest.raises(KeyboardInterrupt):
-        nb.fine_tuned(model, nb.compact, blocks, settings, run, "fine_tuned", 1.0)
+        nb.fine_tuned(run, "fine_tuned", lambda: nb.compact(model), blocks, settings)
     monkeypatch.undo()
     checkpoints = sorted(run.state.glob("trainer-*/*/checkpoint-*"))
     assert len(checkpoints) <= 2, "old checkpoints are removed"
@@ -188,10 +193,10 @@ def test_fine_tuning_goes_on_bit_for_bit(how, tmp_path, monkeypatch):
         shutil.copytree(checkpoints[-1], half)
         (half / "trainer_state.json").write_text('{"global_step": 14, "lo')
     _, run = new_run(tmp_path / "broken", learning_rate=1e-3)
-    tuned = nb.fine_tuned(model, nb.compact, blocks, settings, run, "fine_tuned", 1.0)
+    tuned = nb.fine_tuned(run, "fine_tuned", lambda: nb.compact(model), blocks, settings)
     assert all(torch.equal(value, dict(whole.named_parameters())[name]) for name, value in tuned.named_parameters())
     again = run.metrics["training"]["fine_tuned"]
-    assert again["history"]["perplexity"] == [list(pair) for pair in history["perplexity"]] or again["history"]["perplexity"] == history["perplexity"]
+    assert again["history"]["perplexity"] == history["perplexity"]
     assert not list(run.state.glob("trainer-*")), "checkpoints go when they are not needed any more"
 
 
@@ -203,15 +208,15 @@ def test_gates_that_are_being_chosen_go_on_bit_for_bit(step, tmp_path, monkeypat
     blocks = {split: torch.randint(3, 97, (40, 16), generator=torch.Generator().manual_seed(2)) for split in nb.SPLITS}
     more = {"learning_rate": 1e-3, "reopen_heads": True, "pruning_level": 0.375}
     settings, run = new_run(tmp_path / "whole", **more)
-    whole = nb.fine_tuned(model, nb.copy.deepcopy, blocks, settings, run, "fine_tuned", 1.0)
+    whole = nb.fine_tuned(run, "fine_tuned", lambda: nb.copy.deepcopy(model), blocks, settings)
     settings, run = new_run(tmp_path / "broken", **more)
     interrupt_at(monkeypatch, step)
     with pytest.raises(KeyboardInterrupt):
-        nb.fine_tuned(model, nb.copy.deepcopy, blocks, settings, run, "fine_tuned", 1.0)
+        nb.fine_tuned(run, "fine_tuned", lambda: nb.copy.deepcopy(model), blocks, settings)
     monkeypatch.undo()
     assert list(run.state.glob("trainer-*/*/checkpoint-*"))
     _, run = new_run(tmp_path / "broken", **more)
-    tuned = nb.fine_tuned(model, nb.copy.deepcopy, blocks, settings, run, "fine_tuned", 1.0)
+    tuned = nb.fine_tuned(run, "fine_tuned", lambda: nb.copy.deepcopy(model), blocks, settings)
     assert torch.equal(nb.get_gates(tuned), nb.get_gates(whole)) and (nb.get_gates(tuned) == 0).sum() == 3
     assert all(torch.equal(value, dict(whole.named_parameters())[name]) for name, value in tuned.named_parameters())
 

@@ -1,5 +1,6 @@
 """The sweep, and what fine-tuning keeps: on small random models, without a network."""
 
+import copy
 import json
 
 import pytest
@@ -22,6 +23,11 @@ def blocks():
     return {"train": text[:12], "validation": text[12:18], "test": text[18:]}
 
 
+def three(blocks):
+    """The texts to score on, to repair on, and to test on."""
+    return blocks["validation"], blocks["train"], blocks["test"]
+
+
 def test_a_sweep_goes_on_where_it_was_interrupted(place, blocks, monkeypatch):
     settings, _, file = place
     model = make("gpt2")
@@ -37,17 +43,17 @@ def test_a_sweep_goes_on_where_it_was_interrupted(place, blocks, monkeypatch):
     monkeypatch.setattr(nb, "perplexity", counting)
     monkeypatch.setattr(nb.Gradient, "score", lambda self, *arguments: scored.append(self.squared) or score(self, *arguments))
     with pytest.raises(KeyboardInterrupt):
-        nb.sweep(model, blocks["validation"], blocks["train"], blocks["test"], settings, torch.float32, file)
+        nb.sweep(model, three(blocks), settings, file)
     kept = json.loads(file.read_text())
     assert len(kept) == 3 and (nb.get_gates(model) == 1).all(), "what was finished is kept, and the model is as it was"
-    points = nb.sweep(model, blocks["validation"], blocks["train"], blocks["test"], settings, torch.float32, file)
+    points = nb.sweep(model, three(blocks), settings, file)
     assert points[:3] == kept and len(points) == 9
     assert [(point["strategy"], point["level"]) for point in points] == [(s, v) for s in ("random", "gradient", "learned") for v in (0, 0.25, 0.5)]
     assert [point["closed"] for point in points] == [0, 2, 4] * 3
     assert scored.count(False) == 2, "the interrupted scoring and one more: once for all levels"
     assert scored.count(True) == 3, "learned gates depend on the level"
     done = len(measured)
-    assert nb.sweep(model, blocks["validation"], blocks["train"], blocks["test"], settings, torch.float32, file) == points and len(measured) == done
+    assert nb.sweep(model, three(blocks), settings, file) == points and len(measured) == done
 
 
 def test_the_points_of_a_sweep_are_right(place, blocks):
@@ -55,7 +61,7 @@ def test_the_points_of_a_sweep_are_right(place, blocks):
     model = make("opt")
     nb.add_gates(model)
     dense = nb.perplexity(model, blocks["test"])
-    points = nb.sweep(model, blocks["validation"], blocks["train"], blocks["test"], settings, torch.float32, file)
+    points = nb.sweep(model, three(blocks), settings, file)
     assert points[0]["pruned"] == points[3]["pruned"] == points[0]["repaired"] == pytest.approx(dense)
     nb.set_gates(model, nb.choose_gates(nb.get_strategy("gradient").score(model, blocks["validation"]), 0.5))
     assert points[5]["pruned"] == pytest.approx(nb.perplexity(model, blocks["test"]))
@@ -72,7 +78,7 @@ def test_a_level_out_of_reach_is_refused_before_anything_is_computed(place, bloc
     model = make("gpt2")
     nb.add_gates(model)
     with pytest.raises(nb.UserError, match="pruning_level is 0.95"):
-        nb.sweep(model, blocks["validation"], blocks["train"], blocks["test"], nb.dataclasses.replace(settings, sweep_levels="0.1 0.95"), torch.float32, file)
+        nb.sweep(model, three(blocks), nb.dataclasses.replace(settings, sweep_levels="0.1 0.95"), file)
     assert not file.exists()
     with pytest.raises(nb.UserError, match="sweep_levels is '0.1 1.5'"):
         nb.dataclasses.replace(settings, sweep_levels="0.1 1.5")
@@ -87,7 +93,7 @@ def test_the_best_weights_are_kept_and_training_stops(place, blocks):
     """At this learning rate a random model learns its few training texts by heart, and validation gets worse."""
     settings, run, _ = place
     settings = nb.dataclasses.replace(settings, max_steps=100, patience=2)
-    tuned = nb.fine_tune(make("gpt2"), blocks, settings, run, "fine_tuned", 50.0)
+    tuned = nb.fine_tune(run, "fine_tuned", lambda: make("gpt2"), blocks, settings)
     record = run.metrics["training"]["fine_tuned"]
     seen = dict(record["history"]["perplexity"])
     assert record["steps"] < record["planned_steps"] == 100
@@ -101,7 +107,7 @@ def test_distillation_pulls_to_the_teacher(place, blocks):
     teacher = make("opt")
     nb.add_gates(teacher)
     settings = nb.dataclasses.replace(settings, distillation=1.0, learning_rate=1e-3, patience=0)
-    same = nb.fine_tune(teacher, blocks, settings, run, "same", 50.0, teacher=teacher)
+    same = nb.fine_tune(run, "same", lambda: copy.deepcopy(teacher), blocks, settings, teacher=teacher)
     for name, value in same.state_dict().items():  # the divergence from itself is zero, so is its gradient; AdamW only decays a little
         torch.testing.assert_close(value, teacher.state_dict()[name], rtol=1e-2, atol=2e-2)
 
@@ -112,9 +118,10 @@ def test_distillation_pulls_to_the_teacher(place, blocks):
     with torch.no_grad():
         dense = teacher(blocks["train"]).logits.log_softmax(-1)
     gates = torch.tensor([[1.0, 0, 1, 0], [0, 0, 1, 1]])
-    nb.set_gates(teacher, gates)  # the teacher of a pruned model is that model with all gates open
-    taught = nb.fine_tune(teacher, blocks, settings, run, "taught", 50.0, teacher=teacher)
-    alone = nb.fine_tune(teacher, blocks, nb.dataclasses.replace(settings, distillation=0.0), run, "alone", 50.0, teacher=teacher)
+    nb.set_gates(teacher, gates)
+    pruned = copy.deepcopy(teacher)  # the teacher of a pruned model is that model with all gates open
+    taught = nb.fine_tune(run, "taught", lambda: copy.deepcopy(pruned), blocks, settings, teacher=teacher)
+    alone = nb.fine_tune(run, "alone", lambda: copy.deepcopy(pruned), blocks, nb.dataclasses.replace(settings, distillation=0.0), teacher=teacher)
     assert torch.equal(nb.get_gates(teacher), gates) and torch.equal(nb.get_gates(taught), gates)
     assert distance(taught) < distance(teacher) and distance(taught) < distance(alone)
 
@@ -123,8 +130,8 @@ def test_distillation_pulls_to_the_teacher(place, blocks):
 def test_a_model_that_was_trained_in_16_bits_computes_in_32_again(place, blocks):
     """accelerate wraps its forward pass; left so, the saved model would differ from it, and the run end in an error."""
     settings, run, _ = place
-    run.dtype = torch.bfloat16
-    tuned = nb.fine_tune(make("llama"), blocks, settings, run, "fine_tuned", 1.0)
+    nb.COMPUTING.dtype = torch.bfloat16
+    tuned = nb.fine_tune(run, "fine_tuned", lambda: make("llama"), blocks, settings)
     fresh = make("llama")
     fresh.load_state_dict({name: value for name, value in tuned.state_dict().items() if not name.endswith(".gates")})
     assert nb.largest_difference(tuned, fresh, blocks["test"]) == 0 and "forward" not in vars(tuned)
@@ -148,8 +155,8 @@ def test_gradient_checkpointing_trains_the_same(family, place, blocks):
         mlp.register_forward_pre_hook(count)
         return small
 
-    plain, thrifty = (nb.fine_tune(model, blocks, nb.dataclasses.replace(settings, gradient_checkpointing=on), run, "fine_tuned", 1.0,
-                                   lambda model, on=on: start(model, on)) for on in (False, True))
+    plain, thrifty = (nb.fine_tune(run, "fine_tuned", lambda on=on: start(model, on), blocks,
+                                   nb.dataclasses.replace(settings, gradient_checkpointing=on)) for on in (False, True))
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain.parameters(), thrifty.parameters()))
     assert calls[True] == calls[False] + settings.max_steps, "every training step computes the layer a second time"
     assert not thrifty.is_gradient_checkpointing and thrifty.config.use_cache == model.config.use_cache

@@ -44,8 +44,8 @@ def test_perplexity_equals_its_definition():
     with torch.no_grad():
         probabilities = model(blocks).logits.softmax(-1)
     nll = [-math.log(probabilities[b, t - 1, blocks[b, t]]) for b in range(5) for t in range(1, 12)]
-    for size in (1, 2, 4, 5):
-        assert nb.perplexity(model, blocks, batch_size=size) == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-4)
+    for nb.COMPUTING.batch_size in (1, 2, 4, 5):
+        assert nb.perplexity(model, blocks) == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-4)
 
 
 def test_a_file_without_splits_is_cut_into_contiguous_parts(tmp_path):
@@ -104,8 +104,8 @@ BAD = [
     (dict(strategy="entrpy"), "'entrpy'.*did you mean 'entropy'"),
     (dict(device="gpu"), "device is 'gpu'.*auto, cuda, tpu, mps, cpu"),
     (dict(block_length=1), "block_length is 1.*at least 2"),
-    (dict(batch_size=0), "batch_size is 0.*1 or more"),
-    (dict(max_steps=-1), "max_steps is -1.*0 or more"),
+    (dict(batch_size=0), "batch_size is 0.*at least 1"),
+    (dict(max_steps=-1), "max_steps is -1.*at least 0"),
     (dict(prompt="  "), "prompt is '  '"),
     (dict(train_file="missing.txt"), "train_file is 'missing.txt'.*an existing file"),
     (dict(train_file="text.doc"), r"'text.doc'.*\.txt, \.jsonl or \.parquet"),
@@ -147,7 +147,7 @@ def test_no_network_and_no_model_named_means_the_demo(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["--pruning-level", "1.5"], "error: pruning_level is 1.5, but must be at least 0 and below 1: 0.3 is a good start."),
+    (["--pruning-level", "1.5"], "error: pruning_level is 1.5, but must be at least 0 and below 1: the default is 0.3."),
     (["--model", "nobody/nothing", "--dataset", "python-docs", "--offline"], "error: model 'nobody/nothing' cannot be had"),
     (["--model", "missing.gguf", "--dataset", "python-docs", "--offline"], "error: model 'missing.gguf' cannot be had"),
     (["--pruning-level", "a lot"], "invalid float value: 'a lot'"),
@@ -195,7 +195,7 @@ def test_the_batch_halves_where_memory_runs_out(capsys):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return size
 
-    assert nb.fit_batch_size(function, 12, "a step") == 3 and tried == [12, 6, 3]
+    assert nb.fit_batch_size(function, 12, "a step") == 3 and tried == [12, 6, 4, 3]
     assert "a step runs out of memory: trying 6 blocks" in capsys.readouterr().out
     with pytest.raises(ValueError):  # any other failure is not swallowed
         nb.fit_batch_size(lambda size: int("x"), 4, "a step")

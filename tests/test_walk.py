@@ -1,6 +1,7 @@
 """The whole walk, as a script and as a notebook, on the demo model: what a user without a network gets."""
 
 import ast
+import copy
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ import nbformat
 import pytest
 import torch
 import transformers
+from conftest import fill_form
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
@@ -21,12 +23,12 @@ import PruningAndFineTuningColab as nb
 
 SCRIPT = Path(nb.__file__)
 NOTEBOOK = SCRIPT.with_suffix(".ipynb")
-FEW = {"MAX_STEPS": "12", "EVAL_BLOCKS": "8", "CALIBRATION_BLOCKS": "8", "GATE_STEPS": "20", "REPAIR_BLOCKS": "16"}
+FEW = {"max_steps": 12, "eval_blocks": 8, "calibration_blocks": 8, "gate_steps": 20, "repair_blocks": 16}
 
 
 @pytest.fixture(scope="session")
 def script_run(home):
-    arguments = ["--save-model", "both"] + [word for name, value in FEW.items() for word in ("--" + name.lower().replace("_", "-"), value)]
+    arguments = ["--save-model", "both"] + [word for name, value in FEW.items() for word in ("--" + name.replace("_", "-"), str(value))]
     return subprocess.run([sys.executable, SCRIPT, *arguments], cwd=home, capture_output=True, text=True)
 
 
@@ -118,10 +120,8 @@ sys.modules["google"], sys.modules["google.colab"] = types.ModuleType("google"),
 def test_the_notebook_runs_top_to_bottom_and_again(results, tmp_path):
     """`results` comes first, so that the demo model is there."""
     notebook = nbformat.read(NOTEBOOK, 4)
-    (form,) = (cell for cell in notebook.cells if "# @title Settings" in cell.source)
-    for name, value in FEW.items():
-        form.source = re.sub(rf"^{name} = \S+", f"{name} = {value}", form.source, flags=re.M)
-    (prune,) = (cell for cell in notebook.cells if "gates = choose_gates(importance" in cell.source and "__main__" in cell.source)
+    fill_form(notebook, FEW)
+    (prune,) = (cell for cell in notebook.cells if "run.settings = settings\n" in cell.source)
     (settle,) = (cell for cell in notebook.cells if "settings = choose_sources(" in cell.source)
     (compare,) = (cell for cell in notebook.cells if "draw_dashboard(run.metrics" in cell.source)
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
@@ -168,19 +168,19 @@ def test_fine_tuning_closed_heads_stay_closed_and_may_come_back_when_asked(resul
     settings = nb.Settings(output_dir=str(tmp_path), max_steps=6, learning_rate=1e-3, block_length=64, batch_size=4, pruning_level=0.5)
     cache = next((results.parents[1] / "cache/PruningAndFineTuningColab").iterdir())
     tokenizer, model = nb.load_model(str(cache), torch.device("cpu"))
-    blocks = nb.pack_all(nb.load_text(nb.Settings(dataset="python-docs")), tokenizer, settings, 512)
+    blocks = nb.pack_all(nb.load_text(nb.Settings(dataset="python-docs")), tokenizer, model, settings)
     gates = nb.choose_gates(nb.get_strategy("random").score(model), 0.5)
     nb.set_gates(model, gates)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     run = nb.Run(settings, torch.device("cpu"), torch.float32)
-    tuned = nb.fine_tune(model, blocks, settings, run, "stay", 50.0)
+    tuned = nb.fine_tune(run, "stay", lambda: copy.deepcopy(model), blocks, settings)
     assert torch.equal(nb.get_gates(tuned), gates)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "the original is untouched"
     assert not torch.equal(tuned.state_dict()["lm_head.weight"], before["lm_head.weight"])
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
         patch.setattr(nb, "GATE_LEARNING_RATE", 0.6)  # only three steps to come back in
-        free = nb.fine_tune(model, blocks, nb.dataclasses.replace(settings, reopen_heads=True), run, "reopen", 50.0)
+        free = nb.fine_tune(run, "reopen", lambda: copy.deepcopy(model), blocks, nb.dataclasses.replace(settings, reopen_heads=True))
     reopened = nb.get_gates(free)
     assert ((gates == 0) & (reopened != 0)).any(), "no head came back"
     assert (reopened != 0).sum() == (gates != 0).sum(), "as many heads are open as the level says"
@@ -203,10 +203,10 @@ def short_run(results, tmp_path):
     return run_on
 
 
-def test_rounds_and_sweep_run_from_the_script(short_run):
+def test_a_sweep_runs_from_the_script(short_run):
     """As a script the cells run in order, so what a cell needs has to be above it; and a sweep stops after its table."""
     config = transformers.GPT2Config(vocab_size=1024, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    folder, said = short_run(transformers.GPT2LMHeadModel(config), "--strategy", "fisher", "--rounds", "2", "--pruning-level", "0.5", "--sweep",
+    folder, said = short_run(transformers.GPT2LMHeadModel(config), "--strategy", "fisher", "--pruning-level", "0.5", "--sweep",
                              "--sweep-strategies", "fisher random", "--sweep-levels", "0.25 0.5", "--repair-blocks", "4")
     rows = (folder / "sweep.csv").read_text().splitlines()
     assert rows[0] == "strategy,level,closed,pruned,repaired" and [row.split(",")[:3] for row in rows[1:]] == [
@@ -214,7 +214,7 @@ def test_rounds_and_sweep_run_from_the_script(short_run):
     metrics = json.loads((folder / "metrics.json").read_text())
     assert len(metrics["sweep"]) == 4 and metrics["sweep"][1]["pruned"] == metrics["perplexity"]["pruned"]
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG") and "fine_tuned" not in metrics["perplexity"]
-    assert "| strategy | 25% | 50% |" in said and "in 2 rounds" in said
+    assert "| strategy | 25% | 50% |" in said
 
 
 def test_a_run_in_16_bits_hands_on_the_model_that_it_measured(short_run):
@@ -257,12 +257,19 @@ def test_reopened_heads_are_in_the_compact_model_too(short_run):
     assert metrics["reopened_difference"]["compact"] == 0 and metrics["reopened_difference"]["zeroed"] < 1e-5
 
 
+KEPT = ("cellView", "jupyter", "jp-MarkdownHeadingCollapsed", "id")
+
+
 def test_the_notebook_is_the_script_without_outputs():
     notebook, script = nbformat.read(NOTEBOOK, 4), jupytext.read(SCRIPT)
-    assert [(cell.cell_type, cell.source) for cell in notebook.cells] == [(cell.cell_type, cell.source) for cell in script.cells], (
+    def parts(cells):
+        return [(cell.cell_type, cell.source, {key: value for key, value in cell.metadata.items() if key in KEPT}) for cell in cells]
+
+    assert parts(notebook.cells) == parts(script.cells), (
         "out of step: run `jupytext --to ipynb --update --output PruningAndFineTuningColab.ipynb PruningAndFineTuningColab.py`")
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
-    assert notebook.metadata.accelerator == "GPU"
+    assert notebook.metadata.accelerator == "GPU" and notebook.metadata.colab.collapsed_sections == ["workshop"]
+    assert any(cell.metadata.get("id") == "workshop" and cell.metadata["jp-MarkdownHeadingCollapsed"] for cell in notebook.cells)
 
 
 def test_run_cells_use_only_what_stands_above_them():

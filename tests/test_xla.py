@@ -77,7 +77,8 @@ def test_more_steps_compile_nothing_new_and_wait_for_nothing(work):
     few, many = (count(lambda n=n: WORK[work](model, n)) for n in (2, 4))
     assert few[0] == many[0] == 0, "compiled anew"
     # One number is read back in every forward pass, by transformers: it looks whether several texts are packed into one.
-    assert many[1] - few[1] <= (12 if work == "learned" else 2), "numbers are read back in every step"
+    # Learned gates take two passes in each of their 12 steps more, one with the gates open and one with them as they are.
+    assert many[1] - few[1] <= (24 if work == "learned" else 2), "numbers are read back in every step"
 
 
 def test_tied_embeddings_stay_tied():
