@@ -36,8 +36,8 @@
 # | + fine-tuned, 200 steps | 189 | 127.8 M | 24.6 |
 # | not pruned, fine-tuned with the same steps | 270 | 134.5 M | 21.9 |
 #
-# Choose *Run all*, or run the cells one by one: they can be run again in any order, because the
-# model that was loaded is never changed.
+# Choose *Run all*, or run the cells one by one. Every cell can be run again, also with other settings,
+# because the model that was loaded is never changed.
 #
 # **Contents:** [1 Settings](#1.-Settings) · [2 Workshop](#2.-Workshop) (the machinery: skip it,
 # [go on with 3](#3.-Start)) · [4 Text](#4.-Text) · [5 Model](#5.-Model) ·
@@ -51,13 +51,14 @@
 # ## 1. Settings
 #
 # These ten matter. As they are, you get GPT-2 on WikiText-2, or, without a network, a small demo model
-# that is trained here. Change `STRATEGY` and `PRUNING_LEVEL` first: 0.3 closes 30 % of the heads.
+# that is trained here. `MODEL` takes any hub id (`HuggingFaceTB/SmolLM2-135M`), a folder or a `.gguf`
+# file. Change `STRATEGY` and `PRUNING_LEVEL` first: 0.3 closes 30 % of the heads.
 # `MORE` takes every other setting as a shell would, for example `--block-length 256 --no-repair`;
 # `--help` lists them. The same file is a script: `python PruningAndFineTuningColab.py --help`.
 
 # %% cellView="form"
 # @title Settings
-MODEL = "auto"  # @param ["auto", "demo", "gpt2", "facebook/opt-125m", "EleutherAI/pythia-160m", "HuggingFaceTB/SmolLM2-135M"] {allow-input: true}
+MODEL = "auto"  # @param ["auto", "demo", "gpt2", "facebook/opt-125m", "EleutherAI/pythia-160m"] {allow-input: true}
 DATASET = "auto"  # @param ["auto", "Salesforce/wikitext", "python-docs"] {allow-input: true}
 TRAIN_FILE = ""  # @param {type: "string"}
 STRATEGY = "learned"  # @param ["learned", "fisher", "gradient", "entropy", "magnitude", "random", "entropy-literal"]
@@ -85,18 +86,15 @@ import sys
 
 NEEDED = ["torch", "transformers", "datasets", "accelerate", "matplotlib", "ipywidgets", "psutil", "gguf"]
 
-
 def in_notebook() -> bool:
     """True in Jupyter and Colab, False in a plain Python process."""
     return "ipykernel" in sys.modules and hasattr(builtins, "__IPYTHON__")
-
 
 def install_missing() -> None:
     """Installs the packages of NEEDED that are not there."""
     missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
     if missing:
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
-
 
 if __name__ == "__main__" and in_notebook():
     install_missing()
@@ -172,15 +170,12 @@ from transformers.pytorch_utils import Conv1D
 class UserError(Exception):
     """A mistake in the input. Its message names the bad value, what is allowed, and what to do."""
 
-
 class RunError(Exception):
     """A failure that is nobody's mistake. Its message says what failed, and what to do."""
-
 
 def first_sentence(error: Exception) -> str:
     """The first sentence of a library's message, to be quoted in one of ours."""
     return re.split(r"(?<=\w)\.\s|\n", str(error).strip())[0].rstrip(".") or type(error).__name__
-
 
 def check_choice(name: str, value, choices) -> None:
     """Raises UserError, with the nearest choice, where a value is not one of them."""
@@ -191,136 +186,96 @@ def check_choice(name: str, value, choices) -> None:
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title All settings (1): model and pruning, text
+# @title What a setting may be
 class Rule(NamedTuple):
     """What a setting may be, in words, and the function that checks it."""
 
     words: str
     holds: Callable
 
-
 def at_least(low: float, below: float = math.inf) -> Rule:
     words = f"at least {low:g}" + (f" and below {below:g}" if below < math.inf else "")
     return Rule(words, lambda value: low <= value < below)
 
-
 ABOVE_ZERO = Rule("above 0", lambda value: 0 < value < math.inf)
 SHARE = Rule("from 0 to 1", lambda value: 0 <= value <= 1)
+WORDS = Rule("some words", lambda text: bool(text.strip()))
+LEVELS = Rule("numbers from 0 to below 1, separated by spaces",
+              lambda levels: bool(re.fullmatch(r"\s*((0?\.\d+|0)(\s+|$))+", levels)))
 STRATEGY_NAMES = ("learned", "fisher", "gradient", "entropy", "magnitude", "random", "entropy-literal")
-SEVERAL_NAMES = Rule(f"one or more of {', '.join(STRATEGY_NAMES)}",
+STRATEGY_LIST = Rule(f"one or more of {', '.join(STRATEGY_NAMES)}",
                      lambda names: bool(names.split()) and set(names.split()) <= set(STRATEGY_NAMES))
-SEVERAL_LEVELS = Rule("numbers from 0 to below 1, separated by spaces",
-                      lambda levels: bool(re.fullmatch(r"\s*((0?\.\d+|0)(\s+|$))+", levels)))
-
-
-def option(default, help: str, allowed=None):
-    """One setting: its default, what it means, and what it may be (a tuple of choices, or a Rule)."""
-    return dataclasses.field(default=default, metadata={"help": help, "allowed": allowed})
-
-
-@dataclasses.dataclass(frozen=True)
-class PruningSettings:
-    """model and pruning"""
-
-    model: str = option(MODEL, "hub id, local folder, .gguf file, 'demo' (trained here), or 'auto': gpt2, and the demo "
-                        "where there is no network")
-    revision: str = option("", "branch, tag or commit of a model on the hub")
-    strategy: str = option(STRATEGY, "how heads are scored", STRATEGY_NAMES)
-    pruning_level: float = option(PRUNING_LEVEL, "share of all heads to close", at_least(0, 1))
-    min_heads: int = option(1, "heads that stay open in every layer", at_least(0))
-    gate_steps: int = option(240, "steps that the strategy 'learned' trains the gates for", at_least(1))
-    repair: bool = option(True, "after pruning, refit the output projections by least squares, without training")
-    repair_blocks: int = option(64, "blocks of training text that the repair is solved on", at_least(1))
-    uniform: bool = option(False, "close equally many heads in every layer, in whole key/value groups, so that the "
-                           "smaller model needs no code of its own (Llama-like models)")
-    reopen_heads: bool = option(False, "let closed heads come back in fine-tuning")
-
-
-@dataclasses.dataclass(frozen=True)
-class TextSettings:
-    """text"""
-
-    dataset: str = option(DATASET, "hub dataset id, 'python-docs' (needs no network), or 'auto': WikiText-2, and "
-                          "python-docs for the demo model")
-    dataset_config: str = option("", "configuration of the hub dataset")
-    train_file: str = option(TRAIN_FILE, ".txt, .jsonl or .parquet instead of a dataset; without the other two files "
-                             "it is split 80/10/10")
-    validation_file: str = option("", "text for calibration and validation")
-    test_file: str = option("", "text that only the reported perplexities see")
-    block_length: int = option(512, "tokens in a block", at_least(2))
-    calibration_blocks: int = option(32, "validation blocks that the heads are scored on", at_least(1))
-    eval_blocks: int = option(64, "test blocks that perplexity is measured on, 0 = all", at_least(0))
-    prompt: str = option("The history of the city began", "the start of the sample texts",
-                         Rule("some words", lambda words: bool(words.strip())))
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title All settings (2): fine-tuning, sweep, machine and results
-@dataclasses.dataclass(frozen=True)
-class TuningSettings:
-    """fine-tuning"""
-
-    max_steps: int = option(MAX_STEPS, "optimizer steps, 0 = as many as --epochs needs", at_least(0))
-    epochs: float = option(1.0, "passes over the training text where --max-steps is 0", ABOVE_ZERO)
-    learning_rate: float = option(1e-4, "peak learning rate", ABOVE_ZERO)
-    warmup: float = option(0.1, "share of the steps in which the learning rate rises to its peak", SHARE)
-    weight_decay: float = option(0.01, "AdamW's weight decay", at_least(0))
-    distillation: float = option(0.0, "share of the loss that asks for the dense model's predictions instead of the "
-                                 "text's next token", SHARE)
-    patience: int = option(3, "stop when validation did not improve in so many evaluations, 0 = never; the best "
-                           "weights are kept", at_least(0))
-    batch_size: int = option(4, "blocks in one optimizer step, however many fit at once", at_least(1))
-    gradient_checkpointing: bool = option(False, "keep only each layer's input and compute the rest a second time: "
-                                          "slower, in much less memory")
-    control: str = option("auto", "fine-tune the dense model with the same budget, to compare: yes, no, or auto (yes, "
-                          "unless the model is large and the machine has no accelerator)", ("auto", "yes", "no"))
-
-
-@dataclasses.dataclass(frozen=True)
-class SweepSettings:
-    """sweep"""
-
-    sweep: bool = option(SWEEP, "prune with every strategy at every level below, and compare; a script stops after it")
-    sweep_strategies: str = option("learned fisher gradient entropy magnitude random", "strategies, separated by spaces",
-                                   SEVERAL_NAMES)
-    sweep_levels: str = option("0.1 0.3 0.5", "pruning levels, separated by spaces", SEVERAL_LEVELS)
-
-
-@dataclasses.dataclass(frozen=True)
-class MachineSettings:
-    """machine and results"""
-
-    device: str = option("auto", "where to compute", ("auto", "cuda", "tpu", "mps", "cpu"))
-    precision: str = option("auto", "number format of the computations; auto: bf16 where the GPU or TPU has it, fp16 on "
-                            "other CUDA GPUs, else fp32", ("auto", "fp32", "fp16", "bf16"))
-    seed: int = option(0, "seed of everything random", at_least(0))
-    save_model: str = option(SAVE_MODEL, "form of the saved model: compact (smaller and faster), zeroed (full size, opens "
-                             "without code of its own), both, or no", ("compact", "zeroed", "both", "no"))
-    output_dir: str = option("results", "folder that gets a new results folder for each run")
-    save_to_drive: bool = option(SAVE_TO_DRIVE, "in Colab, keep the results on your Google Drive (in MyDrive), which "
-                                 "outlives the session and downloads of any size")
-    resume: str = option("auto", "results folder of a run to go on with; 'auto': the newest unfinished one with these "
-                         "very settings, if there is one; 'no': start anew")
-    offline: bool = option(False, "use no network, only what is on this machine")
-    trust_remote_code: bool = option(False, "run the Python code that a model brings along, if it does")
+# @title All settings: name, default, what it may be, and what it means
+SETTINGS = {
+    "model and pruning": [
+        ("model", MODEL, None, "hub id, local folder, .gguf file, 'demo' (trained here), or 'auto': gpt2, or the demo"),
+        ("revision", "", None, "branch, tag or commit of a model on the hub"),
+        ("strategy", STRATEGY, STRATEGY_NAMES, "how heads are scored"),
+        ("pruning_level", PRUNING_LEVEL, at_least(0, 1), "share of all heads to close"),
+        ("min_heads", 1, at_least(0), "heads that stay open in every layer"),
+        ("gate_steps", 240, at_least(1), "steps that the strategy 'learned' trains the gates for"),
+        ("repair", True, None, "after pruning, refit the output projections by least squares, without training"),
+        ("repair_blocks", 64, at_least(1), "blocks of training text that the repair is solved on"),
+        ("uniform", False, None, "close equally many heads in every layer, in whole key/value groups, so that the "
+         "smaller model needs no code of its own (Llama-like models)"),
+        ("reopen_heads", False, None, "let closed heads come back in fine-tuning")],
+    "text": [
+        ("dataset", DATASET, None, "hub dataset id, 'python-docs' (needs no network), or 'auto': WikiText-2 or these"),
+        ("dataset_config", "", None, "configuration of the hub dataset"),
+        ("train_file", TRAIN_FILE, None, ".txt, .jsonl or .parquet instead of a dataset; alone it is split 80/10/10"),
+        ("validation_file", "", None, "text for calibration and validation"),
+        ("test_file", "", None, "text that only the reported perplexities see"),
+        ("block_length", 512, at_least(2), "tokens in a block"),
+        ("calibration_blocks", 32, at_least(1), "validation blocks that the heads are scored on"),
+        ("eval_blocks", 64, at_least(0), "test blocks that perplexity is measured on, 0 = all"),
+        ("prompt", "The history of the city began", WORDS, "the start of the sample texts")],
+    "fine-tuning": [
+        ("max_steps", MAX_STEPS, at_least(0), "optimizer steps, 0 = as many as --epochs needs"),
+        ("epochs", 1.0, ABOVE_ZERO, "passes over the training text where --max-steps is 0"),
+        ("learning_rate", 1e-4, ABOVE_ZERO, "peak learning rate"),
+        ("warmup", 0.1, SHARE, "share of the steps in which the learning rate rises to its peak"),
+        ("weight_decay", 0.01, at_least(0), "AdamW's weight decay"),
+        ("distillation", 0.0, SHARE, "share of the loss that asks for the dense model's predictions"),
+        ("patience", 3, at_least(0), "evaluations without improvement after which training stops, 0 = never"),
+        ("batch_size", 4, at_least(1), "blocks in one optimizer step, however many fit at once"),
+        ("gradient_checkpointing", False, None, "keep only each layer's input: slower, in much less memory"),
+        ("control", "auto", ("auto", "yes", "no"), "fine-tune the dense model with the same budget, to compare; auto: "
+         "yes, unless the model is large and the machine has no accelerator")],
+    "sweep": [
+        ("sweep", SWEEP, None, "prune with every strategy at every level below, and compare; a script stops after it"),
+        ("sweep_strategies", "learned fisher gradient entropy magnitude random", STRATEGY_LIST, "separated by spaces"),
+        ("sweep_levels", "0.1 0.3 0.5", LEVELS, "pruning levels, separated by spaces")],
+    "machine and results": [
+        ("device", "auto", ("auto", "cuda", "tpu", "mps", "cpu"), "where to compute"),
+        ("precision", "auto", ("auto", "fp32", "fp16", "bf16"), "number format of the computations; auto: bf16 where "
+         "the GPU or TPU has it, fp16 on other CUDA GPUs, else fp32"),
+        ("seed", 0, at_least(0), "seed of everything random"),
+        ("save_model", SAVE_MODEL, ("compact", "zeroed", "both", "no"), "form of the saved model: compact (smaller and "
+         "faster), zeroed (full size, opens without code of its own), both, or no"),
+        ("output_dir", "results", None, "folder that gets a new results folder for each run"),
+        ("save_to_drive", SAVE_TO_DRIVE, None, "in Colab, keep the results on your Google Drive"),
+        ("resume", "auto", None, "results folder of a run to go on with; 'auto': the newest unfinished one with these "
+         "very settings, if there is one; 'no': start anew"),
+        ("offline", False, None, "use no network, only what is on this machine"),
+        ("trust_remote_code", False, None, "run the Python code that a model brings along, if it does")],
+}
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title All settings (3): checked, and read from the form or the command line
-GROUPS = (PruningSettings, TextSettings, TuningSettings, SweepSettings, MachineSettings)
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings(*reversed(GROUPS)):
-    """All settings of a run. Raises UserError for a value that is out of range, or does not go with another."""
+# @title Settings, checked before anything is computed
+class CheckedSettings:
+    """Raises UserError for a value that is out of range, or does not go with another."""
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, allowed = getattr(self, field.name), field.metadata["allowed"]
+        for name, default, allowed, _ in (row for rows in SETTINGS.values() for row in rows):
+            value = getattr(self, name)
             if isinstance(allowed, Rule):
-                self.check(field.name, allowed.holds(value), allowed.words, f"the default is {field.default!r}")
+                self.check(name, allowed.holds(value), allowed.words, f"the default is {default!r}")
             elif allowed:
-                check_choice(field.name, value, allowed)
+                check_choice(name, value, allowed)
         for name in ("train_file", "validation_file", "test_file"):
             if path := getattr(self, name):
                 kinds = (".txt", ".jsonl", ".parquet")
@@ -328,10 +283,9 @@ class Settings(*reversed(GROUPS)):
                 self.check(name, Path(path).is_file(), "an existing file", "check the path")
                 self.check(name, bool(self.train_file), "given together with train_file", "name that file too")
                 self.check("dataset", self.dataset == "auto", "left alone where files are given", "drop one of the two")
-        one = "drop one of the two"
+        one, in_colab = "drop one of the two", "google.colab" in sys.modules
         self.check("uniform", not (self.uniform and self.reopen_heads), "off where reopen_heads is on", one)
         self.check("sweep", not (self.sweep and self.uniform), "off where uniform is on", one)
-        in_colab = "google.colab" in sys.modules
         self.check("save_to_drive", in_colab or not self.save_to_drive, "off outside of Colab", "choose an output_dir")
         self.check("output_dir", not Path(self.output_dir).is_file(), "a folder", "choose another name")
 
@@ -339,6 +293,18 @@ class Settings(*reversed(GROUPS)):
         if not fine:
             raise UserError(f"{name} is {getattr(self, name)!r}, but must be {allowed}: {remedy}.")
 
+Settings = dataclasses.make_dataclass(
+    "Settings", [(name, type(default), default) for rows in SETTINGS.values() for name, default, *_ in rows],
+    bases=(CheckedSettings,), frozen=True)
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Settings from the form, from options as in a shell, or from the record of an earlier run
+class Options(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; --help lists all options.")
 
 def settings_of(folder: str) -> dict:
     """The settings that the run of a results folder was started with. Raises UserError where it does not say them."""
@@ -350,34 +316,22 @@ def settings_of(folder: str) -> dict:
             raise ValueError
         return {name: asked[name] for name in kinds}
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"resume is {folder!r}, but must be 'auto', 'no', or the folder of a run, with its metrics.json: "
-                        "check the path.") from None
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title All settings (4): the options of the command line, and of MORE
-class Options(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}; --help lists all options.")
-
+        raise UserError(f"resume is {folder!r}, but must be 'auto', 'no', or the folder of a run, with its "
+                        "metrics.json: check the path.") from None
 
 def read_settings(arguments: list[str]) -> Settings:
     """Settings from the form's values, overridden by options as a shell gives them. Raises UserError."""
     parser = Options(description="Prune the attention heads of a causal language model, fine-tune what is left, and "
                      "compare.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for group in GROUPS:
-        options = parser.add_argument_group(group.__doc__)
-        for field in dataclasses.fields(group):
-            choices = field.metadata["allowed"] if isinstance(field.metadata["allowed"], tuple) else ()
-            is_choice = choices and not isinstance(choices, Rule)
-            metavar = "{" + ",".join(choices) + "}" if is_choice else field.name.split("_")[-1].upper()
-            kind = {"type": field.type, "metavar": metavar}
-            if field.type is bool or field.name == "control":
+    for title, rows in SETTINGS.items():
+        group = parser.add_argument_group(title)
+        for name, default, allowed, help in rows:
+            choices = "{" + ",".join(allowed) + "}" if allowed and not isinstance(allowed, Rule) else ""
+            kind = {"type": type(default), "metavar": choices or name.split("_")[-1].upper()}
+            if isinstance(default, bool) or name == "control":
                 kind = {"action": argparse.BooleanOptionalAction}
-            options.add_argument("--" + field.name.replace("_", "-"), help=field.metadata["help"],
-                                 default=globals().get(field.name.upper(), field.default), **kind)
+            default = globals().get(name.upper(), default)  # the form's value now
+            group.add_argument("--" + name.replace("_", "-"), default=default, help=help, **kind)
     values = vars(parser.parse_args(arguments))
     if values["resume"] not in ("auto", "no"):  # its settings, but for what is said now
         parser.set_defaults(**settings_of(values["resume"]))
@@ -396,7 +350,6 @@ def hub_is_reachable(timeout: float = 2.0) -> bool:
         return False
     return True
 
-
 def choose_sources(settings: Settings) -> Settings:
     """Settings with every 'auto' in model and dataset resolved; the hub libraries are told whether there is a network.
 
@@ -413,8 +366,8 @@ def choose_sources(settings: Settings) -> Settings:
     if model == "auto":
         model = "demo" if offline else "gpt2"
         if offline:
-            print("The Hugging Face hub cannot be reached, so this is the demo: a small model, trained here on Python's "
-                  "manual. For a real one give --model: a hub id where there is a network, a local folder, or a .gguf file.")
+            print("The Hugging Face hub cannot be reached, so this is a small demo model, trained on Python's manual. "
+                  "For a real one give --model: a hub id where there is a network, a local folder, or a .gguf file.")
     if dataset == "auto" and not settings.train_file:
         dataset = "python-docs" if model == "demo" else "Salesforce/wikitext"
     config = settings.dataset_config or ("wikitext-2-raw-v1" if dataset == "Salesforce/wikitext" else "")
@@ -424,7 +377,6 @@ def choose_sources(settings: Settings) -> Settings:
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Failures: the disk, and the script's last words
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOTCONN, errno.ESTALE)
-
 
 def disk_trouble(error: BaseException | None) -> str:
     """What is wrong with a disk (full, read-only, gone), where that is behind an error; else an empty text."""
@@ -439,7 +391,6 @@ def disk_trouble(error: BaseException | None) -> str:
         error, allowed = error.__cause__ or error.__context__, DISK_ERRORS
     return ""
 
-
 @contextlib.contextmanager
 def saying_disk_trouble():
     """Within it trouble with a disk becomes a RunError that says so."""
@@ -451,24 +402,23 @@ def saying_disk_trouble():
                            "another --output-dir.") from error
         raise
 
-
 def stop_without_traceback(kind, error, trace):
     """The script's sys.excepthook: one sentence; exit status 2 for a mistake, 1 for a failure, 130 for Ctrl-C."""
-    kept = ""
+    there = ""
     if "run" in globals() and run.folder.exists() and kind is not UserError:
         known = ", ".join(f"{stage} {value:.2f}" for stage, value in run.metrics["perplexity"].items())
-        kept = (f" What is there is in {run.folder}{f' (perplexity: {known})' if known else ''}; the same command goes on "
-                "from it.")
+        known = f" (perplexity: {known})" if known else ""
+        there = f" What is there is in {run.folder}{known}; the same command goes on from it."
     if issubclass(kind, UserError):
         words, status = f"error: {error}", 2
     elif issubclass(kind, KeyboardInterrupt):
-        words, status = f"interrupted.{kept}", 130
+        words, status = f"interrupted.{there}", 130
     elif issubclass(kind, torch.OutOfMemoryError):
-        words, status = f"failed: out of memory: take a smaller --block-length, --precision bf16, or a smaller model.{kept}", 1
+        words, status = f"failed: out of memory: take a smaller --block-length or model, or --precision bf16.{there}", 1
     elif issubclass(kind, (RunError, SafetensorError)):
-        words, status = f"failed: {error}{kept}", 1
+        words, status = f"failed: {error}{there}", 1
     elif issubclass(kind, RuntimeError) and re.search("onnection (closed|reset) by|NCCL", str(error)):
-        words, status = f"failed: another process ended, and this one waited for it in vain.{kept}", 1
+        words, status = f"failed: another process ended, and this one waited for it in vain.{there}", 1
     else:
         return sys.__excepthook__(kind, error, trace)
     if int(os.environ.get("RANK", "0")):
@@ -497,7 +447,6 @@ def find_device(choice: str = "auto") -> torch.device:
                         "USE_TORCH_XLA=0 in the environment.")
     return torch.device(choice)
 
-
 def find_precision(device: torch.device, choice: str = "auto") -> torch.dtype:
     """The number format that this device computes in; weights stay in float32. Raises UserError for one it lacks."""
     has_bf16 = {"cuda": device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
@@ -508,13 +457,11 @@ def find_precision(device: torch.device, choice: str = "auto") -> torch.dtype:
         raise UserError(f"precision is {choice!r}, which {device.type} does not have: choose 'fp32', or 'auto'.")
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[choice]
 
-
 def move(model, device: torch.device | str):
     """The model, moved to a device; XLA makes a new tensor for each of two tied weights, so they are tied again."""
     model.to(device)
     model.tie_weights()
     return model
-
 
 def describe_device(device: torch.device) -> str:
     """One line: what the machine computes with."""
@@ -532,11 +479,9 @@ def rank_and_world() -> tuple[int, int]:
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if ready else (0, 1)
 
-
 def from_all_processes(value) -> list:
     """What every process brings to this line, in the order of the processes."""
     return gather_object([value]) if rank_and_world()[1] > 1 else [value]
-
 
 def same_everywhere(model):
     """The model, with the first process's parameters."""
@@ -545,22 +490,19 @@ def same_everywhere(model):
             broadcast(parameter.detach())
     return model
 
-
 def wait_for_all() -> None:
     if rank_and_world()[1] > 1:
         torch.distributed.barrier()
-
 
 def join_processes(device: torch.device) -> torch.device:
     """Joins the processes that were started together; the device of this one. Raises UserError for models in parts."""
     for what in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{what}", "false") in ("true", "1"):
-            raise UserError(f"accelerate was told to use {what}, but heads are scored and cut on a whole model: leave it "
-                            "out.")
+            raise UserError(f"accelerate was told to use {what}, but heads are scored and cut on a whole model: leave "
+                            "it out.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return accelerate.PartialState(cpu=device.type == "cpu").device
     return device
-
 
 def silence_all_but_first() -> None:
     """Of several processes the first alone speaks."""
@@ -586,7 +528,6 @@ def memory_used(device: torch.device) -> dict[str, int]:
             used["accelerator"] = xm.get_memory_info(device)["bytes_used"]
     return used
 
-
 def peak_memory(device: torch.device) -> dict[str, int]:
     """Largest bytes in use: RAM since the process began, a GPU's memory since the step began."""
     peak = memory_used(device)
@@ -600,19 +541,19 @@ def peak_memory(device: torch.device) -> dict[str, int]:
         peak["accelerator"] = torch.cuda.max_memory_allocated(device)
     return peak
 
-
 def free_memory() -> None:
-    """Gives back what deleted models held, on the processor and on the accelerator."""
+    """Gives back what deleted models held, on processor and accelerator, and begins to watch a GPU's peak anew."""
     clear_device_cache(garbage_collection=True)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     if sys.platform == "linux":  # glibc keeps what is free for itself, and a kernel would seem to grow from run to run
         getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
-
 
 def free_bytes(device: torch.device) -> float:
     """Bytes that this process can still have: of the accelerator where it says so, else its share of the free RAM."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     if device.type == "xla":  # XLA plans its memory by itself
         return math.inf
     return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -628,15 +569,12 @@ class Computing:
     batch_size: int = 4
     fitted: dict = dataclasses.field(default_factory=dict)  # step that ran out of memory -> blocks that fit
 
-
 COMPUTING = Computing()
-
 
 def autocast(device: torch.device):
     """Context in which a model computes in COMPUTING.dtype."""
     exact = COMPUTING.dtype == torch.float32
     return contextlib.nullcontext() if exact else torch.autocast(device.type, dtype=COMPUTING.dtype)
-
 
 def room_for_blocks(model, tokens: int, kind: str = "forward", bytes_beside: float = 0) -> int:
     """Roughly how many blocks of so many tokens have room in the memory that is free now; at least 1.
@@ -650,7 +588,6 @@ def room_for_blocks(model, tokens: int, kind: str = "forward", bytes_beside: flo
     each += (12 * config.num_attention_heads * tokens**2 if kind == "maps"
              else (24 if backward else 12) * tokens * config.vocab_size)
     return max(1, int(min((free_bytes(model.device) - bytes_beside) / each, 1e9)))
-
 
 def fit_batch_size(function, largest: int, what: str, room: int | None = None, in_step: bool = False):
     """`function(batch_size)`, with `largest` or, where there is no room for it, the next smaller divisor.
@@ -685,9 +622,8 @@ def fit_batch_size(function, largest: int, what: str, room: int | None = None, i
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title The door between story and machine: over_blocks()
+# @title The doors between story and machine: over_blocks(), and all_at_once() where blocks cannot be split
 PROGRESS = contextvars.ContextVar("progress")
-
 
 def long_loop(items, what: str, device: torch.device | None = None):
     """The items one by one, with a bar: tqdm's, or that of whoever set PROGRESS. `device` does the work of an item."""
@@ -696,7 +632,6 @@ def long_loop(items, what: str, device: torch.device | None = None):
         yield item
         if device is not None and device.type == "xla":  # a TPU collects work until it is told to begin
             sys.modules["torch_xla"].sync()
-
 
 def over_blocks(model, blocks, function, what: str, memory: str = "forward", share: bool = True) -> torch.Tensor:
     """What `function` returns for every block, in their order: (n, ...), on the model's device.
@@ -730,11 +665,23 @@ def over_blocks(model, blocks, function, what: str, memory: str = "forward", sha
         rows[number::world] = [row for part in theirs for row in part]
     return torch.stack(rows).to(model.device)
 
+def all_at_once(model, blocks, function, what: str):
+    """The model that `function(blocks)` returns, from all blocks (n, time) at once or from as many as have room.
+
+    For work in which every block has to come through a layer before the next layer can begin. It runs in
+    COMPUTING.dtype, on every process alike; all then go on with the first one's model.
+    """
+    def attempt(number: int):
+        with autocast(model.device):
+            return function(blocks[:number].to(model.device))
+
+    return same_everywhere(fit_batch_size(attempt, len(blocks), what, room_for_blocks(model, blocks.shape[1])))
+
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title What a run is named by and found again by
 def on_drive(folder: str) -> Path:
-    """The folder of this name on Google Drive, which Colab asks you to allow. Raises UserError where it is not given."""
+    """The folder of this name on Google Drive, which Colab asks you to allow. Raises UserError where you do not."""
     from google.colab import drive
 
     try:
@@ -743,7 +690,6 @@ def on_drive(folder: str) -> Path:
         raise UserError(f"save_to_drive is on, but Google Drive cannot be mounted ({first_sentence(error)}): allow it, "
                         "or switch it off.") from None
     return Path("/content/drive/MyDrive", folder)
-
 
 def fingerprint(*things) -> str:
     """The same for the same values (numbers, texts, tensors, models with weights and gates), and else another."""
@@ -759,10 +705,8 @@ def fingerprint(*things) -> str:
             digest.update(repr(thing).encode())
     return digest.hexdigest()[:16]
 
-
 def this_process() -> dict:
     return {"host": fingerprint(platform.node()), "pid": os.getpid(), "started": psutil.Process().create_time()}
-
 
 def is_running(process: dict) -> bool:
     """True where the process that a record names is another one, on this machine, and still there."""
@@ -771,10 +715,9 @@ def is_running(process: dict) -> bool:
         return False
     return psutil.Process(process["pid"]).create_time() == process["started"]
 
-
 @contextlib.contextmanager
 def in_one_move(file: Path):
-    """A path to write to; what is written takes the place of `file` when it is whole, and is removed where that fails."""
+    """A path to write to; when all is written it takes the place of `file`, and where that fails it is removed."""
     part = file.with_name(file.name + ".part")
     try:
         yield part
@@ -797,7 +740,6 @@ def make_folder(place: Path, model: str) -> Path:
                         "another place.") from None
     return folder
 
-
 def new_metrics(settings: Settings, device: torch.device, dtype: torch.dtype) -> dict:
     """The record of a run that has just begun; what its keys mean is in PruningAndFineTuningColab.md."""
     packages = (torch, transformers, datasets, accelerate)
@@ -809,7 +751,6 @@ def new_metrics(settings: Settings, device: torch.device, dtype: torch.dtype) ->
         "peak_memory_bytes": {}, "process": this_process(), "finished": False,
         "asked": {name: value for name, value in dataclasses.asdict(settings).items() if name != "resume"},
     }
-
 
 def find_unfinished(resume: str, place: Path, wanted: dict) -> tuple[Path, dict] | None:
     """The folder to go on in, and its record, or None; `wanted` is the record of a new run.
@@ -824,15 +765,16 @@ def find_unfinished(resume: str, place: Path, wanted: dict) -> tuple[Path, dict]
             record = json.loads(file.read_text())
             differing = [name for name in ("asked", "versions", "device", "precision") if record[name] != wanted[name]]
             unfinished = not record["finished"] or file.parent.with_name(file.parent.name + ".state").exists()
-            usable = not differing and unfinished and wanted.keys() <= record.keys() and not is_running(record["process"])
+            usable = not differing and unfinished and wanted.keys() <= record.keys()
+            usable = usable and not is_running(record["process"])
         except (OSError, ValueError, TypeError, KeyError):  # a record of an older version, or none of ours
             usable, differing = False, ["record"]
         if usable:
             return file.parent, record | {name: wanted[name] for name in ("settings", "process")}
         if named:
-            reason = f"its {' and '.join(differing)} differ from this run's" if differing else "it is finished, or still running"
-            raise UserError(f"resume is {resume!r}, but {reason}: give the same options as then, or start anew with "
-                            "--resume no.")
+            reason = f"its {' and '.join(differing)} differ from this run's" if differing else ""
+            raise UserError(f"resume is {resume!r}, but {reason or 'it is finished, or still running'}: give the same "
+                            "options as then, or start anew with --resume no.")
     return None
 
 
@@ -855,8 +797,8 @@ class Record:
                 print(f"Going on with {self.folder}, which was not finished (--resume no starts anew).")
             others = sum(file.stat().st_size for file in place.glob("*.state/**/*") if self.state not in file.parents)
             if others > 1e8:
-                print(f"Unfinished runs keep {others / 1e9:.1f} GB in {place}/*.state, to go on from: remove those that "
-                      "you do not need.")
+                print(f"Unfinished runs keep {others / 1e9:.1f} GB in {place}/*.state, to go on from: remove what you "
+                      "do not need.")
             self.save()
         self.folder, self.metrics = from_all_processes((self.folder, self.metrics) if self.writes else None)[0]
         self.taken = self.metrics.get("taken")  # heads that were taken in section 10 before an interruption
@@ -877,9 +819,9 @@ class Record:
         file = self.state / f"{name}-{key}.safetensors"
         if from_all_processes(file.exists())[0]:
             print(f"[{name}: kept from before]")
-            self.kept = True
-            with safe_open(file, "pt") as kept:
-                return load_file(file), json.loads(kept.metadata()["record"])
+            self.reused = True
+            with safe_open(file, "pt") as stored:
+                return load_file(file), json.loads(stored.metadata()["record"])
         self.metrics["finished"] = False
         tensors, record = compute()
         if self.writes:
@@ -901,15 +843,13 @@ class Record:
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title The record of a run (2): steps, pictures, and the zip
 class Run(Record):
-    """A record with `step` (times what happens in it), `show` (keeps and shows pictures) and `finish` (the zip)."""
+    """A record with `step` (times what happens in it), `show` (keeps and shows pictures), `finish` (the zip)."""
 
     @contextlib.contextmanager
     def step(self, name: str):
         """Times a step, notes its memory, and keeps what it recorded in `metrics`, also where the step fails."""
         free_memory()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        start, empty, self.kept = time.perf_counter(), False, False
+        start, empty, self.reused = time.perf_counter(), False, False
         try:
             with saying_disk_trouble():
                 yield
@@ -923,9 +863,9 @@ class Run(Record):
                     part.write_text(json.dumps({what: max(size, 1) for what, size in COMPUTING.fitted.items()}))
             raise
         finally:
-            peak, seconds = peak_memory(self.device), round(time.perf_counter() - start, 2)
-            if not (self.kept and name in self.metrics["seconds"]):  # else what was noted then stays
-                self.metrics["peak_memory_bytes"][name], self.metrics["seconds"][name] = peak, seconds
+            peak, seconds, noted = peak_memory(self.device), time.perf_counter() - start, self.metrics["seconds"]
+            if not (self.reused and name in noted):  # else what was noted then stays
+                self.metrics["peak_memory_bytes"][name], noted[name] = peak, round(seconds, 2)
             if empty:  # a mistake before anything was computed leaves nothing behind
                 shutil.rmtree(self.folder, ignore_errors=True)
             else:
@@ -968,26 +908,22 @@ class Run(Record):
 def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), facecolor="white", layout="constrained")
 
-
 def png(figure: Figure, dpi: int = 80) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
-
 def close_panel(widget) -> None:
-    """Closes a widget and all in it, or the notebook's server would keep it, and the models behind its buttons, for good."""
+    """Closes a widget and all in it; else the notebook's server keeps it, and the models behind its buttons."""
     for part in (*getattr(widget, "children", ()), getattr(widget, "style", None), getattr(widget, "layout", None)):
         if isinstance(part, widgets.Widget):
             close_panel(part)
     widget.close()
 
-
 SHOWN = {}  # name of a picture -> the widget that was shown with it
 
-
 def show_widget(widget, picture: Path) -> None:
-    """Displays a widget, in place of an earlier one; where nobody can show widgets (a printed notebook), the picture."""
+    """Displays a widget, and closes an earlier one; where none can be shown (a printed notebook), the picture."""
     from IPython.display import display
 
     if picture.name in SHOWN:
@@ -997,9 +933,8 @@ def show_widget(widget, picture: Path) -> None:
         display(widget)
     else:
         view = {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}
-        display({"application/vnd.jupyter.widget-view+json": view, "image/png": base64.b64encode(picture.read_bytes()).decode(),
-                 "text/plain": f"a panel that needs a live notebook; {picture} stands for it"}, raw=True)
-
+        image, words = base64.b64encode(picture.read_bytes()).decode(), f"this needs a live notebook: see {picture}"
+        display({"application/vnd.jupyter.widget-view+json": view, "image/png": image, "text/plain": words}, raw=True)
 
 def show_markdown(text: str) -> None:
     """Rendered in a notebook, as it is in a terminal."""
@@ -1010,11 +945,9 @@ def show_markdown(text: str) -> None:
     else:
         print(text)
 
-
 def ranks(importance: torch.Tensor) -> torch.Tensor:
-    """The place of every head in the order of importance, 0 for the least: integers of the same shape."""
+    """The place of every head in the order of importance, 0 for the least: integers (layers, heads)."""
     return importance.flatten().argsort(stable=True).argsort().view_as(importance)
-
 
 @contextlib.contextmanager
 def hooks(handles):
@@ -1023,6 +956,27 @@ def hooks(handles):
         for handle in handles:
             stack.enter_context(handle)  # leaving it removes the hook
         yield
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title How a run starts: settings, device, folder
+def start_settings(more: str) -> Settings:
+    """The settings, from the form and `more` in a notebook, from the command line in a script. Raises UserError."""
+    if not in_notebook():
+        sys.excepthook = stop_without_traceback
+    silence_all_but_first()
+    settings = choose_sources(read_settings(shlex.split(more) if in_notebook() else sys.argv[1:]))
+    print("\n".join(f"{name:>22}  {value}" for name, value in dataclasses.asdict(settings).items() if value != ""))
+    return settings
+
+def start_run(settings: Settings) -> Run:
+    """A run on the fastest device, or the one that the settings name. Raises UserError where that is not there."""
+    device = join_processes(find_device(settings.device))
+    run = Run(settings, device, find_precision(device, settings.precision))
+    print(f"{run.metrics['device']}, computing in {run.metrics['precision']}; results: {run.folder}")
+    if device.type == "cpu" and "google.colab" in sys.modules:
+        print("This runtime has no GPU or TPU; Runtime → Change runtime type gives you one, and all is much faster.")
+    return run
 
 
 # %% [markdown]
@@ -1035,19 +989,11 @@ def hooks(handles):
 
 # %%
 if __name__ == "__main__":
-    if not in_notebook():
-        sys.excepthook = stop_without_traceback
-    silence_all_but_first()
-    settings = choose_sources(read_settings(shlex.split(MORE) if in_notebook() else sys.argv[1:]))
-    print("\n".join(f"{name:>22}  {value}" for name, value in dataclasses.asdict(settings).items() if value != ""))
+    settings = start_settings(MORE)
 
 # %%
 if __name__ == "__main__":
-    device = join_processes(find_device(settings.device))
-    run = Run(settings, device, find_precision(device, settings.precision))
-    print(f"{run.metrics['device']}, computing in {run.metrics['precision']}; results: {run.folder}")
-    if device.type == "cpu" and "google.colab" in sys.modules:
-        print("This runtime has no GPU or TPU. Runtime → Change runtime type gives you one: everything is much faster.")
+    run = start_run(settings)
 
 # %% [markdown]
 # <a name="4.-Text"></a>
@@ -1062,7 +1008,6 @@ if __name__ == "__main__":
 # @title Reading text: .txt, .jsonl and .parquet files, hub datasets, Python's own manual
 SPLITS = ("train", "validation", "test")
 
-
 def join_rows(rows: datasets.Dataset, name: str) -> str:
     """One string from a dataset's text column. Raises UserError where it has none."""
     columns = [key for key, feature in rows.features.items()
@@ -1073,9 +1018,8 @@ def join_rows(rows: datasets.Dataset, name: str) -> str:
                         "rename the column that holds the text.")
     return "\n\n".join(row or "" for row in rows[column])
 
-
 def read_file(path: str) -> str:
-    """The text of a .txt file, or the text column of a .jsonl or .parquet file. Raises UserError for what is no text."""
+    """The text of a .txt file, or of a .jsonl or .parquet file's text column. Raises UserError for what is no text."""
     kind = Path(path).suffix
     try:
         if kind == ".txt":
@@ -1092,18 +1036,16 @@ def read_file(path: str) -> str:
         raise UserError(f"{path!r} has a NUL at character {text.index(chr(0))}, so it is no text: convert it first.")
     return text
 
-
 def read_dataset(name: str, config: str) -> dict[str, str]:
     """Split -> text of a hub dataset. Raises UserError where it cannot be had or has no train split."""
     try:
         data = datasets.load_dataset(name, config or None)
     except (OSError, ValueError) as error:
-        raise UserError(f"dataset {name!r} cannot be had ({first_sentence(error)}): check the name, the configuration and "
-                        "the network, or take --train-file or --dataset python-docs.") from None
+        raise UserError(f"dataset {name!r} cannot be had ({first_sentence(error)}): check the name, the configuration "
+                        "and the network, or take --train-file or --dataset python-docs.") from None
     if "train" not in data:
         raise UserError(f"dataset {name!r} has the splits {', '.join(data)}, but 'train' is needed.")
     return {split: join_rows(data[split], name) for split in SPLITS if split in data}
-
 
 def python_docs() -> str:
     """Python's own reference manual, about half a million characters, from the standard library."""
@@ -1118,7 +1060,6 @@ def cut_tail(text: str, share: float) -> tuple[str, str]:
     middle = round(len(text) * (1 - share))
     middle = text.find("\n", middle) + 1 or middle
     return text[:middle], text[middle:]
-
 
 def load_text(settings: Settings) -> dict[str, str]:
     """Split -> text. Splits that do not exist are cut off the end of train, a tenth of the whole each."""
@@ -1168,16 +1109,17 @@ def load_model(name: str, device: torch.device, trust_remote_code: bool = False,
         if getattr(config, "quantization_config", None) is not None:
             raise UserError(f"model {name!r} is quantised, and such weights can be neither cut nor trained: {origin}.")
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
+        options |= {"dtype": torch.float32, "output_loading_info": True}
+        model, found = AutoModelForCausalLM.from_pretrained(path, **options)
     except UserError:
         raise
     except Exception as error:  # a broken file fails in every way there is; the sentence says how
         named = f"model {name!r}" + (f" at revision {revision!r}" if revision else "")
-        raise UserError(f"{named} cannot be had ({first_sentence(error)}): it must be a causal language model on the hub "
-                        "(with a network), a local folder, a .gguf file, or 'demo'.") from error
+        raise UserError(f"{named} cannot be had ({first_sentence(error)}): it must be a causal language model on the "
+                        "hub (with a network), a local folder, a .gguf file, or 'demo'.") from error
     if lacking := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
-        raise UserError(f"model {name!r} lacks {len(lacking)} of its weights ({lacking[0]} first), which would be random: "
-                        "download it again.")
+        raise UserError(f"model {name!r} lacks {len(lacking)} of its weights ({lacking[0]} first), which would be "
+                        "random: download it again.")
     if is_gguf:  # the weights are plain float32 now, but save_pretrained would refuse the model as quantised
         model.hf_quantizer, model.is_quantized = None, False
         model.config.__dict__.pop("quantization_config", None)
@@ -1186,7 +1128,6 @@ def load_model(name: str, device: torch.device, trust_remote_code: bool = False,
         raise UserError(f"model {name!r} is a {type(model).__name__} whose tokens see those after them: take a causal "
                         "language model.")
     return tokenizer, model
-
 
 @torch.no_grad()
 def is_causal(model) -> bool:
@@ -1201,17 +1142,15 @@ def is_causal(model) -> bool:
 # @title The demo's recipe: byte-level BPE of 1,024 tokens, 4 layers of 8 heads, 128 numbers wide
 ADAMW = "adamw_torch" if is_torch_xla_available() else "adamw_torch_fused"  # XLA fuses it by itself
 
-
 def demo_tokenizer(text: str):
     """A byte-level BPE tokenizer of 1,024 tokens."""
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe, end = tokenizers.Tokenizer(tokenizers.models.BPE()), "<|endoftext|>"
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     bpe.train_from_iterator(text.splitlines(keepends=True), tokenizers.trainers.BpeTrainer(
-        vocab_size=1024, special_tokens=["<|endoftext|>"], show_progress=False,
+        vocab_size=1024, special_tokens=[end], show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
-
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, bos_token=end)
 
 def make_demo(text: str, steps: int = 600) -> str:
     """Trains the demo model, once; the folder that holds it. Raises UserError in one of several processes."""
@@ -1223,8 +1162,8 @@ def make_demo(text: str, steps: int = 600) -> str:
     if (folder := cache / f"demo-{key}").exists():
         return str(folder)
     if rank_and_world()[1] > 1:
-        raise UserError("model is 'demo', which several processes cannot train together: run it once without torchrun, or "
-                        "take another model.")
+        raise UserError("model is 'demo', which several processes cannot train together: run it once without torchrun, "
+                        "or take another model.")
     print("Training the demo model, once: a minute or two.")
     tokenizer = demo_tokenizer(text)
     transformers.set_seed(0)
@@ -1272,16 +1211,16 @@ def pack_all(text: dict[str, str], tokenizer, model, settings: Settings) -> dict
             raise UserError(f"the {split} text has fewer than {settings.block_length} tokens, but one block is needed: "
                             "take a longer text or a smaller --block-length.")
         if packed.max() >= vocabulary:
-            raise UserError(f"the tokenizer of model {settings.model!r} has a token {packed.max()}, but the model knows "
-                            f"only {vocabulary}: they do not belong together.")
+            raise UserError(f"the tokenizer of model {settings.model!r} has a token {packed.max()}, but the model "
+                            f"knows only {vocabulary}: they do not belong together.")
     return blocks
 
 
 # %%
 if __name__ == "__main__":
     with run.step("load model"):
-        tokenizer, model = load_model(make_demo(text["train"]) if settings.model == "demo" else settings.model, device,
-                                      settings.trust_remote_code, settings.revision)
+        tokenizer, model = load_model(make_demo(text["train"]) if settings.model == "demo" else settings.model,
+                                      run.device, settings.trust_remote_code, settings.revision)
         blocks = pack_all(text, tokenizer, model, settings)
     test_blocks = blocks["test"][: settings.eval_blocks or None]
     run.metrics["blocks"] = {split: len(blocks[split]) for split in SPLITS} | {"tested": len(test_blocks)}
@@ -1303,9 +1242,9 @@ def nll(logits: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
 
     `logits` are (n, time, vocabulary), or (n, time - 1, vocabulary) without those after the last token.
     """
-    logits = logits[:, : batch.shape[1] - 1].flatten(0, 1).float()
-    return torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="none").view(len(batch), -1).mean(1)
-
+    logits, wanted = logits[:, : batch.shape[1] - 1].flatten(0, 1).float(), batch[:, 1:]
+    losses = torch.nn.functional.cross_entropy(logits, wanted.flatten(), reduction="none")
+    return losses.view_as(wanted).mean(1)
 
 @torch.no_grad()
 def perplexity(model, blocks: torch.Tensor) -> float:
@@ -1324,7 +1263,6 @@ def perplexity(model, blocks: torch.Tensor) -> float:
 STAGES = {"dense": "dense, untouched", "pruned": "pruned", "repaired": "pruned + repaired",
           "fine_tuned": "pruned + fine-tuned", "dense_fine_tuned": "dense + fine-tuned"}
 
-
 @torch.no_grad()
 def sample(model, tokenizer, prompt: str, new_tokens: int = 40) -> str:
     """The prompt and the model's most likely continuation, the same every time."""
@@ -1335,13 +1273,11 @@ def sample(model, tokenizer, prompt: str, new_tokens: int = 40) -> str:
     output = fit_batch_size(lambda _: model.eval().generate(**inputs, **options), 1, "writing a sample")
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
-
 def drop_outdated(run: Run, stage: str) -> None:
     """Drops what was measured of a stage and of later ones."""
     for outdated in list(STAGES)[list(STAGES).index(stage):]:
         for record in ("perplexity", "parameters", "samples", "size"):
             run.metrics[record].pop(outdated, None)
-
 
 def measure(run: Run, stage: str, model, tokenizer, blocks: torch.Tensor) -> None:
     """Records a stage's perplexity on blocks (n, time) and its sample; what was measured of later stages is dropped."""
@@ -1358,11 +1294,9 @@ def measure(run: Run, stage: str, model, tokenizer, blocks: torch.Tensor) -> Non
             run.metrics[name][stage] = value
     print(f"{stage}: perplexity {record['perplexity']:.2f}")
 
-
 def bare_name(name: str) -> str:
     """A model or file name without the folders of this machine."""
     return Path(name).name if Path(name).exists() else name
-
 
 def conditions(metrics: dict) -> str:
     """One paragraph: everything that the numbers depend on."""
@@ -1405,7 +1339,6 @@ def inputs_first(projection) -> torch.Tensor:
     """The weight of a Linear or Conv1D as (inputs, outputs): a view, whichever way it is stored."""
     return projection.weight if isinstance(projection, Conv1D) else projection.weight.T
 
-
 @dataclasses.dataclass
 class HeadLayer:
     """Where one layer keeps its heads."""
@@ -1415,6 +1348,9 @@ class HeadLayer:
     attention: torch.nn.Module  # its attention module
     projection: torch.nn.Module  # the output projection, a Linear or Conv1D
     heads: int
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.heads} heads of {self.head_dim} numbers"
 
     @property
     def head_dim(self) -> int:
@@ -1426,11 +1362,10 @@ class HeadLayer:
         return inputs_first(self.projection).unflatten(0, (self.heads, -1))
 
 
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Finding the heads of any architecture
+# %%
 PROVEN = ("GPT-2, OPT, GPT-NeoX/Pythia, Llama, Qwen, Mistral, Gemma, Phi, GPT-J, GPT-Neo, BLOOM, Falcon, GPTBigCode, "
           "BioGPT, StableLM")
-
+OUTPUTS = ("c_proj", "out_proj", "o_proj", "dense")  # names of attention output projections
 
 def find_heads(model) -> list[HeadLayer]:
     """The layers of a causal language model, in order. Raises UserError where their heads cannot be identified."""
@@ -1438,30 +1373,22 @@ def find_heads(model) -> list[HeadLayer]:
     modules = dict(model.named_modules())
     for path, projection in modules.items():
         parent, _, name = path.rpartition(".")
-        is_output = name in ("c_proj", "out_proj", "o_proj", "dense") and isinstance(projection, (torch.nn.Linear, Conv1D))
         block = re.match(r".*?\.\d+(?=\.)", path)
-        if is_output and block and "Attention" in type(modules[parent]).__name__:
+        is_output = block and name in OUTPUTS and isinstance(projection, (torch.nn.Linear, Conv1D))
+        if is_output and "Attention" in type(modules[parent]).__name__:
             layer = HeadLayer(path, modules[block[0]], modules[parent], projection, config.num_attention_heads)
             if inputs_first(projection).shape[0] % layer.heads == 0:
                 layers.append(layer)
     if len(layers) != config.num_hidden_layers:
-        raise UserError(f"the attention output projections of {type(model).__name__} cannot be identified ({len(layers)} "
-                        f"found in {config.num_hidden_layers} layers): take a model of one of these families: {PROVEN}.")
+        raise UserError(f"the attention output projections of {type(model).__name__} cannot be identified "
+                        f"({len(layers)} found in {config.num_hidden_layers} layers): take a model of one of these "
+                        f"families: {PROVEN}.")
     return layers
-
-
-COMPACTABLE = ("gpt2", "opt", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3")
-
-
-def can_compact(model) -> bool:
-    """True where compact() (section 13) is tested on the model's family; others keep their gates."""
-    return model.config.model_type in COMPACTABLE
 
 
 # %%
 if __name__ == "__main__":
-    print(f"{len(find_heads(model))} layers with {find_heads(model)[0].heads} heads of {find_heads(model)[0].head_dim} "
-          f"numbers each; the first layer's output projection is {find_heads(model)[0].path}")
+    print(f"{len(find_heads(model))} layers, the first of them:", *find_heads(model)[:3], sep="\n")
 
 # %% [markdown]
 # One hook in front of the output projection is all it takes, for every architecture. It is exact (a
@@ -1479,7 +1406,6 @@ def apply_gates(projection, inputs):
     gates = projection.gates.to(x.dtype)
     return (x * gates.repeat_interleave(x.shape[-1] // gates.shape[-1], dim=-1), *rest)
 
-
 def add_gates(model) -> None:
     """Gives every head an open gate: a buffer of the output projection, saved and moved with the model."""
     for layer in find_heads(model):
@@ -1487,14 +1413,12 @@ def add_gates(model) -> None:
             layer.projection.register_buffer("gates", torch.ones(layer.heads, device=model.device))
             layer.projection.gate_hook = layer.projection.register_forward_pre_hook(apply_gates)
 
-
 @torch.no_grad()
 def set_gates(model, gates: torch.Tensor) -> None:
     """Sets the gates (layers, heads) of a model: 1 is open, 0 is closed."""
     add_gates(model)
     for layer, row in zip(find_heads(model), gates, strict=True):
         layer.projection.gates.copy_(row)
-
 
 def get_gates(model) -> torch.Tensor:
     """The gates of a model, (layers, heads), on the processor."""
@@ -1508,14 +1432,12 @@ def get_gates(model) -> torch.Tensor:
 # %%
 def try_head(model, blocks: torch.Tensor, layer: int, head: int) -> str:
     """What closing one head does to the perplexity of blocks (n, time); it is open again afterwards."""
-    gates = torch.ones_like(get_gates(model))
-    dense = perplexity(model, blocks)
-    gates[layer, head] = 0
-    set_gates(model, gates)
-    closed = perplexity(model, blocks)
-    set_gates(model, torch.ones_like(gates))
-    return f"layer {layer}, head {head}: perplexity {dense:.3f}, closed {closed:.3f}, open again {perplexity(model, blocks):.3f}"
-
+    gates, values = torch.ones_like(get_gates(model)), []
+    for gate in (1, 0, 1):
+        gates[layer, head] = gate
+        set_gates(model, gates)
+        values.append(f"{perplexity(model, blocks):.3f}")
+    return f"layer {layer}, head {head}: perplexity {values[0]}, closed {values[1]}, open again {values[2]}"
 
 if __name__ == "__main__":
     add_gates(model)
@@ -1530,7 +1452,6 @@ def remove_gates(model) -> None:
             layer.projection.gate_hook.remove()
             del layer.projection.gates, layer.projection.gate_hook
 
-
 @contextlib.contextmanager
 def all_open(model):
     """Within it all gates are open, and afterwards they are again as they were, also after an error."""
@@ -1540,7 +1461,6 @@ def all_open(model):
         yield
     finally:
         set_gates(model, before)
-
 
 @contextlib.contextmanager
 def without_gates(model):
@@ -1552,13 +1472,13 @@ def without_gates(model):
     finally:
         set_gates(model, before)
 
-
 @contextlib.contextmanager
 def movable_gates(model):
-    """Within it weights are frozen, and `substitute(rows)` puts tensors in the place of the gates, one for each layer."""
+    """Within it weights are frozen; `substitute(rows)` puts tensors in the place of the gates, one for each layer."""
     add_gates(model)
     projections = [layer.projection for layer in find_heads(model)]
-    before, trained = [projection.gates for projection in projections], [p for p in model.parameters() if p.requires_grad]
+    before = [projection.gates for projection in projections]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def substitute(rows):
         for projection, row in zip(projections, rows, strict=True):
@@ -1575,32 +1495,37 @@ def movable_gates(model):
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title How many heads a level closes, in the whole model or equally in every layer, and whether it can be reached
-NATIVE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")  # whose config can say fewer heads
+# @title What a model can: which level it can reach, in all or in every layer, and whether heads can be cut out
+COMPACTABLE = ("gpt2", "opt", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3")
 
+def can_compact(model) -> bool:
+    """True where compact() (section 13) is tested on the model's family; others keep their gates."""
+    return model.config.model_type in COMPACTABLE
+
+NATIVE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")  # whose config can say fewer heads
 
 def heads_to_close(layers: int, heads: int, level: float, min_heads: int) -> int:
     """round(level x all heads). Raises UserError where `min_heads` open heads in every layer do not allow so many."""
     wanted, possible = round(level * layers * heads), layers * max(heads - min_heads, 0)
     if wanted > possible:
-        raise UserError(f"pruning_level is {level:g} with min_heads {min_heads}, but at most {possible} of {layers * heads} "
-                        f"heads ({possible / (layers * heads):.2f}) can be closed so: lower one of the two.")
+        raise UserError(f"pruning_level is {level:g} with min_heads {min_heads}, but at most {possible} of "
+                        f"{layers * heads} heads ({possible / (layers * heads):.2f}) can be closed so: lower one of "
+                        "the two.")
     return wanted
 
-
 def config_with_fewer(config, heads: int, key_value_heads: int, head_dim: int):
-    """A copy of a family's config with so many heads in every layer. Raises UserError where the family cannot have them."""
+    """A copy of a family's config with so many heads in every layer. Raises UserError where it cannot have them."""
     shape = f"{heads} heads over {key_value_heads} key/value heads in every layer"
     if config.model_type not in NATIVE:
-        raise UserError(f"the configuration of {config.model_type!r} cannot say that a model has {shape} of the old width, "
-                        f"only {', '.join(NATIVE)} can: leave uniform off, compacting does not need it.")
+        raise UserError(f"the configuration of {config.model_type!r} cannot say that a model has {shape} of the old "
+                        f"width, only {', '.join(NATIVE)} can: leave uniform off, compacting does not need it.")
     fewer = {"num_attention_heads": heads, "num_key_value_heads": key_value_heads, "head_dim": head_dim}
     try:
         return type(config).from_dict(config.to_dict() | fewer)
     except (ValueError, StrictDataclassError) as error:
-        raise UserError(f"the configuration of {config.model_type!r} does not allow {shape} "
-                        f"({str(error).splitlines()[-1].strip()}): take another pruning_level, or leave uniform off.") from None
-
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"the configuration of {config.model_type!r} does not allow {shape} ({reason}): take another "
+                        "pruning_level, or leave uniform off.") from None
 
 def plan_uniform(model, level: float, min_heads: int) -> tuple[int, int]:
     """(query heads in a group, groups to close in every layer). Raises UserError where level or family do not allow it.
@@ -1612,11 +1537,10 @@ def plan_uniform(model, level: float, min_heads: int) -> tuple[int, int]:
     size, close = layer.heads // groups, round(level * groups)
     if (level and not close) or (groups - close) * size < max(min_heads, 1):
         possible = [f"{n / groups:.2f}" for n in range(1, groups) if (groups - n) * size >= min_heads]
-        raise UserError(f"pruning_level is {level:g} with uniform and min_heads {min_heads}, but every layer has {groups} "
-                        f"groups of heads: take {', '.join(possible) or 'a smaller min_heads'}.")
+        raise UserError(f"pruning_level is {level:g} with uniform and min_heads {min_heads}, but every layer has "
+                        f"{groups} groups of heads: take {', '.join(possible) or 'a smaller min_heads'}.")
     config_with_fewer(config, (groups - close) * size, groups - close, layer.head_dim)
     return size, close
-
 
 def plan_closing(model, settings: Settings) -> str:
     """How many gates the settings will close, in words. Raises UserError where they cannot."""
@@ -1653,11 +1577,14 @@ class Random:
         layers = find_heads(model)
         return torch.rand(len(layers), layers[0].heads, generator=torch.Generator().manual_seed(self.seed))
 
+if __name__ == "__main__":
+    print("the first layer's heads, at random:", Random().score(model)[0].numpy().round(2))
+
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Which rows of the query, key and value projections belong to a head
 def find_rows(attention, heads: int, head_dim: int) -> list[tuple[str, torch.Tensor]]:
-    """For query, key and value: the projection that computes it, and which of its outputs each head owns, (n, head_dim).
+    """For query, key and value: the projection that computes it, and its outputs that each head owns, (n, head_dim).
 
     Families keep these weights as three matrices, as one with queries, keys and values one after the other (GPT-2,
     Phi-3), or as one in which every group of heads has its queries, key and value together (GPT-NeoX, BLOOM, Falcon).
@@ -1679,7 +1606,6 @@ def find_rows(attention, heads: int, head_dim: int) -> list[tuple[str, torch.Ten
         rows = rows.view(shared, -1, head_dim)  # each group: its queries, one key, one value
         return [(fused, rows[:, :-2].flatten(0, 1)), (fused, rows[:, -2]), (fused, rows[:, -1])]
     return [(fused, part) for part in rows.split([heads, shared, shared])]
-
 
 def query_key_value_weights(layer: HeadLayer) -> list[torch.Tensor]:
     """[query, key, value] weights of a layer, each (heads, head_dim, hidden), shared key/value heads repeated."""
@@ -1726,19 +1652,18 @@ class Magnitude:
 # residual stream $x_i$ that it writes into (the norm of what attention moves:
 # [Kobayashi et al. 2020](https://arxiv.org/abs/2004.10102)):
 #
-# $$\text{importance}(h)=\operatorname*{mean}_i\;\frac{\lVert W_O^{(h)} h_i\rVert}{\lVert x_i\rVert}\Big(1+\underbrace{1-\tfrac{H_i}{\log i}}_{\text{focus}}\Big)$$
+# $$\text{importance}(h)=\operatorname*{mean}_i\;\frac{\lVert W_O^{(h)} h_i\rVert}{\lVert x_i\rVert}
+# \Big(1+\underbrace{1-\tfrac{H_i}{\log i}}_{\text{focus}}\Big)$$
 
 # %%
 def entropy(attention: torch.Tensor) -> torch.Tensor:
     """Entropy of every row of attention (..., time, time): (..., time)."""
     return -torch.xlogy(attention.float(), attention.float()).sum(-1)
 
-
 def focus(attention: torch.Tensor) -> torch.Tensor:
     """1 - entropy / log(visible tokens) of causal attention (..., time, time): (..., time), 0 for the first token."""
     visible = torch.arange(1, attention.shape[-1] + 1, device=attention.device)
     return torch.where(visible > 1, 1 - entropy(attention) / visible.log().clamp_min(1e-9), 0.0)
-
 
 if __name__ == "__main__":
     print(f"focus on the fourth token: even {focus(torch.ones(4, 4) / 4)[3]:.2f}, "
@@ -1756,20 +1681,18 @@ def eager_attention(model):
     finally:
         model.config._attn_implementation = before
 
-
 def find_mlp_output(layer: HeadLayer):
-    """The projection with which a layer's MLP writes into the stream, or None where there is not exactly one (experts)."""
+    """The projection with which a layer's MLP writes into the stream, or None where there is not exactly one."""
     attention, names = set(layer.attention.modules()), ("c_proj", "fc2", "fc_out", "down_proj", "dense_4h_to_h")
     found = [module for path, module in layer.block.named_modules() if path.rpartition(".")[2] in names
              and module not in attention and isinstance(module, (torch.nn.Linear, Conv1D))]
     return found[0] if len(found) == 1 else None
 
-
 def watch_layer(layer: HeadLayer, seen: dict):
     """Hooks that note in `seen`, and yield their handles:
 
     "in" and "out", the stream before and after the layer; "heads", the output projection's input; "attention" and
-    "mlp", what they add to the stream; all (batch, time, width); "maps" (batch, heads, time, time) where they are built.
+    "mlp", what they add to it, all (batch, time, width); "maps" (batch, heads, time, time) where they are built.
     """
     def keep(name):
         def hook(module, args, output):
@@ -1790,12 +1713,10 @@ def watch_layer(layer: HeadLayer, seen: dict):
         yield find_mlp_output(layer).register_forward_hook(keep("mlp"))
     yield layer.block.register_forward_hook(keep("out"))
 
-
 def adds_in_parallel(config) -> bool:
     """True where attention and MLP are added to the residual stream at once (GPT-NeoX, GPT-J, Phi, Falcon)."""
     return (getattr(config, "use_parallel_residual", False) or getattr(config, "parallel_attn", False)
             or config.model_type in ("gptj", "phi", "codegen", "cohere"))
-
 
 def head_norms(layer: HeadLayer, heads: torch.Tensor) -> torch.Tensor:
     """Norms of what each head writes, (batch, heads, time), from the output projection's input (batch, time, width)."""
@@ -1823,8 +1744,8 @@ class Entropy:
 
             def leave(*_):  # attention maps are large, so each layer's are reduced before the next one runs
                 if seen["maps"] is None:
-                    raise UserError(f"strategy 'entropy' needs attention weights, which {type(layer.attention).__name__} "
-                                    "does not give: take another strategy.")
+                    raise UserError("strategy 'entropy' needs attention weights, which "
+                                    f"{type(layer.attention).__name__} does not give: take another strategy.")
                 stream = seen["out"] if parallel else seen["in"] + seen["attention"]
                 written = head_norms(layer, seen["heads"]) / stream.float().norm(dim=-1)[:, None]
                 score = -entropy(seen["maps"]) if self.literal else written * (1 + focus(seen["maps"]))
@@ -1852,7 +1773,6 @@ class Entropy:
 
 # %%
 SCALE = 1024.0  # lifts small gradients into the range of float16; a power of two, so that nothing else changes
-
 
 @dataclasses.dataclass
 class Gradient:
@@ -1909,11 +1829,9 @@ def soft_gates(scores: torch.Tensor, open_gates: float, temperature: float) -> t
     moves = (slope * scores.flatten(-2)).sum(-1, keepdim=True) / slope.sum(-1, keepdim=True).clamp_min(1e-12)
     return torch.sigmoid((scores.flatten(-2) - low - (moves - moves.detach())) / temperature).view_as(scores)
 
-
 if __name__ == "__main__":
-    for temperature in (1.0, 0.1):
-        print(f"scores 2, 1, 0, -1; two may be open; T = {temperature}:",
-              [round(gate, 2) for gate in soft_gates(torch.tensor([[2.0, 1, 0, -1]]), 2, temperature)[0].tolist()])
+    print("scores 2, 1, 0, -1, of which two may be open; gates while the temperature falls:",
+          *(soft_gates(torch.tensor([[2.0, 1, 0, -1]]), 2, t)[0].numpy().round(2) for t in (1.0, 0.3, 0.1)))
 
 
 # %%
@@ -1923,13 +1841,13 @@ def cut_shorter(blocks: torch.Tensor, longest: int = 128) -> torch.Tensor:
     length = blocks.shape[1] // parts
     return blocks[:, : parts * length].reshape(-1, length)
 
-
 def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Mean Kullback-Leibler divergence per token, (batch,), of predictions from wanted ones, both logits (batch, time, vocabulary)."""
+    """Mean Kullback-Leibler divergence per token, (batch,), from wanted ones; both are logits (batch, time, n)."""
     given, wanted = logits.float().log_softmax(-1), wanted.float().log_softmax(-1)  # (XLA does not vouch for kl_div)
     return (wanted.exp() * (wanted - given)).sum(-1).mean(1)
 
 
+# %%
 @dataclasses.dataclass
 class Learned:
     """Gates trained on the dense model's predictions, with frozen weights and exactly `level` of them closed."""
@@ -1943,7 +1861,7 @@ class Learned:
     noise: float = 0.5  # scale of the logistic noise, in temperatures
 
     def score(self, model, blocks: torch.Tensor) -> torch.Tensor:
-        """Importance (layers, heads) learned on blocks (n, time), 256 tokens in a step. Raises RunError for overflows."""
+        """Importance (layers, heads) from blocks (n, time), 256 tokens in a step. Raises RunError for overflows."""
         start = Gradient(squared=True).score(model, blocks).clamp_min(1e-20).log()
         open_gates = start.numel() - round(self.level * start.numel())
         if open_gates == start.numel():
@@ -1952,6 +1870,7 @@ class Learned:
         scores = ((start - start.mean()) / start.std().clamp_min(1e-6)).to(model.device).requires_grad_()
         optimizer, generator = torch.optim.Adam([scores], betas=(0.9, 0.98)), torch.Generator().manual_seed(self.seed)
         with movable_gates(model) as substitute:
+            per_text = functools.partial(self.slope, model, substitute)
             for step, chosen in enumerate(long_loop(self.draw(*texts.shape, generator), "learning gates")):
                 done = step / max(self.steps - 1, 1)
                 optimizer.param_groups[0]["lr"] = self.rate * (1 - 0.9 * done)
@@ -1959,20 +1878,20 @@ class Learned:
                 chance = torch.rand(len(chosen), *scores.shape, generator=generator).clamp(1e-4, 1 - 1e-4).logit()
                 noise = self.noise * temperature * chance.to(model.device)  # every text has its own
                 gates = soft_gates(scores + noise, open_gates, temperature)  # (texts, layers, heads)
-                slopes = over_blocks(model, (texts[chosen], gates.detach()), functools.partial(self.slope, model, substitute),
-                                     "learning gates", memory="backward")
+                slopes = over_blocks(model, (texts[chosen], gates.detach()), per_text, "learning gates", "backward")
                 (scores.grad,) = torch.autograd.grad(gates, scores, slopes / len(chosen))
                 optimizer.step()
                 if (step % 24 == 23 or step + 1 == self.steps) and not scores.isfinite().all():  # to look is to wait
-                    raise RunError(f"the gates are not finite after step {step + 1} of {self.steps}: take --precision fp32, "
-                                   "or another strategy.")
+                    raise RunError(f"the gates are not finite after step {step + 1} of {self.steps}: take --precision "
+                                   "fp32, or another strategy.")
         return scores.detach().cpu()
 
     def draw(self, texts: int, length: int, generator) -> list[torch.Tensor]:
         """For each step the numbers of the texts that it learns from."""
         per_step = min(texts, max(1, 256 // length))
-        passes = math.ceil(self.steps * per_step / texts)
-        return torch.cat([torch.randperm(texts, generator=generator) for _ in range(passes)]).split(per_step)[: self.steps]
+        passes = range(math.ceil(self.steps * per_step / texts))
+        order = torch.cat([torch.randperm(texts, generator=generator) for _ in passes])
+        return order.split(per_step)[: self.steps]
 
     def slope(self, model, substitute, batch: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """d divergence / d gate of each text: (batch, layers, heads), like `gates`; `batch` is (batch, time)."""
@@ -1992,18 +1911,16 @@ STRATEGIES = {"learned": Learned, "fisher": functools.partial(Gradient, squared=
               "entropy": Entropy, "magnitude": Magnitude, "random": Random,
               "entropy-literal": functools.partial(Entropy, literal=True)}
 
-
 def get_strategy(name: str, **options):
     """A strategy by name, for every architecture. Raises UserError for a name or an option that it does not have.
 
-    Options: `random` takes seed; `learned` takes level, steps, seed, rate, first_temperature, last_temperature and noise.
+    Options: `random` takes seed; `learned` takes level, steps, seed, rate, first_temperature, last_temperature, noise.
     """
     check_choice("strategy", name, STRATEGIES)
     try:
         return STRATEGIES[name](**options)
     except TypeError as error:
         raise UserError(f"strategy {name!r} does not take these options ({error}): correct them.") from None
-
 
 def options_for(settings: Settings) -> dict:
     """What the chosen strategy takes from the settings."""
@@ -2020,10 +1937,9 @@ def score_heads(run: Run, model, calibration: torch.Tensor, settings: Settings) 
         return {"importance": get_strategy(settings.strategy, **options).score(model, calibration)}, {}
 
     with run.step("importance"), all_open(model):
-        kept, _ = run.load_or_compute("importance", (model, calibration, settings.strategy, options), compute)
-    run.metrics["importance"] = kept["importance"].tolist()
-    return kept["importance"]
-
+        stored, _ = run.load_or_compute("importance", (model, calibration, settings.strategy, options), compute)
+    run.metrics["importance"] = stored["importance"].tolist()
+    return stored["importance"]
 
 if __name__ == "__main__":
     calibration = blocks["validation"][: settings.calibration_blocks]
@@ -2056,36 +1972,40 @@ def choose_gates(importance: torch.Tensor, level: float, min_heads: int = 1) -> 
             wanted -= 1
     return gates
 
-
 def choose_uniform_gates(importance: torch.Tensor, size: int, close: int) -> torch.Tensor:
     """Gates (layers, heads): in every layer the `close` least important groups of `size` neighbouring heads are 0."""
     groups = importance.unflatten(1, (-1, size)).mean(-1)
     lowest = groups.argsort(dim=1, stable=True)[:, :close]
     return torch.ones_like(groups).scatter(1, lowest, 0).repeat_interleave(size, 1)
 
+def gates_for(model, importance: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """Gates (layers, heads) as the settings want them, from importance (layers, heads)."""
+    if settings.uniform:
+        return choose_uniform_gates(importance, *plan_uniform(model, settings.pruning_level, settings.min_heads))
+    return choose_gates(importance, settings.pruning_level, settings.min_heads)
+
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title The heat map of heads, and the record of what was closed
 def describe_heads(gates: torch.Tensor) -> dict:
-    """Counts for the record: total, closed, open_per_layer, closed_per_layer, and closed_list as [layer, head] pairs."""
+    """Counts for the record, of gates (layers, heads); closed_list has [layer, head] pairs."""
     closed = gates == 0
     return {"total": gates.numel(), "closed": int(closed.sum()), "open_per_layer": (~closed).sum(1).tolist(),
             "closed_per_layer": closed.sum(1).tolist(), "closed_list": closed.nonzero().tolist()}
 
-
 def plot_heads(axes, importance: torch.Tensor, gates: torch.Tensor) -> None:
-    """Heat map of (layers, heads), layers from left to right: colour is the rank of importance, a cross a closed gate."""
+    """Heat map of (layers, heads), layers from left to right: colour is the rank of importance, × a closed gate."""
     layers, heads = importance.shape
-    image = axes.imshow(ranks(importance).T / max(importance.numel() - 1, 1), cmap="cividis", aspect="auto", vmin=0, vmax=1)
+    shades = (ranks(importance).T / max(importance.numel() - 1, 1)).numpy()
+    image = axes.imshow(shades, cmap="cividis", aspect="auto", vmin=0, vmax=1)
     axes.scatter(*(gates == 0).nonzero(as_tuple=True), marker="x", color="white", s=26, linewidths=1.6)
     axes.set(xlabel="layer", ylabel="head", xticks=range(0, layers, math.ceil(layers / 20)),
              yticks=range(0, heads, math.ceil(heads / 16)))
     bar = axes.figure.colorbar(image, ax=axes, label="importance (rank)", ticks=[0, 1], pad=0.01)
     bar.ax.set_yticklabels(["least", "most"])
 
-
 def draw_heads(run: Run, importance: torch.Tensor, gates: torch.Tensor) -> Figure:
-    """plot_heads() as a figure of its own, with what closing the heads did as its title."""
+    """plot_heads() of (layers, heads) as a figure of its own; its title says what closing the heads did."""
     (layers, heads), closed, perplexities = importance.shape, run.metrics["heads"], run.metrics["perplexity"]
     figure = new_figure(max(5, 0.3 * layers + 2), max(2.6, 0.24 * heads + 1.2))
     plot_heads(figure.subplots(), importance, gates)
@@ -2094,9 +2014,8 @@ def draw_heads(run: Run, importance: torch.Tensor, gates: torch.Tensor) -> Figur
                              f"{perplexities['pruned']:.1f}")
     return figure
 
-
-def close_heads(run: Run, model, tokenizer, gates: torch.Tensor, blocks: torch.Tensor, taken: dict | None = None) -> None:
-    """Sets a model's gates (layers, heads), and measures it on blocks (n, time). `taken` is set for section 10's choice."""
+def close_heads(run: Run, model, tokenizer, gates: torch.Tensor, blocks: torch.Tensor, taken: dict | None = None):
+    """Sets a model's gates (layers, heads), and measures it on blocks (n, time). `taken` is section 10's choice."""
     set_gates(model, gates)
     run.metrics["heads"] = describe_heads(gates) | {"by_hand": taken["by_hand"] if taken else 0}
     run.metrics["taken"] = taken or run.taken
@@ -2107,13 +2026,9 @@ def close_heads(run: Run, model, tokenizer, gates: torch.Tensor, blocks: torch.T
 # %%
 if __name__ == "__main__":
     run.settings = settings
-    if settings.uniform:
-        gates = choose_uniform_gates(importance, *plan_uniform(model, settings.pruning_level, settings.min_heads))
-    else:
-        gates = choose_gates(importance, settings.pruning_level, settings.min_heads)
     pruned = model  # until it is repaired
-    close_heads(run, model, tokenizer, gates, test_blocks)
-    run.show(draw_heads(run, importance, gates), "heads.png")
+    close_heads(run, model, tokenizer, gates_for(model, importance, settings), test_blocks)
+    run.show(draw_heads(run, importance, get_gates(model)), "heads.png")
     print(run.metrics["samples"]["pruned"])
 
 # %% [markdown]
@@ -2155,10 +2070,8 @@ def sharing_copy(model):
     """A copy of a gated model that shares its weights and has gates of its own."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
-
 class Cancelled(Exception):
     """Somebody pressed Cancel."""
-
 
 class Panel:
     """A line of text, and a bar with a button to cancel while a job runs."""
@@ -2216,9 +2129,8 @@ STYLE = """<style>
 .prune-head.prune-head:hover {outline: 2px solid #d55e00}
 .prune-label.prune-label, .prune-label .widget-html-content {width: 22px; height: 17px; line-height: 17px; margin: 0;
   font-size: 10px; text-align: center; overflow: hidden}
-""" + "".join(f".prune-head.prune-head.prune-{number} {{background: {color}; color: {'#fff' if number < 10 else '#000'}}}\n"
-              for number, color in enumerate(COLORS)) + "</style>"
-
+""" + "".join(f".prune-head.prune-head.prune-{number} {{background: {color}; "
+              f"color: {'#fff' if number < 10 else '#000'}}}\n" for number, color in enumerate(COLORS)) + "</style>"
 
 class HeadGrid:
     """Layers from left to right, heads from top to bottom; `clicked(layer, head)` is called where one is clicked."""
@@ -2246,35 +2158,63 @@ class HeadGrid:
                 button.remove_class(self.colors.get((layer, head), ""))
                 button.add_class(color)
                 self.colors[layer, head] = color
-            button.description = "\N{NO-BREAK SPACE}" if gates[layer, head] else "×"  # (an empty one would not be sent)
+            button.description = "\N{NO-BREAK SPACE}" if gates[layer, head] else "×"  # (an empty one is not sent)
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title The explorer
-class Explorer(Panel):
-    """Strategy, level, grid and buttons. `take` gets what the button *Take it* hands over, and returns a perplexity."""
+# @title The explorer (1): what it shows
+class ExplorerView(Panel):
+    """Strategy, level, grid and buttons. Scores (layers, heads) of each strategy scored are in `importance`."""
+
+    def __init__(self, model, settings: Settings, importance: torch.Tensor):
+        super().__init__()
+        self.model, self.settings, self.importance = sharing_copy(model), settings, {settings.strategy: importance}
+        self.gates, self.chosen = get_gates(model), get_gates(model)
+        wide, names = {"style": {"description_width": "70px"}}, ("Measure", "Take it", "Write")
+        slider = {"min": 0, "max": 0.95, "step": 0.01, "readout_format": ".0%"}
+        self.strategy = widgets.Dropdown(options=STRATEGY_NAMES, description="strategy", **wide)
+        self.strategy.value = settings.strategy
+        self.level = widgets.FloatSlider(settings.pruning_level, description="level", **slider, **wide)
+        self.min_heads = widgets.BoundedIntText(settings.min_heads, min=0, max=importance.shape[1],
+                                                description="min heads", **wide)
+        self.prompt = widgets.Text(settings.prompt, description="prompt", layout=widgets.Layout(width="480px"), **wide)
+        self.measure, self.taking, self.write = (widgets.Button(description=name) for name in names)
+        self.counts, self.grid = widgets.HTML(), HeadGrid(*importance.shape, self.toggle)
+        rows = ([self.strategy, self.level, self.min_heads], [self.grid.box], [self.counts],
+                [self.measure, self.taking], [self.prompt, self.write])
+        self.box = widgets.VBox([widgets.HTML(STYLE), *map(widgets.HBox, rows), self.busy, self.text])
+        self.refresh()
+
+    def toggle(self, layer: int, head: int):
+        self.gates[layer, head] = 1 - (self.gates[layer, head] != 0).float()
+        self.refresh()
+
+    def refresh(self):
+        """Grid and counts as the gates are."""
+        self.grid.show(self.importance.get(self.strategy.value, self.gates), self.gates)
+        closed, total = int((self.gates == 0).sum()), self.gates.numel()
+        words = f"<b>{total - closed} heads open, {closed} closed</b> ({closed / total:.0%})"
+        if can_compact(self.model):
+            before, after = (predict_cost(self.model, gates, self.settings.block_length)
+                             for gates in (torch.ones_like(self.gates), self.gates))
+            changes = {name: after[name] / before[name] - 1 for name in after}
+            words += (f" · {after['parameters'] / 1e6:.2f} M parameters ({changes['parameters']:+.1%}) · "
+                      f"{after['flops_per_token'] / 1e6:,.1f} MFLOP a token ({changes['flops_per_token']:+.1%})")
+        self.counts.value = words
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title The explorer (2): what its controls do
+class Explorer(ExplorerView):
+    """`take` gets what the button *Take it* hands over, and returns a perplexity; `validation` are blocks (n, time)."""
 
     def __init__(self, model, tokenizer, validation: torch.Tensor, settings: Settings, importance: torch.Tensor, take):
-        super().__init__()
-        self.model, self.tokenizer, self.validation = sharing_copy(model), tokenizer, validation
-        self.settings, self.take = settings, take
-        self.importance = {settings.strategy: importance}  # of every strategy that was scored
-        self.dense, self.gates, self.chosen = None, get_gates(model), get_gates(model)
-        wide, slider = {"style": {"description_width": "70px"}}, {"min": 0, "max": 0.95, "step": 0.01, "readout_format": ".0%"}
-        self.strategy = widgets.Dropdown(options=STRATEGY_NAMES, value=settings.strategy, description="strategy", **wide)
-        self.level = widgets.FloatSlider(settings.pruning_level, description="level", **slider, **wide)
-        self.min_heads = widgets.BoundedIntText(settings.min_heads, min=0, max=importance.shape[1], description="min heads", **wide)
-        self.prompt = widgets.Text(settings.prompt, description="prompt", layout=widgets.Layout(width="480px"), **wide)
-        self.measure, self.taking, self.write = (widgets.Button(description=words) for words in ("Measure", "Take it", "Write"))
-        self.counts, self.grid = widgets.HTML(), HeadGrid(*importance.shape, self.toggle)
+        super().__init__(model, settings, importance)
+        self.tokenizer, self.validation, self.take, self.dense = tokenizer, validation, take, None
         for control in (self.strategy, self.level, self.min_heads):
             control.observe(lambda _: self.choose(), "value")
         for button, job in ((self.measure, self.perplexity), (self.taking, self.take_it), (self.write, self.samples)):
             button.on_click(lambda _, job=job: self.start(job))
-        rows = ([self.strategy, self.level, self.min_heads], [self.grid.box], [self.counts], [self.measure, self.taking],
-                [self.prompt, self.write])
-        self.box = widgets.VBox([widgets.HTML(STYLE), *map(widgets.HBox, rows), self.busy, self.text])
-        self.refresh()
 
     def choose(self):
         """The gates that strategy, level and minimum ask for; scores first where there are none yet."""
@@ -2297,31 +2237,14 @@ class Explorer(Panel):
             self.importance[name] = get_strategy(name, **options).score(self.model, calibration)
         self.close()
 
-    def toggle(self, layer: int, head: int):
-        self.gates[layer, head] = 1 - (self.gates[layer, head] != 0).float()
-        self.refresh()
-
-    def refresh(self):
-        """Grid and counts as the gates are."""
-        self.grid.show(self.importance.get(self.strategy.value, self.gates), self.gates)
-        closed, total = int((self.gates == 0).sum()), self.gates.numel()
-        words = f"<b>{total - closed} heads open, {closed} closed</b> ({closed / total:.0%})"
-        if can_compact(self.model):
-            before, after = (predict_cost(self.model, gates, self.settings.block_length)
-                             for gates in (torch.ones_like(self.gates), self.gates))
-            changes = {name: after[name] / before[name] - 1 for name in after}
-            words += (f" · {after['parameters'] / 1e6:.2f} M parameters ({changes['parameters']:+.1%}) · "
-                      f"{after['flops_per_token'] / 1e6:,.1f} MFLOP a token ({changes['flops_per_token']:+.1%})")
-        self.counts.value = words
-
     def perplexity(self) -> str:
         gates, text = self.gates.clone(), self.validation[:16]
         if self.dense is None:
             with all_open(self.model):
                 self.dense = perplexity(self.model, text)
         set_gates(self.model, gates)
-        return (f"Validation perplexity {perplexity(self.model, text):.2f}, dense {self.dense:.2f} ({len(text)} blocks), "
-                "before repair and fine-tuning.")
+        return (f"Validation perplexity {perplexity(self.model, text):.2f}, dense {self.dense:.2f} ({len(text)} "
+                "blocks), before repair and fine-tuning.")
 
     def samples(self) -> str:
         set_gates(self.model, self.gates.clone())
@@ -2330,16 +2253,16 @@ class Explorer(Panel):
             return f"dense:\n{sample(self.model, self.tokenizer, self.prompt.value)}\n\nshown:\n{shown}"
 
     def take_it(self) -> str:
-        strategy, by_hand = self.strategy.value, int((self.gates != self.chosen).sum())
-        value = self.take({"gates": self.gates.tolist(), "scores": self.importance[strategy].tolist(), "strategy": strategy,
-                           "level": self.level.value, "by_hand": by_hand})
+        strategy, scores = self.strategy.value, self.importance[self.strategy.value]
+        value = self.take({"gates": self.gates.tolist(), "scores": scores.tolist(), "strategy": strategy,
+                           "level": self.level.value, "by_hand": int((self.gates != self.chosen).sum())})
         return f"Taken: test perplexity {value:.2f}. Now run the cells from section 11 on."
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Heads that are taken become those of the run, also of one that goes on after an interruption
 def take_heads(run: Run, model, tokenizer, blocks: torch.Tensor, taken: dict) -> float:
-    """Closes heads that were chosen in the explorer; the perplexity of blocks (n, time). `taken` is kept with the run."""
+    """Closes heads that were chosen in the explorer; the perplexity of blocks (n, time). `taken` is recorded."""
     gates, scores = torch.tensor(taken["gates"]), torch.tensor(taken["scores"])
     run.settings = dataclasses.replace(run.settings, strategy=taken["strategy"], pruning_level=taken["level"],
                                        uniform=False, min_heads=int(gates.sum(1).min()))
@@ -2348,17 +2271,17 @@ def take_heads(run: Run, model, tokenizer, blocks: torch.Tensor, taken: dict) ->
     run.keep(draw_heads(run, scores, gates), "heads.png")
     return run.metrics["perplexity"]["pruned"]
 
-
-def show_explorer(run: Run, model, tokenizer, blocks: dict[str, torch.Tensor], test_blocks: torch.Tensor) -> Explorer | None:
-    """The explorer, shown; None in a script, where there is nobody to press a button."""
+def show_explorer(run: Run, model, tokenizer, blocks: dict[str, torch.Tensor], test_blocks: torch.Tensor):
+    """The Explorer, shown; None in a script, where there is nobody to press a button. Blocks are (n, time)."""
     take = functools.partial(take_heads, run, model, tokenizer, test_blocks)
     if run.taken:
         take(run.taken)
-        print("These are the heads that were taken before the run was interrupted (section 9, run again, goes back to the "
-              "strategy's).")
+        print("These are the heads that were taken before the run was interrupted (section 9, run again, goes back to "
+              "the strategy's).")
     run.taken = None
     if in_notebook():
-        explorer = Explorer(model, tokenizer, blocks["validation"], run.settings, torch.tensor(run.metrics["importance"]), take)
+        importance = torch.tensor(run.metrics["importance"])
+        explorer = Explorer(model, tokenizer, blocks["validation"], run.settings, importance, take)
         show_widget(explorer.box, run.folder / "heads.png")
         return explorer
 
@@ -2393,14 +2316,12 @@ def attention_maps(model, tokenizer, sentence: str, longest: int = 40) -> tuple[
         raise UserError(f"{type(model).__name__} does not give its attention weights: there is nothing to look at.")
     return torch.cat(maps).float().cpu(), [tokenizer.decode([token]) for token in ids[0].tolist()]
 
-
 def describe_head(attention: torch.Tensor, importance: dict[str, torch.Tensor], layer: int, head: int) -> str:
-    """What can be said of one head: entropy and sink share of its map (time, time), and its rank under every strategy."""
-    places = ", ".join(f"{name} {scores.numel() - int(ranks(scores)[layer, head])}" for name, scores in importance.items())
+    """What can be said of one head: entropy and sink share of its map (time, time), and its rank by every strategy."""
     total = next(iter(importance.values())).numel()
+    places = ", ".join(f"{name} {total - int(ranks(scores)[layer, head])}" for name, scores in importance.items())
     return (f"layer {layer}, head {head}\nentropy {1 - focus(attention)[1:].mean():.0%} of its maximum, "
             f"{attention[1:, 0].mean():.0%} on the first token\nimportance rank of {total}: {places}")
-
 
 def draw_attention(maps: list[torch.Tensor], titles: list[str], tokens: list[str]) -> Figure:
     """One map (time, time) for each head: rows read, columns are read from, both labelled with the tokens."""
@@ -2408,8 +2329,8 @@ def draw_attention(maps: list[torch.Tensor], titles: list[str], tokens: list[str
     figure = new_figure(size * len(maps), size + 0.5)
     names = [token.replace("$", r"\$").strip() or "␣" for token in tokens]
     for axes, weights, title in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, titles):
-        hidden = torch.ones_like(weights).triu(1).bool()
-        image = axes.imshow(weights.masked_fill(hidden, float("nan")), cmap="cividis", norm=PowerNorm(0.5, 0, 1))
+        seen = weights.masked_fill(torch.ones_like(weights).triu(1).bool(), float("nan"))
+        image = axes.imshow(seen.numpy(), cmap="cividis", norm=PowerNorm(0.5, 0, 1))
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.set_title(title, fontsize=9)
@@ -2418,6 +2339,8 @@ def draw_attention(maps: list[torch.Tensor], titles: list[str], tokens: list[str
     return figure
 
 
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title The viewer: any head, any sentence
 def attention_viewer(model, tokenizer, sentence: str, importance: dict[str, torch.Tensor]):
     """Sliders for layer and head, a sentence, and the map; `importance` holds scores (layers, heads), and may grow."""
     from IPython.display import Image, display
@@ -2436,13 +2359,17 @@ def attention_viewer(model, tokenizer, sentence: str, importance: dict[str, torc
         display(Image(picture))
         return picture
 
-    words = widgets.Text(sentence, description="sentence", continuous_update=False, layout=widgets.Layout(width="600px"))
-    return widgets.interactive(look, sentence=words, layer=(0, layers - 1), head=(0, heads - 1))
+    wide = widgets.Layout(width="600px")
+    words = widgets.Text(sentence, description="sentence", continuous_update=False, layout=wide)
+    layer, head = (widgets.IntSlider(0, 0, top - 1) for top in (layers, heads))
+    viewer = widgets.interactive(look, sentence=words, layer=layer, head=head)
+    viewer.update()
+    return viewer
 
 
 # %%
-def show_attention(run: Run, model, tokenizer, explorer: Explorer | None):
-    """The maps of the most and the least important head, and the viewer, which is returned."""
+def show_attention(run: Run, model, tokenizer, explorer: Explorer | None) -> None:
+    """The maps of the most and the least important head, and in a notebook the viewer."""
     importance, strategy = torch.tensor(run.metrics["importance"]), run.settings.strategy
     sentence = f"{run.settings.prompt}. The city was old, and the river was older than the city."
     try:
@@ -2453,13 +2380,10 @@ def show_attention(run: Run, model, tokenizer, explorer: Explorer | None):
     titles = [describe_head(maps[place], {strategy: importance}, *place) for place in places]
     run.show(draw_attention([maps[place] for place in places], titles, tokens), "attention.png", width=1000)
     if explorer is not None:
-        viewer = attention_viewer(model, tokenizer, sentence, explorer.importance)
-        show_widget(viewer, run.folder / "attention.png")
-        return viewer
-
+        show_widget(attention_viewer(model, tokenizer, sentence, explorer.importance), run.folder / "attention.png")
 
 if __name__ == "__main__":
-    viewer = show_attention(run, model, tokenizer, explorer)
+    show_attention(run, model, tokenizer, explorer)
 
 # %% [markdown]
 # <a name="11.-Repair"></a>
@@ -2480,23 +2404,21 @@ if __name__ == "__main__":
 # %%
 RIDGE = {"attention": 0.1, "mlp": 1.0}  # lambda, as a share of the mean diagonal of X'X
 
-
 @torch.no_grad()
 def refit(projection, inputs: torch.Tensor, target: torch.Tensor, ridge: float, kept=slice(None)) -> None:
-    """Least squares in place: the `kept` inputs (..., in) shall give `target` (..., out); ridge pulls to the old weight."""
+    """Least squares in place: the `kept` inputs (..., in) are to give `target` (..., out), close to the old weight."""
     weight, bias = inputs_first(projection), projection.bias
-    with torch.autocast(inputs.device.type, enabled=False):
-        x, y = inputs.flatten(0, -2).float()[:, kept], target.flatten(0, -2).float()
-        error = y - x @ weight[kept].float() - (0 if bias is None else bias.float())
-        if bias is not None:  # the bias takes care of the means
-            x_mean, error_mean = x.mean(0), error.mean(0)
-            x, error = x - x_mean, error - error_mean
-        gram, wanted = (x.T @ x).cpu().double(), (x.T @ error).cpu().double()
-        gram.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(1e-12))
-        change = torch.linalg.solve(gram, wanted).to(weight)
-        weight[kept] += change
-        if bias is not None:
-            bias += error_mean - x_mean @ change
+    x, y = inputs.flatten(0, -2).float()[:, kept], target.flatten(0, -2).float()
+    error = y - x @ weight[kept].float() - (0 if bias is None else bias.float())
+    if bias is not None:  # the bias takes care of the means
+        x_mean, error_mean = x.mean(0), error.mean(0)
+        x, error = x - x_mean, error - error_mean
+    gram, wanted = (x.T @ x).cpu().double(), (x.T @ error).cpu().double()
+    gram.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(1e-12))
+    change = torch.linalg.solve(gram, wanted).to(weight)
+    weight[kept] += change
+    if bias is not None:
+        bias += error_mean - x_mean @ change
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -2509,7 +2431,8 @@ def dense_streams(model, blocks: torch.Tensor) -> tuple[torch.Tensor, list[bool]
     Where it does not (Gemma 2 and 3 normalise it first), the attention's own output stands in the first place.
     """
     layers, seen, targets, fits = find_heads(model), {}, [], []
-    streams = torch.empty(len(blocks), len(layers), 2, blocks.shape[1], layers[0].output_weight.shape[2], dtype=torch.bfloat16)
+    shape = (len(blocks), len(layers), 2, blocks.shape[1], layers[0].output_weight.shape[2])
+    streams = torch.empty(shape, dtype=torch.bfloat16)
 
     def leave(*_):
         out, middle = seen["out"].float(), seen["in"].float() + seen["attention"].float()
@@ -2536,19 +2459,21 @@ def dense_streams(model, blocks: torch.Tensor) -> tuple[torch.Tensor, list[bool]
         adds_up = over_blocks(model, numbered, per_block, "looking at the dense model", share=False)
     return streams, adds_up.all(0).tolist()
 
-
 def refit_layer(layer: HeadLayer, stream: torch.Tensor, adds_up: bool):
-    """Hooks that refit a layer to the dense stream (n, 2, time, hidden) when its inputs are there; yields their handles."""
+    """Hooks that refit a layer to the dense stream (n, 2, time, hidden) when its turn comes; yields their handles."""
     seen = {}
 
     def before_projection(projection, args):
         kept = (projection.gates != 0).repeat_interleave(layer.head_dim)
         wanted = stream[:, 0].to(args[0].device) - (seen["in"].float() if adds_up else 0)
         if kept.any():
-            refit(projection, args[0], wanted, RIDGE["attention"], kept)
+            with torch.autocast(args[0].device.type, enabled=False):  # a solution needs all of float32
+                refit(projection, args[0], wanted, RIDGE["attention"], kept)
 
     def before_mlp_output(projection, args):
-        refit(projection, args[0], stream[:, 1].to(args[0].device) - seen["in"].float() - seen["attention"], RIDGE["mlp"])
+        wanted = stream[:, 1].to(args[0].device) - seen["in"].float() - seen["attention"]
+        with torch.autocast(args[0].device.type, enabled=False):
+            refit(projection, args[0], wanted, RIDGE["mlp"])
 
     yield from watch_layer(layer, seen)
     yield layer.projection.register_forward_pre_hook(before_projection)  # after the gates' own hook, which is older
@@ -2567,32 +2492,30 @@ def repair(model, blocks: torch.Tensor):
     """A copy of a gated model, refitted on blocks (n, time) to follow the model with open gates."""
     streams, adds_up = dense_streams(model, blocks)
 
-    def attempt(number):  # all blocks go through a layer before the next one can be refitted
+    def refitted(blocks):
         fixed = copy.deepcopy(model).eval()
-        layers = zip(find_heads(fixed), streams[:number].unbind(1), adds_up)
-        with hooks(handle for layer in layers for handle in refit_layer(*layer)), autocast(fixed.device):
-            fixed.base_model(blocks[:number].to(fixed.device), use_cache=False)
+        layers = zip(find_heads(fixed), streams[:len(blocks)].unbind(1), adds_up)
+        with hooks(handle for layer in layers for handle in refit_layer(*layer)):
+            fixed.base_model(blocks, use_cache=False)
         return fixed
 
-    return same_everywhere(fit_batch_size(attempt, len(blocks), "repair", room_for_blocks(model, blocks.shape[1])))
+    return all_at_once(model, blocks, refitted, "repair")
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Repaired weights are kept with the run
 def put_weights(model, weights: dict[str, torch.Tensor]) -> None:
-    """Gives a model weights that were kept; those that are not among them stay. Raises RunError for strangers."""
+    """Gives a model kept weights (name -> tensor, as in its state_dict); others stay. Raises RunError for strangers."""
     strangers = model.load_state_dict(weights, strict=False).unexpected_keys
     if strangers:
         raise RunError(f"what was kept is of another model ({strangers[0]}): start anew with --resume no.")
-
 
 def evenly_spaced(blocks: torch.Tensor, number: int) -> torch.Tensor:
     """So many blocks (number, time), evenly spaced over all of them (n, time)."""
     return blocks[torch.linspace(0, len(blocks) - 1, min(number, len(blocks))).round().long()]
 
-
 def repaired(run: Run, model, text: torch.Tensor):
-    """repair() on blocks (n, time), with what it changed kept with the run; the model itself where nothing is to be done."""
+    """repair() on blocks (n, time), kept with the run; the model itself where nothing is to be repaired."""
     if not run.settings.repair or not run.metrics["heads"]["closed"]:
         return model
 
@@ -2601,9 +2524,9 @@ def repaired(run: Run, model, text: torch.Tensor):
         return {name: value for name, value in fixed.named_parameters() if not torch.equal(value, old[name])}, {}
 
     with run.step("repair"):
-        kept, _ = run.load_or_compute("repair", (model, text, RIDGE), compute)
+        stored, _ = run.load_or_compute("repair", (model, text, RIDGE), compute)
         fixed = copy.deepcopy(model)
-        put_weights(fixed, kept)
+        put_weights(fixed, stored)
     return fixed
 
 
@@ -2626,14 +2549,14 @@ if __name__ == "__main__":
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Strategies x levels: the points, kept one by one
 def sweep_file(run: Run, settings: Settings, texts: tuple[torch.Tensor, ...]) -> Path:
-    """Where the points of a sweep are kept: one file for each model, text and setting that they depend on."""
-    depends = [run.metrics["perplexity"]["dense"], run.metrics["versions"], run.metrics["precision"], settings.model,
-               settings.seed, settings.min_heads, settings.gate_steps, settings.repair, *(text.tolist() for text in texts)]
-    return run.folder.parent / f"sweep-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12]}.json"
-
+    """Where the points of a sweep are kept: one file for each model, blocks (n, time) and settings."""
+    names = ("model", "seed", "min_heads", "gate_steps", "repair")
+    depends = [run.metrics["perplexity"]["dense"], run.metrics["versions"], run.metrics["precision"],
+               [getattr(settings, name) for name in names]]
+    return run.folder.parent / f"sweep-{fingerprint(*depends, *texts)}.json"
 
 def sweep(model, texts: tuple[torch.Tensor, ...], settings: Settings, file: Path, known=()) -> list[dict]:
-    """Prunes with every strategy at every level: a list of {strategy, level, closed, pruned, repaired}, in perplexities.
+    """Prunes with every strategy at every level: a list of {strategy, level, closed, pruned, repaired}.
 
     `texts` are the blocks (n, time) to score on, to repair on and to test on. Points that are in `file` or `known` are
     not computed again. Raises UserError, before anything is computed, for a level that is out of reach.
@@ -2671,15 +2594,15 @@ def sweep_table(points: list[dict], dense: float) -> str:
     levels = sorted({point["level"] for point in points})
     rows = ["| strategy | " + " | ".join(f"{level:.0%}" for level in levels) + " |", "|---" * (len(levels) + 1) + "|"]
     for name in dict.fromkeys(point["strategy"] for point in points):
-        cells = {point["level"]: f"{point['pruned']:.2f}" + (f" → {point['repaired']:.2f}" if point["repaired"] else "")
-                 for point in points if point["strategy"] == name}
-        rows.append(f"| {name} | " + " | ".join(cells[level] for level in levels) + " |")
+        mine = {point["level"]: [point["pruned"], *filter(None, [point["repaired"]])]
+                for point in points if point["strategy"] == name}
+        cells = [" → ".join(f"{value:.2f}" for value in mine[level]) for level in levels]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
     after = " → after repair" if points[0]["repaired"] else ""
     return "\n".join([*rows, "", f"Test perplexity after pruning{after}; dense: {dense:.2f}."])
 
-
 def draw_sweep(points: list[dict], dense: float, total: int) -> Figure:
-    """Perplexity (log axis) against the share of closed heads, of `total`: a line for each strategy, dotted before repair."""
+    """Perplexity (log axis) against the share of `total` heads closed: a line a strategy, dotted before repair."""
     figure = new_figure(8, 4.6)
     axes, end = figure.subplots(), lambda point: point["repaired"] or point["pruned"]
     axes.axhline(dense, color="#555555", linestyle="--", linewidth=1.2, label="dense")
@@ -2696,16 +2619,18 @@ def draw_sweep(points: list[dict], dense: float, total: int) -> Figure:
                    f"(dense {dense:.1f})")
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if axes.get_ylim()[1] < 10 * axes.get_ylim()[0] else "")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else "")
     axes.grid(alpha=0.3, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
-# %%
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title The sweep, recorded and shown; a script ends with it
 def run_sweep(run: Run, model, texts: tuple[torch.Tensor, ...]) -> None:
-    """sweep(), recorded, as a CSV file, and shown. What section 9 and 11 measured is a point that is known already."""
+    """sweep() on blocks (n, time), recorded, as a CSV file, and shown; what sections 9 and 11 measured is known."""
     heads, values, settings = run.metrics["heads"], run.metrics["perplexity"], run.settings
     own = {"strategy": settings.strategy, "level": settings.pruning_level, "closed": heads["closed"],
            "pruned": values["pruned"], "repaired": values.get("repaired")}
@@ -2719,14 +2644,15 @@ def run_sweep(run: Run, model, texts: tuple[torch.Tensor, ...]) -> None:
                 table.writerows(points)
     show_markdown(sweep_table(points, values["dense"]) + "\n\n" + conditions(run.metrics))
     run.show(draw_sweep(points, values["dense"], heads["total"]), "sweep.png")
-
-
-if __name__ == "__main__" and settings.sweep:
-    run_sweep(run, model, (calibration, repair_text, test_blocks))
     if not in_notebook():
         if run.writes:
             print(f"results: {run.finish()}")
         raise SystemExit
+
+
+# %%
+if __name__ == "__main__" and settings.sweep:
+    run_sweep(run, model, (calibration, repair_text, test_blocks))
 
 # %% [markdown]
 # <a name="13.-Compact"></a>
@@ -2748,15 +2674,15 @@ def slice_projection(projection, rows: torch.Tensor, inputs: bool = False) -> No
     is_conv = isinstance(projection, Conv1D)  # its weight is (inputs, outputs), that of a Linear (outputs, inputs)
     weight, bias = projection.weight, projection.bias
     rows = rows.to(weight.device)
-    projection.weight = torch.nn.Parameter(weight.detach().index_select(int(is_conv != inputs), rows), weight.requires_grad)
+    sliced = weight.detach().index_select(int(is_conv != inputs), rows)
+    projection.weight = torch.nn.Parameter(sliced, weight.requires_grad)
     if bias is not None and not inputs:
         projection.bias = torch.nn.Parameter(bias.detach()[rows], bias.requires_grad)
     for name, size in zip(("nx", "nf") if is_conv else ("out_features", "in_features"), projection.weight.shape):
         setattr(projection, name, size)
 
-
 def cut_attention(attention, output: str, kept: list[int]):
-    """The attention module with only the heads in `kept`, cut in place; `output` is the name of its output projection."""
+    """The attention module with only the heads in `kept`, cut in place; `output` names its output projection."""
     if not kept:
         return NoHeads(attention, output)
     heads, projection = attention.config.num_attention_heads, getattr(attention, output)
@@ -2775,14 +2701,14 @@ def cut_attention(attention, output: str, kept: list[int]):
     even = len(set(attention.queries_per_key)) == 1
     if not even:
         attention.register_forward_pre_hook(repeat_keys, with_kwargs=True)
-    sizes = {"num_heads": len(kept), "split_size": len(kept) * columns.shape[1], "num_key_value_heads": len(kept_shared),
-             "num_key_value_groups": attention.queries_per_key[0] if even else 1}
+    group = attention.queries_per_key[0] if even else 1
+    sizes = {"num_heads": len(kept), "split_size": len(kept) * columns.shape[1],
+             "num_key_value_heads": len(kept_shared), "num_key_value_groups": group}
     for name, size in sizes.items():
         if hasattr(attention, name):
             setattr(attention, name, size)
     attention.config = LayerConfig(attention.config, len(kept))
     return attention
-
 
 def cut_heads(model, kept_heads: dict[str, list[int]]) -> None:
     """Cuts a model in place. `kept_heads`: path of an attention output projection -> the heads that stay."""
@@ -2796,7 +2722,6 @@ def cut_heads(model, kept_heads: dict[str, list[int]]) -> None:
 def find_cache(arguments: dict):
     """(name, KV cache) among an attention module's arguments; the name depends on family and version."""
     return next((name, arguments[name]) for name in ("past_key_values", "layer_past", "cache") if name in arguments)
-
 
 def repeat_keys(attention, args, kwargs):
     """Forward pre-hook: the cache holds few key/value heads, but hands out one for each query head that reads it."""
@@ -2812,7 +2737,6 @@ def repeat_keys(attention, args, kwargs):
         return repeat(keys), repeat(values)
 
     return args, kwargs | {name: SimpleNamespace(update=update)}
-
 
 class NoHeads(torch.nn.Module):
     """The attention of a layer that has lost all its heads: what remains is the output projection's bias."""
@@ -2830,7 +2754,6 @@ class NoHeads(torch.nn.Module):
             cache.update(token, token, self.layer_idx)
         nothing = torch.zeros_like(hidden_states)
         return self.dropout(nothing if self.output_bias is None else nothing + self.output_bias), None
-
 
 class LayerConfig:
     """The model's config as one layer sees it: with the number of heads that this layer has left."""
@@ -2866,7 +2789,6 @@ def compact(model):
     small.config.kept_heads = kept
     return small
 
-
 @torch.no_grad()
 def largest_difference(model, other, blocks: torch.Tensor) -> float:
     """The largest difference between two models' float32 logits on blocks (n, time), relative to the largest logit."""
@@ -2883,16 +2805,14 @@ def without_weights(model):
         shapes[id(parameter)] = torch.nn.Parameter(shapes[id(parameter)])
     return copy.deepcopy(model, shapes)
 
-
 @torch.no_grad()
 def count_flops(model, tokens: int) -> float:
-    """Floating-point operations per token of a forward pass over `tokens` tokens, in matrix products; nothing is computed."""
+    """Floating-point operations of matrix products per token, in a forward pass over `tokens` tokens."""
     # Where nothing is computed nothing can be looked at: eager attention does not look whether tokens are masked, and
     # with a cache nobody looks whether several texts are packed together.
     with eager_attention(shapes := without_weights(model)), FlopCounterMode(display=False) as counter:
         shapes.eval()(torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=True)
     return counter.get_total_flops() / tokens
-
 
 @torch.no_grad()
 def cache_bytes(model, tokens: int = 8) -> int:
@@ -2900,9 +2820,8 @@ def cache_bytes(model, tokens: int = 8) -> int:
     cache = model.eval()(torch.zeros(1, tokens, dtype=torch.long, device=model.device), use_cache=True).past_key_values
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // tokens
 
-
 def tokens_per_second(models: dict, batch: torch.Tensor, training: bool = False, rounds: int = 5) -> dict[str, float]:
-    """Median speed of several models on ids (batch, time), in turns, after a warm-up; training is forward and backward."""
+    """Median speed of models on ids (batch, time), in turns, after a warm-up; training is forward and backward."""
     seconds = {name: [] for name in models}
     for _ in range(rounds + 1):
         for name, model in models.items():
@@ -2918,7 +2837,6 @@ def tokens_per_second(models: dict, batch: torch.Tensor, training: bool = False,
             model.zero_grad(set_to_none=True)
             model.eval()
     return {name: round(batch.numel() / statistics.median(times[1:]), 1) for name, times in seconds.items()}
-
 
 def measure_sizes(models: dict, block: torch.Tensor) -> dict[str, dict]:
     """Size and speed of models without gates, as {name: {quantity: number}}; speeds on one block (1, time)."""
@@ -2946,15 +2864,13 @@ def size_table(sizes: dict[str, dict]) -> str:
         lines.append(f"| {title} | {before * unit:{form}} | {after * unit:{form}} | {after / before:.3f} |")
     return "\n".join(lines)
 
-
 def require_same_gates(model, pruned) -> None:
     """Raises UserError where heads were taken in section 10, and what was repaired before belongs to others."""
     if not torch.equal(get_gates(model), get_gates(pruned)):
-        raise UserError("other heads were closed since the model was repaired: run section 11 again, and then this cell.")
-
+        raise UserError("other heads were closed since the model was repaired: run section 11, and then this cell.")
 
 def check_compact(run: Run, model, pruned, block: torch.Tensor) -> str:
-    """Compacts `pruned`, compares logits on a block (1, time), measures it beside the dense `model`; what came out, in words."""
+    """Compacts `pruned`, compares logits on a block (1, time), and measures it beside the dense `model`; in words."""
     require_same_gates(model, pruned)
     run.metrics["size"] = {}
     if not can_compact(model):
@@ -2967,8 +2883,8 @@ def check_compact(run: Run, model, pruned, block: torch.Tensor) -> str:
         for stage in {"pruned", "repaired"} & set(run.metrics["parameters"]):
             run.metrics["parameters"][stage] = small.num_parameters()
     if difference > 1e-3:
-        raise RuntimeError(f"the compact model differs from the gated one by {difference:.1e}: please report this, naming "
-                           "the model.")
+        raise RuntimeError(f"the compact model differs from the gated one by {difference:.1e}: please report this, "
+                           "naming the model.")
     expected = sizes["dense"]["flops_per_token"] / sizes["pruned"]["flops_per_token"]
     measured = sizes["pruned"]["forward_tokens_per_second"] / sizes["dense"]["forward_tokens_per_second"]
     return (f"{size_table(sizes)}\n\nForward pass {measured:.2f} x as fast, {expected:.2f} x by arithmetic; largest "
@@ -3001,11 +2917,9 @@ def training_plan(settings: Settings, blocks: torch.Tensor) -> dict:
             "warmup_steps": round(settings.warmup * steps), "lr_scheduler_type": "cosine", "max_grad_norm": 1.0,
             "seed": settings.seed}
 
-
 def with_labels(blocks: torch.Tensor) -> list[dict]:
     """Blocks (n, time) as the Trainer takes them; the first label is masked, since nothing predicts it."""
     return [{"input_ids": block, "labels": torch.cat([block.new_tensor([-100]), block[1:]])} for block in blocks]
-
 
 if __name__ == "__main__":
     print(training_plan(run.settings, blocks["train"]))
@@ -3013,7 +2927,6 @@ if __name__ == "__main__":
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Heads that may come back (reopen_heads): gates are trained too, for the first half of the steps
 GATE_LEARNING_RATE = 3e-2  # gates have to travel from 0 to about 1; weights hardly move
-
 
 def train_gates(model, trained: bool) -> None:
     """Turns the gates from buffers into parameters, or back: a closed head has a gradient on its gate even at zero."""
@@ -3025,15 +2938,14 @@ def train_gates(model, trained: bool) -> None:
         else:
             layer.projection.register_buffer("gates", gates)
 
-
 def gate_optimizer(model, settings: Settings) -> torch.optim.Optimizer:
     """AdamW with a learning rate of their own for the gates."""
     gates, weights = [], []
     for name, parameter in model.named_parameters():
         (gates if name.endswith(".gates") else weights).append(parameter)
-    return torch.optim.AdamW([{"params": weights, "weight_decay": settings.weight_decay},
-                              {"params": gates, "lr": GATE_LEARNING_RATE, "weight_decay": 0.0}], lr=settings.learning_rate)
-
+    groups = [{"params": weights, "weight_decay": settings.weight_decay},
+              {"params": gates, "lr": GATE_LEARNING_RATE, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate)
 
 class CommitGates(TrainerCallback):
     """Half-way through training, closes all gates but the largest and trains none of them any more."""
@@ -3056,7 +2968,6 @@ class CommitGates(TrainerCallback):
         for layer in find_heads(model):
             layer.projection.gates.requires_grad_(False)
 
-
 def record_reopened(run: Run, model, tuned):
     """Records which heads of `model` came back in `tuned`, which is compacted where it can be."""
     came_back = ((get_gates(model) == 0) & (get_gates(tuned) != 0)).nonzero().tolist()
@@ -3066,11 +2977,43 @@ def record_reopened(run: Run, model, tuned):
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title The live picture: redrawn in place, for at most a twentieth of the time
+# @title What is drawn and kept of a training
 CURVES = {"loss": "training loss", "perplexity": "validation perplexity", "learning_rate": "learning rate",
           "memory": "memory (GiB)"}
 
+def history_of(state) -> dict[str, list]:
+    """[step, value] pairs of each of CURVES, from the Trainer's log."""
+    return {key: [[logs["step"], logs[key]] for logs in state.log_history if key in logs] for key in CURVES}
 
+def draw_training(history: dict[str, list], title: str, dense: float | None) -> Figure:
+    """The four curves side by side; `dense` is the untouched dense model's validation perplexity."""
+    figure = new_figure(11, 2.8)
+    figure.suptitle(title, fontsize=11)
+    for axes, (key, points) in zip(figure.subplots(1, 4), history.items()):
+        axes.plot(*zip(*points) if points else ([], []), color="#0072B2")
+        axes.set_title(CURVES[key], fontsize=10)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        if key == "perplexity" and dense:
+            axes.axhline(dense, color="#D55E00", linestyle="--", label="dense, untouched")
+            axes.legend(fontsize=8)
+        if key == "memory" and points:
+            axes.set_ylim(0, 1.15 * max(used for _, used in points))  # a level line at the very top cannot be seen
+    return figure
+
+def training_record(trainer: Trainer, plot, seconds: float) -> dict:
+    """What metrics.json keeps: steps, tokens, speed and curves of a training that took so many seconds."""
+    args, steps, history = trainer.args, trainer.state.global_step, history_of(trainer.state)
+    best = min(history["perplexity"], key=lambda point: point[1])[0]
+    return {"steps": steps, "planned_steps": args.max_steps,
+            "kept_step": best if args.load_best_model_at_end else args.max_steps,
+            "tokens_per_step": plot.tokens_per_step, "micro_batch": args.per_device_train_batch_size,
+            "train_tokens_per_second": round((steps - plot.first_step) * plot.tokens_per_step / seconds, 1),
+            "history": history}
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title The live picture: redrawn in place, for at most a twentieth of the time
 class LivePlot(TrainerCallback):
     """Draws what the Trainer logs, and keeps the last picture. Raises RunError for a loss that is no number."""
 
@@ -3101,33 +3044,19 @@ class LivePlot(TrainerCallback):
             self.redraw(state)
         self.run.keep(self.draw(state), f"{self.name}.png")
 
-    def title(self, state) -> str:
-        """How far, how well, how fast, how long still."""
+    def draw(self, state) -> Figure:
+        """The picture; its title says how far, how well, how fast, how long still."""
+        history = history_of(state)
         words = [f"{STAGES.get(self.name, self.name)}: step {state.global_step} of {state.max_steps}"]
-        if seen := history_of(state)["perplexity"]:
-            words.append("validation perplexity " + " → ".join(f"{value:.1f}" for _, value in (seen[:1] + seen[-1:])))
+        if seen := history["perplexity"]:
+            words.append("validation perplexity " + " → ".join(f"{value:.1f}" for _, value in seen[:1] + seen[-1:]))
         seconds, done = time.monotonic() - self.begun, state.global_step - self.first_step
         if done:
             words.append(f"{self.tokens_per_step * done / seconds:,.0f} tokens/s")
             left = seconds / done * (state.max_steps - state.global_step)
             minutes, rest = divmod(left or seconds, 60)
             words.append(f"{minutes:.0f} min {rest:02.0f} s{' left' if left else ''}")
-        return " · ".join(words)
-
-    def draw(self, state) -> Figure:
-        figure = new_figure(11, 2.8)
-        figure.suptitle(self.title(state), fontsize=11)
-        for axes, (key, points) in zip(figure.subplots(1, 4), history_of(state).items()):
-            axes.plot(*zip(*points) if points else ([], []), color="#0072B2")
-            axes.set_title(CURVES[key], fontsize=10)
-            axes.set_xlabel("step")
-            axes.grid(alpha=0.3)
-            if key == "perplexity" and self.run.dense_validation:
-                axes.axhline(self.run.dense_validation, color="#D55E00", linestyle="--", label="dense, untouched")
-                axes.legend(fontsize=8)
-            if key == "memory" and points:
-                axes.set_ylim(0, 1.15 * max(used for _, used in points))  # a level line at the very top cannot be seen
-        return figure
+        return draw_training(history, " · ".join(words), self.run.dense_validation)
 
     def redraw(self, state):
         from IPython.display import Image, display
@@ -3139,24 +3068,6 @@ class LivePlot(TrainerCallback):
             self.display.update(picture)
         self.drawn = time.monotonic()
         self.cost = self.drawn - start
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title What metrics.json keeps of a training
-def history_of(state) -> dict[str, list]:
-    """[step, value] pairs of each of CURVES, from the Trainer's log."""
-    return {key: [[logs["step"], logs[key]] for logs in state.log_history if key in logs] for key in CURVES}
-
-
-def training_record(trainer: Trainer, plot: LivePlot, seconds: float) -> dict:
-    """Steps, tokens, speed and curves of a training that took so many seconds."""
-    args, steps, history = trainer.args, trainer.state.global_step, history_of(trainer.state)
-    best = min(history["perplexity"], key=lambda point: point[1])[0]
-    return {"steps": steps, "planned_steps": args.max_steps,
-            "kept_step": best if args.load_best_model_at_end else args.max_steps,
-            "tokens_per_step": plot.tokens_per_step, "micro_batch": args.per_device_train_batch_size,
-            "train_tokens_per_second": round((steps - plot.first_step) * plot.tokens_per_step / seconds, 1),
-            "history": history}
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -3176,13 +3087,12 @@ class DistillingTrainer(Trainer):
         loss = (1 - self.share) * output.loss + self.share * taught
         return (loss, output) if return_outputs else loss
 
-
 @contextlib.contextmanager
 def trainable(model, settings: Settings):
     """Within it a model is as Trainer and accelerate need it; afterwards nothing of that is left in it."""
     use_cache = model.config.use_cache
-    every, once = ({name for name, _ in model.named_parameters(remove_duplicate=duplicates)} for duplicates in (False, True))
-    model._keys_to_ignore_on_save = list(every - once) or None  # tied weights are not missed in checkpoints
+    names = [dict(model.named_parameters(remove_duplicate=unique)).keys() for unique in (False, True)]
+    model._keys_to_ignore_on_save = list(names[0] - names[1]) or None  # tied weights are not missed in checkpoints
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.reopen_heads:
@@ -3192,11 +3102,10 @@ def trainable(model, settings: Settings):
         train_gates(model, False)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_disable()
-    for attribute in ("_keys_to_ignore_on_save", "forward", "_original_forward"):  # accelerate's forward computes in 16 bits
+    for attribute in ("_keys_to_ignore_on_save", "forward", "_original_forward"):  # accelerate's computes in 16 bits
         vars(model).pop(attribute, None)
     model.config.use_cache = use_cache  # which the Trainer switches off, and would be saved so
     model.eval()
-
 
 def make_trainer(model, data: dict, settings: Settings, plan: dict, folder: Path, micro_batch: int) -> Trainer:
     """The Trainer of fine_tune(). Whole checkpoints every tenth of the way, from which it goes on bit for bit."""
@@ -3205,9 +3114,10 @@ def make_trainer(model, data: dict, settings: Settings, plan: dict, folder: Path
     arguments = TrainingArguments(
         str(folder / f"micro-batch-{micro_batch}"), **plan, per_device_train_batch_size=micro_batch,
         per_device_eval_batch_size=micro_batch, gradient_accumulation_steps=accumulated, prediction_loss_only=True,
-        logging_nan_inf_filter=False, logging_steps=max(1, plan["max_steps"] // 25), eval_strategy="steps", eval_steps=tenth,
-        save_strategy="steps", save_steps=tenth, save_total_limit=1, restore_callback_states_from_checkpoint=True,
-        load_best_model_at_end=not free,  # gates that are still being chosen have no best moment: the last weights count
+        logging_nan_inf_filter=False, logging_steps=max(1, plan["max_steps"] // 25), eval_strategy="steps",
+        eval_steps=tenth, save_strategy="steps", save_steps=tenth, save_total_limit=1,
+        restore_callback_states_from_checkpoint=True,
+        load_best_model_at_end=not free,  # gates that are being chosen have no best moment: the last weights count
         metric_for_best_model="loss", optim=ADAMW, bf16=COMPUTING.dtype == torch.bfloat16,
         fp16=COMPUTING.dtype == torch.float16, use_cpu=device == "cpu", report_to="none", disable_tqdm=in_notebook(),
         dataloader_pin_memory=device == "cuda")
@@ -3232,13 +3142,11 @@ def last_checkpoint(folder: Path) -> str | None:
             shutil.rmtree(path)
     return max(whole, default=(0, None))[1]
 
-
 def training_key(model, blocks: dict[str, torch.Tensor], settings: Settings) -> str:
-    """A fingerprint of all that a fine-tuned model depends on."""
-    names = [field.name for field in dataclasses.fields(TuningSettings)]
+    """A fingerprint of all that a model depends on that is fine-tuned on blocks (n, time)."""
+    names = [name for name, *_ in SETTINGS["fine-tuning"]]
     names += ["reopen_heads", "pruning_level", "min_heads"] if settings.reopen_heads else []
     return fingerprint(model, blocks["train"], blocks["validation"], [getattr(settings, name) for name in names])
-
 
 def fine_tune(run: Run, name: str, make, blocks: dict[str, torch.Tensor], settings: Settings, teacher=None):
     """The model that `make()` returns, fine-tuned on blocks (n, time); `name` is that of its record and picture.
@@ -3248,8 +3156,8 @@ def fine_tune(run: Run, name: str, make, blocks: dict[str, torch.Tensor], settin
     """
     world, plan = rank_and_world()[1], training_plan(settings, blocks["train"])
     if settings.batch_size % world:
-        raise UserError(f"batch_size is {settings.batch_size}, but must be a multiple of {world}, the number of processes: "
-                        "change one of the two.")
+        raise UserError(f"batch_size is {settings.batch_size}, but must be a multiple of {world}, the number of "
+                        "processes: change one of the two.")
     data = {"train": with_labels(blocks["train"]), "validation": with_labels(blocks["validation"][:16])}
     model = make()
     folder = run.state / f"trainer-{name}-{training_key(model, blocks, settings)}"
@@ -3264,7 +3172,8 @@ def fine_tune(run: Run, name: str, make, blocks: dict[str, torch.Tensor], settin
             trainer = make_trainer(tuned, data, settings, plan, folder, micro_batch)
             trainer.add_callback(plot)
             if teacher is not None and settings.distillation:
-                trainer.teacher, trainer.share, trainer.model_accepts_loss_kwargs = teacher, settings.distillation, False
+                trainer.teacher, trainer.share = teacher, settings.distillation
+                trainer.model_accepts_loss_kwargs = False  # that loss is a mean over the micro-batch
             checkpoint = from_all_processes(last_checkpoint(Path(trainer.args.output_dir)) if run.writes else None)[0]
             result = trainer.train(resume_from_checkpoint=checkpoint)
         run.metrics.setdefault("training", {})[name] = training_record(trainer, plot, result.metrics["train_runtime"])
@@ -3279,7 +3188,7 @@ def fine_tune(run: Run, name: str, make, blocks: dict[str, torch.Tensor], settin
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title A fine-tuned model is kept with the run
 def fine_tuned(run: Run, name: str, make, blocks: dict[str, torch.Tensor], settings: Settings, teacher=None):
-    """fine_tune(), once: where it was done before, the weights that were kept."""
+    """fine_tune() on blocks (n, time), once: where it was done before, the weights that were kept."""
     found = []
 
     def compute():
@@ -3294,7 +3203,6 @@ def fine_tuned(run: Run, name: str, make, blocks: dict[str, torch.Tensor], setti
         put_weights(found[0], weights)
     return move(found[0], run.device)
 
-
 def fine_tune_pruned(run: Run, model, pruned, blocks: dict[str, torch.Tensor]):
     """`pruned`, compacted where it can be and fine-tuned on blocks (n, time); `model` is the gated dense one."""
     require_same_gates(model, pruned)
@@ -3307,18 +3215,17 @@ def fine_tune_pruned(run: Run, model, pruned, blocks: dict[str, torch.Tensor]):
         tuned = fine_tuned(run, "fine_tuned", make, blocks, settings, teacher=model)
     return record_reopened(run, model, tuned) if settings.reopen_heads else tuned
 
-
-def fine_tune_dense(run: Run, model, blocks: dict[str, torch.Tensor]):
-    """The dense model, fine-tuned on blocks (n, time) with the same budget, or None where nobody asked for that."""
+def fine_tune_dense(run: Run, model, tokenizer, blocks: dict[str, torch.Tensor], test_blocks: torch.Tensor) -> None:
+    """Fine-tunes the dense model on blocks (n, time) with the same budget, where that is wanted, and measures it."""
     run.metrics.get("training", {}).pop("dense_fine_tuned", None)
-    affordable = run.device.type != "cpu" or model.num_parameters() < 50e6
-    if run.settings.control == "no" or (run.settings.control == "auto" and not affordable):
-        print("No control." + " It would take long for so large a model without an accelerator: --control runs it."
-              * (not affordable))
-        return None
+    slow = run.device.type == "cpu" and model.num_parameters() > 50e6
+    if run.settings.control == "no" or (run.settings.control == "auto" and slow):
+        return print("No control: for so large a model it takes long without an accelerator. --control runs it."
+                     if slow else "No control.")
     with run.step("fine-tune control"), all_open(model):
-        settings = dataclasses.replace(run.settings, reopen_heads=False)
-        return fine_tuned(run, "dense_fine_tuned", functools.partial(copy.deepcopy, model), blocks, settings)
+        settings, make = dataclasses.replace(run.settings, reopen_heads=False), functools.partial(copy.deepcopy, model)
+        tuned = fine_tuned(run, "dense_fine_tuned", make, blocks, settings)
+    measure(run, "dense_fine_tuned", tuned, tokenizer, test_blocks)
 
 
 # %%
@@ -3334,10 +3241,7 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
-    control = fine_tune_dense(run, model, blocks)
-    if control is not None:
-        measure(run, "dense_fine_tuned", control, tokenizer, test_blocks)
-        control = None
+    fine_tune_dense(run, model, tokenizer, blocks, test_blocks)
 
 # %% [markdown]
 # <a name="15.-Compare"></a>
@@ -3352,7 +3256,6 @@ def require_fine_tuned(metrics: dict) -> None:
     if "fine_tuned" not in metrics["perplexity"]:
         raise UserError("the model was pruned after it was fine-tuned: run sections 9 to 14 again, and then this cell.")
 
-
 def comparison(metrics: dict) -> str:
     """The comparison as a Markdown table."""
     heads, dense = metrics["heads"], metrics["perplexity"]["dense"]
@@ -3363,7 +3266,6 @@ def comparison(metrics: dict) -> str:
         rows.append(f"| {STAGES[stage]} | {heads['total'] - closed.get(stage, 0)} / {heads['total']} | "
                     f"{metrics['parameters'][stage] / 1e6:,.2f} M | {value:.2f} | {value / dense - 1:+.1%} |")
     return "\n".join(rows)
-
 
 def finding(metrics: dict) -> str:
     """The result in one line."""
@@ -3377,7 +3279,6 @@ def finding(metrics: dict) -> str:
 # @title The comparison as a picture (1): its parts
 COLOR = {"dense": "#999999", "pruned": "#D55E00", "repaired": "#E69F00", "fine_tuned": "#0072B2",
          "dense_fine_tuned": "#56B4E9"}
-
 
 def plot_perplexities(axes, values: dict[str, float]) -> None:
     """Perplexity of every stage, on a log axis, as the distance from the dense model."""
@@ -3393,7 +3294,6 @@ def plot_perplexities(axes, values: dict[str, float]) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
     axes.margins(x=0.12)
-
 
 def plot_sizes(axes, sizes: dict[str, dict]) -> None:
     """The compact model's size and speed in percent of the dense one's."""
@@ -3411,11 +3311,11 @@ def plot_sizes(axes, sizes: dict[str, dict]) -> None:
     axes.set(xlabel="compact model, % of the dense one", xlim=(0, 1.05 * max(100, *shares)))
     axes.invert_yaxis()
 
-
 def plot_training(axes, training: dict[str, dict]) -> None:
     """Validation perplexity while fine-tuning, the pruned model and the control."""
     for stage, record in training.items():
-        axes.plot(*zip(*record["history"]["perplexity"]), color=COLOR[stage], marker="o", markersize=3, label=STAGES[stage])
+        curve, look = zip(*record["history"]["perplexity"]), {"color": COLOR[stage], "label": STAGES[stage]}
+        axes.plot(*curve, marker="o", markersize=3, **look)
     axes.set(xlabel="step", ylabel="validation perplexity")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
@@ -3448,10 +3348,11 @@ def draw_dashboard(metrics: dict, gates: torch.Tensor) -> Figure:
     parts[4].text(0, 1, text, va="top", fontsize=8, transform=parts[4].transAxes)
     return figure
 
-
 @saying_disk_trouble()
 def write_report(run: Run) -> None:
     """Writes report.md into the run's folder."""
+    if not run.writes:
+        return
     metrics, heads = run.metrics, run.metrics["heads"]
     samples = [f"**{STAGES[stage]}**\n\n> " + text.replace("\n", "\n> ") for stage, text in metrics["samples"].items()]
     rows = {"layer": range(len(heads["open_per_layer"])), "---": ["---"] * len(heads["open_per_layer"]),
@@ -3467,8 +3368,7 @@ def write_report(run: Run) -> None:
 # %%
 if __name__ == "__main__":
     require_fine_tuned(run.metrics)
-    if run.writes:
-        write_report(run)
+    write_report(run)
     show_markdown(comparison(run.metrics) + "\n\n" + conditions(run.metrics))
     run.show(draw_dashboard(run.metrics, get_gates(model)), "dashboard.png", width=1100)
 
@@ -3491,12 +3391,11 @@ def source_of(thing) -> str:
     return next(ast.get_source_segment(text, node) for node in ast.parse(text).body
                 if getattr(node, "name", "") == thing.__name__)
 
-
 def modeling_code(name: str) -> str:
     """The text of modeling_pruned.py: the class Pruned<name>, derived from the class <name> of transformers."""
     pieces = (inputs_first, find_rows, slice_projection, cut_attention, cut_heads, find_cache, repeat_keys, NoHeads,
               LayerConfig)
-    return f'''"""{name} with some of its attention heads removed; `kept_heads` in config.json lists those that are left.
+    return f'''"""{name} with some of its attention heads removed; `kept_heads` in config.json lists those that stay.
 
 Written by PruningAndFineTuningColab. Needs torch and transformers, nothing else.
 """
@@ -3533,7 +3432,6 @@ def native_class(model) -> type:
     """The class of transformers that a model has, or is derived from."""
     return next(base for base in type(model).__mro__ if base.__module__.startswith("transformers.models."))
 
-
 def native_config(model):
     """A compact model's configuration in the words of its family alone, or None where they do not suffice."""
     config, kept_heads = copy.deepcopy(model.config), model.config.kept_heads
@@ -3543,12 +3441,11 @@ def native_config(model):
     if len(groups) > 1 or len(set(min(groups))) != 1:
         return None  # layers differ, key/value heads are read by different numbers of query heads, or no head is left
     (group,) = groups
-    output_weight = model.get_submodule(next(iter(kept_heads))).weight
+    inputs = model.get_submodule(next(iter(kept_heads))).weight.numel() // config.hidden_size
     try:
-        return config_with_fewer(config, sum(group), len(group), output_weight.numel() // config.hidden_size // sum(group))
+        return config_with_fewer(config, sum(group), len(group), inputs // sum(group))
     except UserError:
         return None
-
 
 def save_compact(model, tokenizer, folder: Path) -> None:
     """Saves a compact model for from_pretrained: natively where that is possible, else with modeling_pruned.py."""
@@ -3558,7 +3455,8 @@ def save_compact(model, tokenizer, folder: Path) -> None:
     config = native_config(model)
     if config is None:
         config, name = copy.deepcopy(model.config), native_class(model).__name__
-        config.architectures, config.auto_map = [f"Pruned{name}"], {"AutoModelForCausalLM": f"modeling_pruned.Pruned{name}"}
+        config.architectures = [f"Pruned{name}"]
+        config.auto_map = {"AutoModelForCausalLM": f"modeling_pruned.Pruned{name}"}
         (folder / "modeling_pruned.py").write_text(modeling_code(name), encoding="utf-8")
     config.save_pretrained(folder)
 
@@ -3572,7 +3470,7 @@ def save_compact(model, tokenizer, folder: Path) -> None:
 # @title Saving the zeroed form, and opening it again with its gates
 @torch.no_grad()
 def expand(small, model):
-    """A copy of the gated `model` with the weights of `small`, which was compacted from it; closed heads keep their own."""
+    """A copy of the gated `model` with the weights of `small`, which was cut from it; closed heads keep their own."""
     full, weights = copy.deepcopy(model), dict(small.named_parameters())
     for path, kept in small.config.kept_heads.items():
         parent, _, output = path.rpartition(".")
@@ -3589,30 +3487,28 @@ def expand(small, model):
                                   for layer, kept in zip(find_heads(full), small.config.kept_heads.values())]))
     return full
 
-
 @torch.no_grad()
 def save_gated(model, tokenizer, folder: Path) -> None:
     """Saves a gated model as a plain checkpoint, with its gates and what they erased in gates.safetensors."""
     plain = move(copy.deepcopy(model), "cpu")
-    kept = {"gates": get_gates(plain)}
+    erased = {"gates": get_gates(plain)}
     for number, layer in enumerate(find_heads(plain)):
         gates = layer.projection.gates
-        kept[f"output_weight.{number}"] = layer.output_weight[gates != 1].clone().contiguous()
+        erased[f"output_weight.{number}"] = layer.output_weight[gates != 1].clone().contiguous()
         layer.output_weight.mul_(gates[:, None, None])
     remove_gates(plain)
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    save_file(kept, folder / "gates.safetensors")
-
+    save_file(erased, folder / "gates.safetensors")
 
 @torch.no_grad()
 def load_gated(folder: Path, device: str | torch.device = "cpu"):
     """Tokenizer and model that save_gated wrote, with its gates, every one of which can be opened again."""
     tokenizer, model = load_model(str(folder), device)
-    kept = load_file(Path(folder) / "gates.safetensors")
-    for number, (layer, gates) in enumerate(zip(find_heads(model), kept["gates"], strict=True)):
-        layer.output_weight[gates != 1] = kept[f"output_weight.{number}"].to(device)
-    set_gates(model, kept["gates"])
+    erased = load_file(Path(folder) / "gates.safetensors")
+    for number, (layer, gates) in enumerate(zip(find_heads(model), erased["gates"], strict=True)):
+        layer.output_weight[gates != 1] = erased[f"output_weight.{number}"].to(device)
+    set_gates(model, erased["gates"])
     return tokenizer, model
 
 
@@ -3629,16 +3525,17 @@ def model_card(metrics: dict, folder: Path) -> str:
                                          pipeline_tag="text-generation", tags=["attention-head-pruning"])
     with_code = (folder / "modeling_pruned.py").exists()
     closed = "closed (their output weights are zero)" if (folder / "gates.safetensors").exists() else "removed"
-    warning = ("\n`trust_remote_code=True` runs `modeling_pruned.py`, which is in this folder: read it first. It needs torch "
-               "and transformers only.\n" if with_code else "")
+    warning = ("\n`trust_remote_code=True` runs `modeling_pruned.py`, which is in this folder: read it first. It needs "
+               "torch and transformers only.\n" if with_code else "")
+    layers = "; ".join(f"{layer}: {', '.join(part)}" for layer, part in lost.items())
     return f"""---
 {data.to_yaml()}
 ---
 
 # {name}, {heads["closed"]} of {heads["total"]} attention heads {closed.split()[0]}
 
-Made from `{name}` with PruningAndFineTuningColab: heads were scored, the least important ones {closed}, and what is left
-was fine-tuned.
+Made from `{name}` with PruningAndFineTuningColab: heads were scored, the least important ones {closed}, and what is
+left was fine-tuned.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -3651,7 +3548,7 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{', trust_remo
 
 {conditions(metrics)}
 
-Heads {closed.split()[0]}, by layer: {"; ".join(f"{layer}: {', '.join(part)}" for layer, part in lost.items()) or "none"}.
+Heads {closed.split()[0]}, by layer: {layers or "none"}.
 """
 
 
@@ -3659,14 +3556,13 @@ Heads {closed.split()[0]}, by layer: {"; ".join(f"{layer}: {', '.join(part)}" fo
 # @title Every saved folder is opened again and compared before it is handed over
 def reopen(folder: Path):
     """The model of a saved folder, opened as AutoModelForCausalLM.from_pretrained(trust_remote_code=True) does."""
-    # Step by step, because some versions of AutoModelForCausalLM then use the folder's class for all models of the family.
+    # Step by step, because some versions of AutoModelForCausalLM then use the folder's class for the whole family.
     code = getattr(AutoConfig.from_pretrained(folder), "auto_map", {}).get("AutoModelForCausalLM")
     opener = get_class_from_dynamic_module(code, folder) if code else AutoModelForCausalLM
     return opener.from_pretrained(folder)
 
-
 def save_models(run: Run, tuned, model, tokenizer, block: torch.Tensor) -> None:
-    """Saves `tuned`, which came from the gated `model`, in the forms that are wanted; each must give its logits again."""
+    """Saves `tuned`, made from the gated `model`, in the forms wanted; each is opened again, on a block (1, time)."""
     is_compact = hasattr(tuned.config, "kept_heads")
     forms = {"both": ["compact", "zeroed"], "no": []}.get(run.settings.save_model, [run.settings.save_model])
     if forms and not is_compact:
@@ -3686,14 +3582,14 @@ def save_models(run: Run, tuned, model, tokenizer, block: torch.Tensor) -> None:
             undo.pop_all()
         difference = largest_difference(tuned, move(reopen(folder), run.device), block)
         run.metrics["reopened_difference"][form] = difference
-        print(f"{folder}: {sum(file.stat().st_size for file in folder.glob('*.safetensors')) / 1e6:.1f} MB; opened again, "
-              + ("with the same logits" if not difference else f"logits differ by {difference:.0e} of the largest"))
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
+        differ = f"logits differ by {difference:.0e} of the largest" if difference else "with the same logits"
+        print(f"{folder}: {size:.1f} MB; opened again, {differ}")
         if difference > 1e-3:
-            raise RuntimeError(f"{folder} does not open as the model that was saved: please report this, naming the model.")
-
+            raise RuntimeError(f"{folder} does not open as the model that was saved: please report this and the model.")
 
 def offer_download(archive: Path) -> None:
-    """Downloads a file in Colab, where it is not on Drive already; elsewhere says where it is, with a link in a notebook."""
+    """Downloads a file in Colab, if it is not on Drive; elsewhere says where it is, with a link in a notebook."""
     if "google.colab" in sys.modules and not archive.is_relative_to("/content/drive"):
         from google.colab import files
 
@@ -3702,8 +3598,18 @@ def offer_download(archive: Path) -> None:
         from IPython.display import HTML, display
 
         # Not IPython's FileLink: JupyterLab would open the zip as a text.
-        display(HTML(f'<a href="{urllib.parse.quote(os.path.relpath(archive))}" download>{html.escape(archive.name)}</a>'))
+        address = urllib.parse.quote(os.path.relpath(archive))
+        display(HTML(f'<a href="{address}" download>{html.escape(archive.name)}</a>'))
     print(f"results: {archive} ({archive.stat().st_size / 2**20:.1f} MB)")
+
+def hand_over(run: Run, tuned, model, tokenizer, block: torch.Tensor) -> None:
+    """save_models(), with a block (1, time) to compare on, and the download; the last step of a run."""
+    require_fine_tuned(run.metrics)
+    if run.writes:
+        with run.step("save model"):
+            save_models(run, tuned, model, tokenizer, block)
+        offer_download(run.finish())
+    wait_for_all()
 
 
 # %% [markdown]
@@ -3712,9 +3618,4 @@ def offer_download(archive: Path) -> None:
 
 # %%
 if __name__ == "__main__":
-    require_fine_tuned(run.metrics)
-    if run.writes:
-        with run.step("save model"):
-            save_models(run, tuned, pruned, tokenizer, test_blocks[:1])
-        offer_download(run.finish())
-    wait_for_all()
+    hand_over(run, tuned, pruned, tokenizer, test_blocks[:1])

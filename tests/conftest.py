@@ -11,15 +11,28 @@ import transformers
 
 import PruningAndFineTuningColab as nb
 
-SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=97,
-             max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+SMALL = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    vocab_size=97,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 LLAMA = SMALL | dict(num_key_value_heads=2, head_dim=8)
 GPT = dict(n_embd=32, n_layer=2, n_head=4, vocab_size=97, n_positions=64, bos_token_id=1, eos_token_id=2)
 
 # family -> (config class, its arguments, path of the output projection)
 FAMILIES = {
     "gpt2": ("GPT2Config", GPT, "transformer.h.{}.attn.c_proj"),
-    "opt": ("OPTConfig", SMALL | dict(ffn_dim=64, word_embed_proj_dim=32), "model.decoder.layers.{}.self_attn.out_proj"),
+    "opt": (
+        "OPTConfig",
+        SMALL | dict(ffn_dim=64, word_embed_proj_dim=32),
+        "model.decoder.layers.{}.self_attn.out_proj",
+    ),
     "gpt_neox": ("GPTNeoXConfig", SMALL, "gpt_neox.layers.{}.attention.dense"),
     "llama": ("LlamaConfig", LLAMA, "model.layers.{}.self_attn.o_proj"),
     "mistral": ("MistralConfig", LLAMA, "model.layers.{}.self_attn.o_proj"),
@@ -30,14 +43,36 @@ FAMILIES = {
     "phi": ("PhiConfig", SMALL, "model.layers.{}.self_attn.dense"),
     "phi3": ("Phi3Config", SMALL | dict(num_key_value_heads=2), "model.layers.{}.self_attn.o_proj"),
     "gptj": ("GPTJConfig", GPT | dict(rotary_dim=4), "transformer.h.{}.attn.out_proj"),
-    "gpt_neo": ("GPTNeoConfig", dict(hidden_size=32, num_layers=2, num_heads=4, vocab_size=97, max_position_embeddings=64,
-                                     attention_types=[[["global", "local"], 1]], window_size=16, bos_token_id=1, eos_token_id=2),
-                "transformer.h.{}.attn.attention.out_proj"),
-    "bloom": ("BloomConfig", dict(hidden_size=32, n_layer=2, n_head=4, vocab_size=97, bos_token_id=1, eos_token_id=2),
-              "transformer.h.{}.self_attention.dense"),
-    "falcon": ("FalconConfig", SMALL | dict(num_kv_heads=2, new_decoder_architecture=True), "transformer.h.{}.self_attention.dense"),
-    "falcon_multi_query": ("FalconConfig", SMALL | dict(multi_query=True, new_decoder_architecture=False),
-                           "transformer.h.{}.self_attention.dense"),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        dict(
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            vocab_size=97,
+            max_position_embeddings=64,
+            attention_types=[[["global", "local"], 1]],
+            window_size=16,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        "transformer.h.{}.attn.attention.out_proj",
+    ),
+    "bloom": (
+        "BloomConfig",
+        dict(hidden_size=32, n_layer=2, n_head=4, vocab_size=97, bos_token_id=1, eos_token_id=2),
+        "transformer.h.{}.self_attention.dense",
+    ),
+    "falcon": (
+        "FalconConfig",
+        SMALL | dict(num_kv_heads=2, new_decoder_architecture=True),
+        "transformer.h.{}.self_attention.dense",
+    ),
+    "falcon_multi_query": (
+        "FalconConfig",
+        SMALL | dict(multi_query=True, new_decoder_architecture=False),
+        "transformer.h.{}.self_attention.dense",
+    ),
     "gpt_bigcode": ("GPTBigCodeConfig", GPT, "transformer.h.{}.attn.c_proj"),
     "biogpt": ("BioGptConfig", SMALL, "biogpt.layers.{}.self_attn.out_proj"),
     "stablelm": ("StableLmConfig", SMALL | dict(num_key_value_heads=2), "model.layers.{}.self_attn.o_proj"),
@@ -62,10 +97,12 @@ def zero_heads(model, family: str, gates: torch.Tensor):
     """The independent reference: zeroes the closed heads' inputs in the weight of the output projection, by path."""
     for number, row in enumerate(gates):
         projection = model.get_submodule(FAMILIES[family][2].format(number))
-        weight = projection.weight if family == "gpt2" else projection.weight.T  # (in, out); GPT-2's Conv1D is stored so
+        weight = (
+            projection.weight if family == "gpt2" else projection.weight.T
+        )  # (in, out); GPT-2's Conv1D is stored so
         width = weight.shape[0] // len(row)
         for head, gate in enumerate(row.tolist()):
-            weight[head * width:(head + 1) * width] *= gate
+            weight[head * width : (head + 1) * width] *= gate
     return model
 
 
@@ -106,10 +143,12 @@ def a_fresh_start():
 
 def fill_form(notebook, settings: dict):
     """Sets fields of a notebook's form; what is not in the form goes into MORE, as in a shell."""
-    (form,) = (cell for cell in notebook.cells if cell.source.startswith("# @title Settings"))
+    (form,) = (cell for cell in notebook.cells if cell.source.startswith("# @title Settings\n"))
     more = []
     for name, value in settings.items():
-        form.source, found = re.subn(rf"^{name.upper()} = [^#]*", f"{name.upper()} = {value!r}  ", form.source, flags=re.M)
+        form.source, found = re.subn(
+            rf"^{name.upper()} = [^#]*", f"{name.upper()} = {value!r}  ", form.source, flags=re.M
+        )
         more += [] if found else ["--" + name.replace("_", "-"), str(value)]
     form.source = form.source.replace('MORE = ""', f"MORE = {' '.join(more)!r}")
 

@@ -1,4 +1,7 @@
-"""Runs a script in which the second process alone cannot train on two blocks at once: torchrun short_of_memory.py SCRIPT OPTIONS."""
+"""Runs a script in which the second process alone cannot train on two blocks at once.
+
+    torchrun short_of_memory.py SCRIPT OPTIONS
+"""
 
 import os
 import runpy

@@ -1,4 +1,4 @@
-"""Every mistake costs one sentence: it names the value, says what is allowed and what to do, and nothing is left half written."""
+"""A mistake costs one sentence: it names the value, what is allowed and what to do, and leaves nothing half written."""
 
 import copy
 import dataclasses
@@ -37,6 +37,7 @@ def folder(tmp_path):
 def spoil(name, content):
     def change(folder):
         (folder / name).write_bytes(content)
+
     return change
 
 
@@ -44,6 +45,7 @@ def config(**changes):
     def change(folder):
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
     return change
 
 
@@ -60,7 +62,9 @@ def lose_a_weight(folder):
 
 def escape(folder):
     (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "../../secret.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "../../secret.safetensors"}})
+    )
 
 
 SPOILT = {
@@ -74,8 +78,14 @@ SPOILT = {
     "config of an unknown family": (config(model_type="no-such-family"), "cannot be had"),
     "config is a list": (spoil("config.json", b"[]"), "cannot be had"),
     "tokenizer is noise": (spoil("tokenizer.json", b"{]"), "cannot be had"),
-    "quantised": (config(quantization_config={"quant_method": "gptq", "bits": 4}), "is quantised.*take the model that it was made from"),
-    "compact already": (config(kept_heads={"transformer.h.0.attn.c_proj": [0]}), "is compact.*take the model that it was made from"),
+    "quantised": (
+        config(quantization_config={"quant_method": "gptq", "bits": 4}),
+        "is quantised.*take the model that it was made from",
+    ),
+    "compact already": (
+        config(kept_heads={"transformer.h.0.attn.c_proj": [0]}),
+        "is compact.*take the model that it was made from",
+    ),
 }
 
 
@@ -104,20 +114,25 @@ def test_every_family_is_causal(family):
     assert nb.is_causal(make(family))
 
 
-@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60), b"GGUF" + b"\xff" * 200, b"\x00" * 500])
+@pytest.mark.parametrize(
+    "content", [b"", b"GGUF", b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60), b"GGUF" + b"\xff" * 200, b"\x00" * 500]
+)
 def test_a_spoilt_gguf_is_refused(content, tmp_path):
     (tmp_path / "model.gguf").write_bytes(content)
     with pytest.raises(nb.UserError, match="model.gguf' cannot be had"):
         nb.load_model(str(tmp_path / "model.gguf"), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("a.txt", b"abc\xff\xfe", "is not UTF-8 text .byte 3.: convert it first"),
-    ("a.txt", b"abc\x00def", "has a NUL at character 3, so it is no text"),
-    ("a.jsonl", b"{not json", "cannot be read"),
-    ("a.jsonl", b'{"number": 1}\n', "has the columns number, but one named 'text' is needed"),
-    ("a.parquet", b"PAR1 or not", "cannot be read"),
-])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.txt", b"abc\xff\xfe", "is not UTF-8 text .byte 3.: convert it first"),
+        ("a.txt", b"abc\x00def", "has a NUL at character 3, so it is no text"),
+        ("a.jsonl", b"{not json", "cannot be read"),
+        ("a.jsonl", b'{"number": 1}\n', "has the columns number, but one named 'text' is needed"),
+        ("a.parquet", b"PAR1 or not", "cannot be read"),
+    ],
+)
 def test_a_file_that_is_no_text_is_refused(name, content, message, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / name).write_bytes(content)
@@ -133,7 +148,9 @@ def test_tokens_and_prompts_that_the_model_cannot_read_are_refused():
         nb.pack_all(text, tiny_tokenizer(), make("gpt2", vocab_size=1), short)
     with pytest.raises(nb.UserError, match="prompt has 30 tokens, but must have 1 to 24: write a shorter one"):
         nb.pack_all(text, tiny_tokenizer(), model, nb.Settings(prompt="a " * 30, block_length=4))
-    with pytest.raises(nb.UserError, match="block_length is 65, but the model reads at most 64 tokens: take --block-length 64"):
+    with pytest.raises(
+        nb.UserError, match="block_length is 65, but the model reads at most 64 tokens: take --block-length 64"
+    ):
         nb.pack_all(text, tiny_tokenizer(), model, nb.Settings(prompt="a", block_length=65))
     with pytest.raises(nb.UserError, match="the train text has fewer than 5 tokens, but one block is needed"):
         nb.pack_all(text, tiny_tokenizer(), model, nb.Settings(prompt="a", block_length=5))
@@ -158,7 +175,11 @@ def run_script(*words, cwd):
 def test_the_script_says_it_in_one_sentence_and_leaves_nothing(folder, tmp_path):
     truncate(folder)
     done = run_script("--model", str(folder), "--dataset", "python-docs", "--output-dir", "out", cwd=tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith("error: model")
+    assert (
+        done.returncode == 2
+        and "Traceback" not in done.stderr
+        and done.stderr.splitlines()[-1].startswith("error: model")
+    )
     assert not list(tmp_path.glob("out/*"))
 
 
@@ -171,9 +192,29 @@ def test_ctrl_c_stops_with_status_130_and_says_what_is_there(folder, tmp_path):
     tokenizer = nb.load_model(str(folder), torch.device("cpu"))[0]
     assert tokenizer is not None
     (tmp_path / "text.txt").write_text("a " * 3000)
-    process = subprocess.Popen([sys.executable, SCRIPT, "--model", str(folder), "--train-file", "text.txt", "--block-length", "16", "--prompt", "a",
-                                "--max-steps", "100000", "--gate-steps", "1"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # a shell's background jobs ignore it
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            SCRIPT,
+            "--model",
+            str(folder),
+            "--train-file",
+            "text.txt",
+            "--block-length",
+            "16",
+            "--prompt",
+            "a",
+            "--max-steps",
+            "100000",
+            "--gate-steps",
+            "1",
+        ],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # a shell's background jobs ignore it
     try:
         metrics = None
         for _ in range(600):
@@ -191,11 +232,18 @@ def test_ctrl_c_stops_with_status_130_and_says_what_is_there(folder, tmp_path):
     assert {"dense", "pruned", "repaired"} <= set(json.loads(metrics.read_text())["perplexity"])
 
 
-WORDS = st.one_of(st.text(max_size=12), st.sampled_from(["0", "-1", "nan", "inf", "1e400", "0.5", "1", "../..", "/", "auto", "learned", "--", "\x00", "🙂"]))
+WORDS = st.one_of(
+    st.text(max_size=12),
+    st.sampled_from(
+        ["0", "-1", "nan", "inf", "1e400", "0.5", "1", "../..", "/", "auto", "learned", "--", "\x00", "🙂"]
+    ),
+)
 
 
 @budget(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(st.tuples(st.sampled_from([field.name for field in dataclasses.fields(nb.Settings)]), WORDS), max_size=4))
+@given(
+    st.lists(st.tuples(st.sampled_from([field.name for field in dataclasses.fields(nb.Settings)]), WORDS), max_size=4)
+)
 def test_no_arguments_whatever_end_in_a_traceback(pairs):
     words = [word for name, value in pairs for word in ("--" + name.replace("_", "-"), value)]
     try:
@@ -206,13 +254,20 @@ def test_no_arguments_whatever_end_in_a_traceback(pairs):
         assert stop.code in (0, 2)
 
 
-@budget(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(st.sampled_from(["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]), st.data())
+@budget(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(
+    st.sampled_from(
+        ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+    ),
+    st.data(),
+)
 def test_no_file_whatever_ends_in_a_traceback(folder, name, data):
     path = folder / name
     whole = path.read_bytes()
     start = data.draw(st.integers(0, len(whole)))
-    spoilt = whole[:start] + data.draw(st.binary(max_size=20)) + whole[start + data.draw(st.integers(0, 50)):]
+    spoilt = whole[:start] + data.draw(st.binary(max_size=20)) + whole[start + data.draw(st.integers(0, 50)) :]
     path.write_bytes(spoilt)
     try:
         nb.load_model(str(folder), torch.device("cpu"))

@@ -1,6 +1,7 @@
 """The notebook in a real browser: JupyterLab on this machine, driven through Debian's chromium, on the demo model.
 
-Skipped where there is no chromium (`apt-get install chromium`) or no playwright. With PRUNING_SHOTS=FOLDER the screens are kept, to be looked at.
+Skipped where there is no chromium (`apt-get install chromium`) or no playwright. With PRUNING_SHOTS=FOLDER the screens
+are kept, to be looked at.
 """
 
 import os
@@ -37,19 +38,42 @@ def server(home, tmp_path_factory):
     nbformat.write(notebook, root / "notebook.ipynb")
     settings = root / "settings/@jupyterlab/notebook-extension"
     settings.mkdir(parents=True)
-    (settings / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')  # all cells are in the page, seen or not
+    (settings / "tracker.jupyterlab-settings").write_text(
+        '{"windowingMode": "none"}'
+    )  # all cells are in the page, seen or not
     (root / "settings/@jupyterlab/apputils-extension").mkdir()
-    (root / "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')
+    (root / "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings").write_text(
+        '{"fetchNews": "false"}'
+    )
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     address = f"http://localhost:{port}"
     with (root / "server.log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=",
-             f"--ServerApp.root_dir={root}", "--LabApp.expose_app_in_browser=True"], cwd=root, stdout=log, stderr=log,
-            env=os.environ | {"JUPYTERLAB_SETTINGS_DIR": str(root / "settings"), "JUPYTER_CONFIG_DIR": str(root / "config"),
-                              "JUPYTER_DATA_DIR": str(root / "data"), "JUPYTERLAB_WORKSPACES_DIR": str(root / "workspaces")})
+            [
+                sys.executable,
+                "-m",
+                "jupyterlab",
+                "--no-browser",
+                "--allow-root",
+                f"--port={port}",
+                "--ServerApp.port_retries=0",
+                "--IdentityProvider.token=",
+                f"--ServerApp.root_dir={root}",
+                "--LabApp.expose_app_in_browser=True",
+            ],
+            cwd=root,
+            stdout=log,
+            stderr=log,
+            env=os.environ
+            | {
+                "JUPYTERLAB_SETTINGS_DIR": str(root / "settings"),
+                "JUPYTER_CONFIG_DIR": str(root / "config"),
+                "JUPYTER_DATA_DIR": str(root / "data"),
+                "JUPYTERLAB_WORKSPACES_DIR": str(root / "workspaces"),
+            },
+        )
         try:
             for _ in range(120):
                 try:
@@ -67,7 +91,9 @@ def server(home, tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(server):
     with playwright.sync_playwright() as engine:
-        browser = engine.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
+        browser = engine.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        )
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
         page.set_default_timeout(MINUTES)
         page.goto(f"{server[0]}/lab/tree/notebook.ipynb")
@@ -105,12 +131,15 @@ def finished(page, server):
     page.locator(".jp-InputPrompt", has_text="[*]").first.wait_for()
     picture = cell_of(page, "tuned = fine_tune_pruned(").locator(".jp-OutputArea img").first
     picture.wait_for(timeout=5 * MINUTES)
-    seen, last = [], cell_of(page, "offer_download(run.finish())").locator(".jp-OutputArea-output a")
+    seen, last = [], cell_of(page, "hand_over(run, tuned").locator(".jp-OutputArea-output a")
     while not last.count():
         source = picture.get_attribute("src")
         if not seen or seen[-1] != source:
             seen.append(source)
-        assert not page.locator('[data-mime-type="application/vnd.jupyter.error"], [data-mime-type="application/vnd.jupyter.stderr"]:has-text("Error")').count()
+        assert not page.locator(
+            '[data-mime-type="application/vnd.jupyter.error"], '
+            '[data-mime-type="application/vnd.jupyter.stderr"]:has-text("Error")'
+        ).count()
         time.sleep(0.2)
     return seen
 
@@ -122,7 +151,9 @@ def test_all_cells_run_and_the_live_picture_changes_in_place(page, server, finis
     assert all(cell.execution_count for cell in code)
     assert not [output for cell in code for output in cell.outputs if output.output_type == "error"]
     (tuning,) = (cell for cell in code if "tuned = fine_tune_pruned(" in cell.source)
-    assert sum("image/png" in output.get("data", {}) for output in tuning.outputs) == 1, "one picture is left, whatever the number of steps"
+    assert sum("image/png" in output.get("data", {}) for output in tuning.outputs) == 1, (
+        "one picture is left, whatever the number of steps"
+    )
     shot(page, "lab")
 
 
@@ -156,17 +187,24 @@ def test_a_click_toggles_a_head_and_measure_says_a_perplexity(explorer):
     head = explorer.locator(".prune-head").nth(3)
     was_closed, before = "×" in head.inner_text(), crosses(explorer)
     head.click()
-    explorer.page.wait_for_function("([head, text]) => head.textContent.trim() === text", arg=[head.element_handle(), "" if was_closed else "×"])
+    explorer.page.wait_for_function(
+        "([head, text]) => head.textContent.trim() === text", arg=[head.element_handle(), "" if was_closed else "×"]
+    )
     assert crosses(explorer) == before + (-1 if was_closed else 1)
     explorer.get_by_role("button", name="Measure").click()
     explorer.get_by_text("Validation perplexity").wait_for()
-    shown, dense = map(float, re.search(r"Validation perplexity ([\d.]+), dense ([\d.]+)", explorer.inner_text()).groups())
+    shown, dense = map(
+        float, re.search(r"Validation perplexity ([\d.]+), dense ([\d.]+)", explorer.inner_text()).groups()
+    )
     assert 20 < dense < 100 and shown > dense
 
 
 def test_another_strategy_is_scored_when_it_is_chosen(explorer):
     explorer.locator("select").select_option("magnitude")
-    explorer.page.wait_for_function("box => ![...box.querySelectorAll('div')].some(d => d.innerText.startsWith('Scoring'))", arg=explorer.element_handle())
+    explorer.page.wait_for_function(
+        "box => ![...box.querySelectorAll('div')].some(d => d.innerText.startsWith('Scoring'))",
+        arg=explorer.element_handle(),
+    )
     assert "16 heads open, 16 closed" in explorer.inner_text()
 
 
@@ -187,7 +225,9 @@ def test_a_failing_callback_says_so_in_the_panel(explorer):
     explorer.get_by_text("lower one of the two").wait_for()
     low.fill("1")
     low.press("Enter")
-    explorer.page.wait_for_function("box => !box.innerText.includes('lower one of the two')", arg=explorer.element_handle())
+    explorer.page.wait_for_function(
+        "box => !box.innerText.includes('lower one of the two')", arg=explorer.element_handle()
+    )
 
 
 def test_what_is_shown_can_be_taken_into_the_run(explorer):
@@ -196,7 +236,7 @@ def test_what_is_shown_can_be_taken_into_the_run(explorer):
 
 
 def test_the_attention_viewer_shows_another_head(page, finished):
-    box = cell_of(page, "viewer = show_attention(run").locator(".jp-OutputArea")
+    box = cell_of(page, "show_attention(run, model, tokenizer, explorer)").locator(".jp-OutputArea")
     picture = box.locator(".widget-output img")
     picture.wait_for()
     before = picture.get_attribute("src")
@@ -209,7 +249,7 @@ def test_the_attention_viewer_shows_another_head(page, finished):
 
 def test_the_link_downloads_the_zip(page, server, finished):
     with page.expect_download() as download:
-        cell_of(page, "offer_download(run.finish())").locator(".jp-OutputArea-output a").first.click()
+        cell_of(page, "hand_over(run, tuned").locator(".jp-OutputArea-output a").first.click()
     (archive,) = (server[1] / "results").glob("*.zip")
     assert Path(download.value.path()).read_bytes() == archive.read_bytes()
 

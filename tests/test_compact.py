@@ -69,8 +69,13 @@ def test_generate_is_that_of_the_gated_model(family, attention, mask, tokens):
     model, small = pair(family, MASKS[mask], attention)
     padding = torch.ones_like(tokens)
     padding[0, :5] = 0
-    for options in ({"do_sample": False}, {"do_sample": False, "use_cache": False}, {"do_sample": True}, {"do_sample": False, "num_beams": 3},
-                    {"do_sample": False, "cache_implementation": "static"}):
+    for options in (
+        {"do_sample": False},
+        {"do_sample": False, "use_cache": False},
+        {"do_sample": True},
+        {"do_sample": False, "num_beams": 3},
+        {"do_sample": False, "cache_implementation": "static"},
+    ):
         outputs = []
         for each in (model, small):
             torch.manual_seed(0)
@@ -102,7 +107,9 @@ def test_it_is_smaller_by_what_was_cut(family, tokens):
 
 def test_flops_and_cache_of_known_shapes():
     model = make("gpt2")
-    per_token = 2 * (2 * (3 * 32 * 32 + 32 * 32 + 2 * 4 * 32 * 32) + 97 * 32)  # two layers, and the head of the vocabulary
+    per_token = 2 * (
+        2 * (3 * 32 * 32 + 32 * 32 + 2 * 4 * 32 * 32) + 97 * 32
+    )  # two layers, and the head of the vocabulary
     assert nb.count_flops(model, 32) == per_token + 2 * 2 * 2 * 32 * 32  # and attention: every token to all 32
     assert nb.cache_bytes(model) == 2 * 2 * 32 * 4
 
@@ -117,7 +124,9 @@ def test_random_masks(family, bits, data):
     if family in GROUPED:
         shape["num_key_value_heads"] = 2
     model, small = pair(family, torch.tensor(bits).view(2, 6).tolist(), **shape)
-    ids = torch.tensor(data.draw(st.lists(st.lists(st.integers(3, 96), min_size=9, max_size=9), min_size=1, max_size=2)))
+    ids = torch.tensor(
+        data.draw(st.lists(st.lists(st.integers(3, 96), min_size=9, max_size=9), min_size=1, max_size=2))
+    )
     assert_same(logits(small, ids), logits(model, ids))
     with torch.no_grad():  # in two steps, through the cache
         cache = small(ids[:, :5], use_cache=True).past_key_values
@@ -127,8 +136,10 @@ def test_random_masks(family, bits, data):
 
 @covered
 def test_training_is_the_same_training(family, tokens):
-    """AdamW with weight decay and clipped gradients, as in the Trainer; no dropout, which would draw other random numbers."""
-    no_dropout = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, "opt": {"dropout": 0.0}}.get(family, {})
+    """AdamW with weight decay and clipped gradients, as in the Trainer; no dropout, which would draw other numbers."""
+    no_dropout = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, "opt": {"dropout": 0.0}}.get(
+        family, {}
+    )
     curves = []
     for model in pair(family, MASKS["uneven"], **no_dropout):
         model.train()
@@ -179,7 +190,9 @@ def test_gates_can_be_taken_off_and_come_back(tokens):
 def test_other_families_are_refused_by_name(family):
     model = make(family)
     nb.add_gates(model)
-    with pytest.raises(nb.UserError, match=f"'{model.config.model_type}' cannot be compacted, only gpt2, opt.*keep its gates"):
+    with pytest.raises(
+        nb.UserError, match=f"'{model.config.model_type}' cannot be compacted, only gpt2, opt.*keep its gates"
+    ):
         nb.compact(model)
 
 
@@ -201,7 +214,8 @@ for folder in map(Path, sys.argv[2:]):
             found[str(dtype)] = model(tokens).logits
     model = AutoModelForCausalLM.from_pretrained(folder, **trust)
     data = [{"input_ids": row, "labels": row} for row in tokens]
-    Trainer(model, TrainingArguments(folder / "trained", max_steps=2, use_cpu=True, report_to="none", save_strategy="no"), train_dataset=data).train()
+    arguments = TrainingArguments(folder / "trained", max_steps=2, use_cpu=True, report_to="none", save_strategy="no")
+    Trainer(model, arguments, train_dataset=data).train()
     model.save_pretrained(folder / "again")
     again = AutoModelForCausalLM.from_pretrained(folder / "again", **trust)
     with torch.no_grad():
@@ -209,13 +223,14 @@ for folder in map(Path, sys.argv[2:]):
     save_file(found, folder / "found.st")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     write = pipeline("text-generation", model=str(folder), tokenizer=tokenizer, **trust)
-    print(json.dumps([folder.name, type(model).__name__, write("a a a", max_new_tokens=4, do_sample=False)[0]["generated_text"]]))
+    said = write("a a a", max_new_tokens=4, do_sample=False)[0]["generated_text"]
+    print(json.dumps([folder.name, type(model).__name__, said]))
 assert "PruningAndFineTuningColab" not in sys.modules
 """
 
 
 def cast(model, dtype):
-    """A copy with its parameters in `dtype`, and its buffers as they are, which is what from_pretrained(dtype=...) makes."""
+    """A copy with its parameters in `dtype`, and its buffers as they are, as from_pretrained(dtype=...) makes it."""
     model = copy.deepcopy(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -224,7 +239,7 @@ def cast(model, dtype):
 
 @pytest.fixture(scope="module")
 def strangers(tmp_path_factory):
-    """Every covered family, saved with an empty layer and uneven ones, opened in one fresh process that knows nothing of the notebook."""
+    """Every covered family, saved with an empty layer and uneven ones, opened in a process that knows no notebook."""
     root = tmp_path_factory.mktemp("saved")
     tokens = torch.randint(3, 97, (2, 16), generator=torch.Generator().manual_seed(1))
     models = {}
@@ -237,10 +252,18 @@ def strangers(tmp_path_factory):
             nb.save_compact(small, tiny_tokenizer(), folder)
     (root / "stranger.py").write_text(STRANGER)
     # From a folder of its own, so that only what is installed and what was saved can be imported.
-    result = subprocess.run([sys.executable, root / "stranger.py", json.dumps(tokens.tolist()), *(root / name for name in models)],
-                            capture_output=True, text=True, cwd=root, env=os.environ | {"HF_HOME": str(root / "cache"), "PYTHONPATH": ""})
+    result = subprocess.run(
+        [sys.executable, root / "stranger.py", json.dumps(tokens.tolist()), *(root / name for name in models)],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env=os.environ | {"HF_HOME": str(root / "cache"), "PYTHONPATH": ""},
+    )
     assert result.returncode == 0, result.stderr[-3000:]
-    said = {name: (kind, text) for name, kind, text in (json.loads(line) for line in result.stdout.splitlines() if line.startswith("["))}
+    said = {
+        name: (kind, text)
+        for name, kind, text in (json.loads(line) for line in result.stdout.splitlines() if line.startswith("["))
+    }
     return root, models, tokens, said
 
 
@@ -263,10 +286,23 @@ def test_the_code_that_travels_is_short_and_needs_two_packages(strangers):
     root, *_ = strangers
     code = (root / "gpt2 uneven" / "modeling_pruned.py").read_text()
     assert len(code.splitlines()) < 160
-    assert {line.split()[1].split(".")[0] for line in code.splitlines() if line.startswith(("import ", "from "))} == {"torch", "transformers", "types"}
+    assert {line.split()[1].split(".")[0] for line in code.splitlines() if line.startswith(("import ", "from "))} == {
+        "torch",
+        "transformers",
+        "types",
+    }
     assert {line.split("(")[0].split(":")[0] for line in code.splitlines() if line.startswith(("class ", "def "))} == {
-        "class PrunedGPT2LMHeadModel", "def inputs_first", "def find_rows", "def slice_projection", "def cut_attention", "def cut_heads",
-        "def find_cache", "def repeat_keys", "class NoHeads", "class LayerConfig"}
+        "class PrunedGPT2LMHeadModel",
+        "def inputs_first",
+        "def find_rows",
+        "def slice_projection",
+        "def cut_attention",
+        "def cut_heads",
+        "def find_cache",
+        "def repeat_keys",
+        "class NoHeads",
+        "class LayerConfig",
+    }
 
 
 def test_nothing_that_is_saved_is_a_pickle(strangers):
@@ -277,8 +313,11 @@ def test_nothing_that_is_saved_is_a_pickle(strangers):
 
 def test_one_process_may_open_several_families_and_a_plain_model(tmp_path, tokens):
     """Folders of the same name do not get into each other's way, nor into that of the stock model."""
-    code = "import sys, torch\nfrom transformers import AutoModelForCausalLM\nfor f in sys.argv[1:]:\n    " \
-           "m = AutoModelForCausalLM.from_pretrained(f, trust_remote_code=True)\n    print(m(torch.arange(3, 19)[None]).logits.sum().item())"
+    code = (
+        "import sys, torch\nfrom transformers import AutoModelForCausalLM\nfor f in sys.argv[1:]:\n    "
+        "m = AutoModelForCausalLM.from_pretrained(f, trust_remote_code=True)\n    "
+        "print(m(torch.arange(3, 19)[None]).logits.sum().item())"
+    )
     folders, expected = [], []
     for family in ("gpt2", "llama"):
         model = make(family)
@@ -288,7 +327,12 @@ def test_one_process_may_open_several_families_and_a_plain_model(tmp_path, token
         make(family).save_pretrained(tmp_path / family / "plain")
         folders += [tmp_path / family / "model", tmp_path / family / "plain"]
         expected += [logits(each, torch.arange(3, 19)[None]).sum().item() for each in (small, make(family))]
-    out = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, env=os.environ | {"HF_HOME": str(tmp_path / "hf")})
+    out = subprocess.run(
+        [sys.executable, "-c", code, *folders],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HOME": str(tmp_path / "hf")},
+    )
     assert [float(line) for line in out.stdout.splitlines()] == pytest.approx(expected, rel=1e-4), out.stderr[-2000:]
 
 
@@ -377,6 +421,7 @@ def test_other_families_get_code_also_where_all_layers_are_alike(family, mask, t
 
 # --- what is opened
 
+
 def test_a_compact_model_is_not_pruned_again(tmp_path):
     _, small = pair("opt", MASKS["uneven"])
     nb.save_compact(small, tiny_tokenizer(), tmp_path)
@@ -389,12 +434,17 @@ def test_code_of_a_model_runs_only_when_trusted(tmp_path):
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config |= {"auto_map": {"AutoConfig": "hostile.Config", "AutoModelForCausalLM": "hostile.Model"}, "model_type": "hostile"}
+    config |= {
+        "auto_map": {"AutoConfig": "hostile.Config", "AutoModelForCausalLM": "hostile.Model"},
+        "model_type": "hostile",
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     trace = tmp_path / "trace"
-    (tmp_path / "hostile.py").write_text(f"from transformers import OPTConfig, OPTForCausalLM\nopen({str(trace)!r}, 'w').close()\n"
-                                         "class Config(OPTConfig):\n    model_type = 'hostile'\n"
-                                         "class Model(OPTForCausalLM):\n    config_class = Config\n")
+    (tmp_path / "hostile.py").write_text(
+        f"from transformers import OPTConfig, OPTForCausalLM\nopen({str(trace)!r}, 'w').close()\n"
+        "class Config(OPTConfig):\n    model_type = 'hostile'\n"
+        "class Model(OPTForCausalLM):\n    config_class = Config\n"
+    )
     with pytest.raises(nb.UserError, match="cannot be had.*"):
         nb.load_model(str(tmp_path), torch.device("cpu"))
     assert not trace.exists()
@@ -441,10 +491,21 @@ def write_gguf(model, path):
     writer.add_token_merges(["a b", "b a"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "self_attn.q_proj": "attn_q",
-             "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
-             "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-             "model.layers": "blk"}
+    names = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "model.layers": "blk",
+    }
     for name, weight in model.state_dict().items():
         for heads, part in ((config.num_attention_heads, "q_proj"), (config.num_key_value_heads, "k_proj")):
             if part in name:  # GGUF keeps the two halves of a rotary pair side by side
@@ -468,7 +529,9 @@ def test_a_gguf_model_can_be_compacted_and_saved(tokens, tmp_path):
     nb.save_compact(small, tokenizer, tmp_path / "compact")
     assert torch.equal(logits(nb.reopen(tmp_path / "compact"), tokens), logits(small, tokens))
     nb.save_gated(nb.expand(small, model), tokenizer, tmp_path / "zeroed")
-    assert_same(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "zeroed"), tokens), logits(small, tokens))
+    assert_same(
+        logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "zeroed"), tokens), logits(small, tokens)
+    )
     for form in ("compact", "zeroed"):
         assert "quantization_config" not in json.loads((tmp_path / form / "config.json").read_text())
         assert transformers.AutoTokenizer.from_pretrained(tmp_path / form).encode("ab") == tokenizer.encode("ab")

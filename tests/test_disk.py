@@ -13,8 +13,22 @@ import torch
 import PruningAndFineTuningColab as nb
 
 SCRIPT = Path(nb.__file__)
-FEW = ["--model", "demo", "--max-steps", "12", "--eval-blocks", "2", "--calibration-blocks", "4", "--strategy", "entropy", "--repair-blocks", "4",
-       "--block-length", "128"]
+FEW = [
+    "--model",
+    "demo",
+    "--max-steps",
+    "12",
+    "--eval-blocks",
+    "2",
+    "--calibration-blocks",
+    "4",
+    "--strategy",
+    "entropy",
+    "--repair-blocks",
+    "4",
+    "--block-length",
+    "128",
+]
 
 
 def run_script(cwd, *words):
@@ -43,7 +57,7 @@ def small_disk(tmp_path):
 
 
 def fill_and_go_on(mount, tmp_path, size):
-    """Runs into a full disk of so many megabytes; then there is room, and the same command ends. What was said, and the metrics of the end."""
+    """Runs into a full disk of so many megabytes; then there is room, and the same command ends. (said, metrics)"""
     place = mount(size)
     failed = run_script(tmp_path, "--output-dir", str(place))
     assert failed.returncode == 1, failed.stderr[-3000:]
@@ -83,19 +97,33 @@ def test_disks_that_are_full_at_many_moments(home, small_disk, tmp_path):
 
 def test_a_read_only_disk_is_said_at_once(small_disk, tmp_path):
     done = run_script(tmp_path, "--output-dir", str(small_disk(1, "ro")))
-    assert done.returncode == 2 and "no folder can be made there (Read-only file system): choose another place" in done.stderr.splitlines()[-1]
+    assert (
+        done.returncode == 2
+        and "no folder can be made there (Read-only file system): choose another place" in done.stderr.splitlines()[-1]
+    )
 
 
 def test_a_folder_that_has_gone_is_said_with_its_name(tmp_path):
     run = nb.Run(nb.Settings(output_dir=str(tmp_path / "drive")), torch.device("cpu"), torch.float32)
     os.rename(tmp_path / "drive", tmp_path / "unmounted")
-    with pytest.raises(nb.RunError, match=f"cannot be written or read .No such file or directory: {run.folder}") as caught, run.step("a step"):
+    with (
+        pytest.raises(
+            nb.RunError, match=f"cannot be written or read .No such file or directory: {run.folder}"
+        ) as caught,
+        run.step("a step"),
+    ):
         pass
     assert isinstance(caught.value.__cause__, OSError)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/1"),
-                                   nb.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/1"),
+        nb.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
 def test_a_full_disk_is_known_in_the_words_of_every_library(error, tmp_path, monkeypatch):
     run = nb.Run(nb.Settings(output_dir=str(tmp_path)), torch.device("cpu"), torch.float32)
     run.load_or_compute("first", (), lambda: ({"a": torch.ones(3)}, {}))
@@ -105,7 +133,10 @@ def test_a_full_disk_is_known_in_the_words_of_every_library(error, tmp_path, mon
         raise error
 
     monkeypatch.setattr(nb, "save_file", fail)
-    with pytest.raises(nb.RunError, match="cannot be written or read .No space left on device.: make room"), run.step("a step"):
+    with (
+        pytest.raises(nb.RunError, match="cannot be written or read .No space left on device.: make room"),
+        run.step("a step"),
+    ):
         run.load_or_compute("second", (), lambda: ({"a": torch.ones(3)}, {}))
     assert [path.name.split("-")[0] for path in run.state.iterdir()] == ["first"]
 

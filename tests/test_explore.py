@@ -10,11 +10,16 @@ from conftest import logits, make, tiny_tokenizer
 
 import PruningAndFineTuningColab as nb
 
-COMPACT = [name for name in ("gpt2", "opt", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi", "phi3")]
+COMPACT = [
+    name
+    for name in ("gpt2", "opt", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi", "phi3")
+]
 
 
 @pytest.mark.parametrize("name", COMPACT)
-@pytest.mark.parametrize("rows", [[[1, 0, 1, 0], [0, 0, 1, 1]], [[1, 1, 0, 0], [0, 0, 0, 0]], [[1, 0, 0, 0], [1, 1, 1, 1]]])
+@pytest.mark.parametrize(
+    "rows", [[[1, 0, 1, 0], [0, 0, 1, 1]], [[1, 1, 0, 0], [0, 0, 0, 0]], [[1, 0, 0, 0], [1, 1, 1, 1]]]
+)
 def test_predicted_costs_are_those_of_the_compact_model(name, rows):
     model, gates = make(name), torch.tensor(rows).float()
     nb.set_gates(model, gates)
@@ -49,7 +54,9 @@ def test_attention_maps_are_those_that_the_model_gives():
 def test_a_head_is_described_by_entropy_sink_and_ranks():
     sink = torch.zeros(8, 8)
     sink[:, 0] = 1
-    said = nb.describe_head(sink, {"entropy": torch.tensor([[3.0, 1], [2, 4]]), "random": torch.tensor([[0.0, 1], [2, 4]])}, 0, 1)
+    said = nb.describe_head(
+        sink, {"entropy": torch.tensor([[3.0, 1], [2, 4]]), "random": torch.tensor([[0.0, 1], [2, 4]])}, 0, 1
+    )
     assert "layer 0, head 1\nentropy 0% of its maximum, 100% on the first token" in said
     assert "rank of 4: entropy 4, random 3" in said
 
@@ -78,16 +85,28 @@ def wait(explorer):
 
 
 def test_the_level_closes_heads_and_counts_follow(explorer):
-    assert "6 heads open, 2 closed" in explorer.counts.value and [b.description for b in explorer.grid.buttons.values()].count("×") == 2
+    assert (
+        "6 heads open, 2 closed" in explorer.counts.value
+        and [b.description for b in explorer.grid.buttons.values()].count("×") == 2
+    )
     explorer.level.value = 0.5
-    assert "4 heads open, 4 closed" in explorer.counts.value and [b.description for b in explorer.grid.buttons.values()].count("×") == 4
+    assert (
+        "4 heads open, 4 closed" in explorer.counts.value
+        and [b.description for b in explorer.grid.buttons.values()].count("×") == 4
+    )
     assert torch.equal(explorer.gates, nb.choose_gates(explorer.importance["entropy"], 0.5))
-    assert torch.equal(nb.get_gates(explorer.original), nb.choose_gates(explorer.importance["entropy"], 0.25)), "the run's model is left alone"
+    assert torch.equal(nb.get_gates(explorer.original), nb.choose_gates(explorer.importance["entropy"], 0.25)), (
+        "the run's model is left alone"
+    )
 
 
 def test_a_click_on_a_head_toggles_its_gate_and_measuring_measures_what_is_shown(explorer):
     explorer.grid.buttons[1, 3].click()
-    assert explorer.gates[1, 3] == 0 and explorer.grid.buttons[1, 3].description == "×" and "5 heads open, 3 closed" in explorer.counts.value
+    assert (
+        explorer.gates[1, 3] == 0
+        and explorer.grid.buttons[1, 3].description == "×"
+        and "5 heads open, 3 closed" in explorer.counts.value
+    )
     explorer.measure.click()
     said = wait(explorer)
     nb.set_gates(explorer.original, explorer.gates)
@@ -142,7 +161,10 @@ def test_take_hands_over_what_is_shown_and_how_many_gates_were_set_by_hand(explo
     explorer.taking.click()
     assert "Taken: test perplexity 12.00" in wait(explorer)
     (taken,) = explorer.taken
-    assert torch.equal(torch.tensor(taken["gates"]), explorer.gates) and taken["scores"] == explorer.importance["entropy"].tolist()
+    assert (
+        torch.equal(torch.tensor(taken["gates"]), explorer.gates)
+        and taken["scores"] == explorer.importance["entropy"].tolist()
+    )
     assert (taken["strategy"], taken["level"], taken["by_hand"]) == ("entropy", 0.5, 1)
 
 
@@ -158,7 +180,6 @@ def test_both_models_write(explorer):
 
 def test_the_viewer_shows_heads_and_says_what_is_wrong(explorer):
     viewer = nb.attention_viewer(explorer.original, tiny_tokenizer(), "a a a", explorer.importance)
-    viewer.update()
     sentence, layer, head = viewer.kwargs_widgets
     assert viewer.result.startswith(b"\x89PNG")
     before = viewer.result

@@ -30,9 +30,12 @@ def test_closed_gates_equal_zeroed_weights(family, attention, tokens, gates):
 
 def test_multiplying_returned_attention_weights_is_not_a_gate(tokens, gates):
     """What well-known notebooks do; the check above must catch it."""
+
     def close(model, gates):
         for layer, row in zip(nb.find_heads(model), gates):
-            layer.attention.register_forward_hook(lambda module, args, out, row=row: (out[0], out[1] * row[:, None, None]))
+            layer.attention.register_forward_hook(
+                lambda module, args, out, row=row: (out[0], out[1] * row[:, None, None])
+            )
 
     model = make("gpt2")
     model.set_attn_implementation("eager")
@@ -53,7 +56,10 @@ def test_reopening_restores_the_dense_logits_bit_for_bit(family, tokens, gates):
 def test_generate_with_cache_equals_without(family, tokens, gates):
     model = make(family)
     nb.set_gates(model, gates)
-    outputs = [model.generate(tokens, max_new_tokens=12, do_sample=False, use_cache=cache, pad_token_id=0) for cache in (True, False)]
+    outputs = [
+        model.generate(tokens, max_new_tokens=12, do_sample=False, use_cache=cache, pad_token_id=0)
+        for cache in (True, False)
+    ]
     assert torch.equal(*outputs)
 
 

@@ -23,7 +23,7 @@ def test_focus_of_known_patterns():
 
 
 def gpt2_by_hand(model, tokens):
-    """Per layer: attention (batch, heads, time, time), each head's contribution, the stream after attention: without hooks."""
+    """Per layer, without hooks: attention (batch, heads, time, time), what each head writes, the stream after it."""
     hidden = model(tokens, output_hidden_states=True).hidden_states
     for number, block in enumerate(model.transformer.h):
         x, attn = hidden[number], block.attn
@@ -31,7 +31,9 @@ def gpt2_by_hand(model, tokens):
         q, k, v = (part.view(*part.shape[:2], 4, 8).transpose(1, 2) for part in (q, k, v))
         scores = (q @ k.mT / math.sqrt(8)).masked_fill(torch.ones(x.shape[1], x.shape[1]).triu(1).bool(), -math.inf)
         weights = scores.softmax(-1)
-        written = torch.stack([(weights @ v)[:, head] @ attn.c_proj.weight[head * 8:head * 8 + 8] for head in range(4)], 1)
+        written = torch.stack(
+            [(weights @ v)[:, head] @ attn.c_proj.weight[head * 8 : head * 8 + 8] for head in range(4)], 1
+        )
         yield weights, written, x + written.sum(1) + attn.c_proj.bias
 
 
@@ -48,7 +50,9 @@ def test_entropy_equals_a_computation_by_hand(tokens):
     for nb.COMPUTING.batch_size in (1, 2):
         score = nb.get_strategy("entropy").score(model, tokens)
         torch.testing.assert_close(score, torch.stack(expected), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(nb.get_strategy("entropy-literal").score(model, tokens), torch.stack(literal), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        nb.get_strategy("entropy-literal").score(model, tokens), torch.stack(literal), rtol=1e-4, atol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -90,10 +94,12 @@ def test_gradient_equals_finite_differences(family, tokens):
     slopes, small = torch.zeros(2, 2, 4, dtype=torch.double), 1e-2
     for layer in range(2):
         for head in range(4):
+
             def moved(by, layer=layer, head=head):
                 scale = torch.ones(2, 4)
                 scale[layer, head] += by
                 return block_losses(zero_heads(make(family), family, scale), tokens)
+
             slopes[:, layer, head] = (moved(small) - moved(-small)) / (2 * small)
     for nb.COMPUTING.batch_size in (1, 2):
         for name, expected in (("gradient", slopes.abs().mean(0)), ("fisher", slopes.square().mean(0))):
@@ -137,33 +143,73 @@ def test_learned_gates_find_the_heads_that_do_nothing(family, tokens):
 
 
 def test_learned_gates_are_the_same_for_the_same_seed(tokens):
-    first, again, other = (nb.get_strategy("learned", level=0.5, steps=10, seed=seed).score(make("gpt2"), tokens) for seed in (3, 3, 4))
+    first, again, other = (
+        nb.get_strategy("learned", level=0.5, steps=10, seed=seed).score(make("gpt2"), tokens) for seed in (3, 3, 4)
+    )
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_random_depends_on_its_seed_only(tokens):
-    first, again, other = (nb.get_strategy("random", seed=seed).score(make("opt", seed=model)) for seed, model in ((3, 0), (3, 1), (4, 0)))
+    first, again, other = (
+        nb.get_strategy("random", seed=seed).score(make("opt", seed=model)) for seed, model in ((3, 0), (3, 1), (4, 0))
+    )
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def rows(weight, first, count=8):
-    return weight[first:first + count].square().sum()
+    return weight[first : first + count].square().sum()
 
 
 # head 1 of layer 1, as (query, key, value, output) squared norms, written out for each layout
 BY_HAND = {
-    "gpt2": lambda a: (rows(a.c_attn.weight.T, 8), rows(a.c_attn.weight.T, 32 + 8), rows(a.c_attn.weight.T, 64 + 8), rows(a.c_proj.weight, 8)),
-    "opt": lambda a: (rows(a.q_proj.weight, 8), rows(a.k_proj.weight, 8), rows(a.v_proj.weight, 8), rows(a.out_proj.weight.T, 8)),
-    "gpt_neox": lambda a: (*(rows(a.query_key_value.weight, 24 + 8 * part) for part in range(3)), rows(a.dense.weight.T, 8)),
+    "gpt2": lambda a: (
+        rows(a.c_attn.weight.T, 8),
+        rows(a.c_attn.weight.T, 32 + 8),
+        rows(a.c_attn.weight.T, 64 + 8),
+        rows(a.c_proj.weight, 8),
+    ),
+    "opt": lambda a: (
+        rows(a.q_proj.weight, 8),
+        rows(a.k_proj.weight, 8),
+        rows(a.v_proj.weight, 8),
+        rows(a.out_proj.weight.T, 8),
+    ),
+    "gpt_neox": lambda a: (
+        *(rows(a.query_key_value.weight, 24 + 8 * part) for part in range(3)),
+        rows(a.dense.weight.T, 8),
+    ),
     # two query heads a group: heads 0 and 1 share key/value head 0
-    "llama": lambda a: (rows(a.q_proj.weight, 8), rows(a.k_proj.weight, 0), rows(a.v_proj.weight, 0), rows(a.o_proj.weight.T, 8)),
-    "phi3": lambda a: (rows(a.qkv_proj.weight, 8), rows(a.qkv_proj.weight, 32), rows(a.qkv_proj.weight, 48), rows(a.o_proj.weight.T, 8)),
-    "gpt_bigcode": lambda a: (rows(a.c_attn.weight, 8), rows(a.c_attn.weight, 32), rows(a.c_attn.weight, 40), rows(a.c_proj.weight.T, 8)),
+    "llama": lambda a: (
+        rows(a.q_proj.weight, 8),
+        rows(a.k_proj.weight, 0),
+        rows(a.v_proj.weight, 0),
+        rows(a.o_proj.weight.T, 8),
+    ),
+    "phi3": lambda a: (
+        rows(a.qkv_proj.weight, 8),
+        rows(a.qkv_proj.weight, 32),
+        rows(a.qkv_proj.weight, 48),
+        rows(a.o_proj.weight.T, 8),
+    ),
+    "gpt_bigcode": lambda a: (
+        rows(a.c_attn.weight, 8),
+        rows(a.c_attn.weight, 32),
+        rows(a.c_attn.weight, 40),
+        rows(a.c_proj.weight.T, 8),
+    ),
     # a group is: query, query, key, value
-    "falcon": lambda a: (rows(a.query_key_value.weight, 8), rows(a.query_key_value.weight, 16), rows(a.query_key_value.weight, 24),
-                         rows(a.dense.weight.T, 8)),
-    "falcon_multi_query": lambda a: (rows(a.query_key_value.weight, 8), rows(a.query_key_value.weight, 32),
-                                     rows(a.query_key_value.weight, 40), rows(a.dense.weight.T, 8)),
+    "falcon": lambda a: (
+        rows(a.query_key_value.weight, 8),
+        rows(a.query_key_value.weight, 16),
+        rows(a.query_key_value.weight, 24),
+        rows(a.dense.weight.T, 8),
+    ),
+    "falcon_multi_query": lambda a: (
+        rows(a.query_key_value.weight, 8),
+        rows(a.query_key_value.weight, 32),
+        rows(a.query_key_value.weight, 40),
+        rows(a.dense.weight.T, 8),
+    ),
 }
 
 
@@ -183,7 +229,9 @@ def test_unknown_strategies_and_options_are_refused():
         nb.get_strategy("magnitude", seed=1)
 
 
-@pytest.mark.parametrize("level, min_heads, closed", [(0, 1, 0), (0.3, 1, 7), (0.5, 0, 12), (0.5, 4, 12), (0.8, 1, 19), (0.9, 0, 22)])
+@pytest.mark.parametrize(
+    "level, min_heads, closed", [(0, 1, 0), (0.3, 1, 7), (0.5, 0, 12), (0.5, 4, 12), (0.8, 1, 19), (0.9, 0, 22)]
+)
 def test_level_and_minimum_are_kept(level, min_heads, closed):
     importance = torch.rand(3, 8)
     importance[0] = 0  # the whole first layer looks useless
@@ -192,7 +240,9 @@ def test_level_and_minimum_are_kept(level, min_heads, closed):
     assert gates.sum(1).min() >= min_heads
     report = nb.describe_heads(gates)
     assert (report["total"], report["closed"], sum(report["open_per_layer"])) == (24, closed, 24 - closed)
-    assert all(gates[layer, head] == 0 for layer, head in report["closed_list"]) and len(report["closed_list"]) == closed
+    assert (
+        all(gates[layer, head] == 0 for layer, head in report["closed_list"]) and len(report["closed_list"]) == closed
+    )
 
 
 def test_the_least_important_heads_are_closed():
@@ -209,9 +259,15 @@ def test_a_level_beyond_the_minimum_is_refused():
 @pytest.mark.parametrize("strategy", ["fisher", "learned"])
 def test_float16_is_enough(strategy):
     """In which GPUs without bfloat16 score."""
-    model, blocks = make("llama", max_position_embeddings=1024), torch.randint(3, 97, (4, 512), generator=torch.Generator().manual_seed(0))
+    model, blocks = (
+        make("llama", max_position_embeddings=1024),
+        torch.randint(3, 97, (4, 512), generator=torch.Generator().manual_seed(0)),
+    )
     options = {"level": 0.25, "steps": 8} if strategy == "learned" else {}
-    exact, half = (nb.get_strategy(strategy, **options).score(model, blocks) for nb.COMPUTING.dtype in (torch.float32, torch.float16))
+    exact, half = (
+        nb.get_strategy(strategy, **options).score(model, blocks)
+        for nb.COMPUTING.dtype in (torch.float32, torch.float16)
+    )
     if strategy == "fisher":
         exact, half = exact.log(), half.log()
     assert torch.corrcoef(torch.stack([exact.flatten(), half.flatten()]))[0, 1] > 0.99

@@ -13,8 +13,24 @@ import PruningAndFineTuningColab as nb
 
 SCRIPT = Path(nb.__file__)
 TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-FEW = ["--dataset", "python-docs", "--device", "cpu", "--max-steps", "12", "--eval-blocks", "7", "--calibration-blocks", "7", "--gate-steps", "12",
-       "--repair-blocks", "8", "--block-length", "128"]
+FEW = [
+    "--dataset",
+    "python-docs",
+    "--device",
+    "cpu",
+    "--max-steps",
+    "12",
+    "--eval-blocks",
+    "7",
+    "--calibration-blocks",
+    "7",
+    "--gate-steps",
+    "12",
+    "--repair-blocks",
+    "8",
+    "--block-length",
+    "128",
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +61,12 @@ def test_two_processes_end_with_the_numbers_of_one(demo, one, tmp_path):
         seen, wanted = record["history"]["perplexity"], one["training"][stage]["history"]["perplexity"]
         assert [step for step, _ in seen] == [step for step, _ in wanted]
         assert [value for _, value in seen] == pytest.approx([value for _, value in wanted], rel=1e-3)
-    assert said.count("dense: perplexity") == 1 and said.count("results: results/") == 2  # the folder at the start, the zip in the end
-    assert {"report.md", "dashboard.png", "model-compact"} <= {path.name for path in results.iterdir()} and Path(f"{results}.zip").exists()
+    assert (
+        said.count("dense: perplexity") == 1 and said.count("results: results/") == 2
+    )  # the folder at the start, the zip in the end
+    assert {"report.md", "dashboard.png", "model-compact"} <= {path.name for path in results.iterdir()} and Path(
+        f"{results}.zip"
+    ).exists()
     assert two["finished"] and not list(results.parent.glob("*.state"))
 
 
@@ -57,10 +77,13 @@ def test_where_one_process_alone_runs_out_of_memory_the_run_goes_on_with_smaller
     folder.mkdir()
     command = [*TWO, Path(__file__).with_name("short_of_memory.py"), SCRIPT, *FEW, "--model", demo]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
-    said = "failed: fine-tuning runs out of memory in one of several processes: start the same command again, and it takes 1 blocks at once."
+    said = (
+        "failed: fine-tuning runs out of memory in one of several processes: start the same command again, "
+        "and it takes 1 blocks at once."
+    )
     assert done.returncode and done.stderr.count(said) == 1
     assert f'File "{SCRIPT}"' not in done.stderr, "no traceback of ours"
-    two, said, _ = walk(command[:-len(FEW) - 3], folder, "--model", demo)
+    two, said, _ = walk(command[: -len(FEW) - 3], folder, "--model", demo)
     assert "Going on with" in said and "[repair: kept from before]" in said
     assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-4) and two["finished"]
     assert {record["micro_batch"] for record in two["training"].values()} == {1}
@@ -91,8 +114,13 @@ def test_what_the_shares_give_is_put_in_order(strategy, blocks, monkeypatch):
 
 
 def test_a_mistake_is_said_once(demo, tmp_path):
-    done = subprocess.run([*TWO, SCRIPT, *FEW, "--model", demo, "--batch-size", "3",
-                           "--strategy", "random", "--no-repair"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [*TWO, SCRIPT, *FEW, "--model", demo, "--batch-size", "3", "--strategy", "random", "--no-repair"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode != 0
     assert done.stderr.count("error: batch_size is 3, but must be a multiple of 2, the number of processes") == 1
 

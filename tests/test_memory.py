@@ -15,13 +15,23 @@ from nbclient import NotebookClient
 import PruningAndFineTuningColab as nb
 
 NOTEBOOK = Path(nb.__file__).with_suffix(".ipynb")
-FEW = {"model": "model", "dataset": "python-docs", "block_length": 64, "eval_blocks": 4, "calibration_blocks": 4, "gate_steps": 6,
-       "repair_blocks": 8, "max_steps": 4, "resume": "no"}
+FEW = {
+    "model": "model",
+    "dataset": "python-docs",
+    "block_length": 64,
+    "eval_blocks": 4,
+    "calibration_blocks": 4,
+    "gate_steps": 6,
+    "repair_blocks": 8,
+    "max_steps": 4,
+    "resume": "no",
+}
 LOOK = """
 import gc
 import json
 free_memory()
-print(json.dumps({"ram": psutil.Process().memory_info().rss, "models": sum(issubclass(type(thing), transformers.PreTrainedModel) for thing in gc.get_objects()),
+print(json.dumps({"ram": psutil.Process().memory_info().rss,
+                  "models": sum(issubclass(type(thing), transformers.PreTrainedModel) for thing in gc.get_objects()),
                   "buttons": sum(issubclass(type(thing), widgets.Button) for thing in gc.get_objects())}))
 """
 
@@ -32,14 +42,24 @@ def test_five_runs_in_one_kernel_take_the_memory_of_one(home, tmp_path):
     demo = nb.make_demo(nb.load_text(nb.Settings(dataset="python-docs"))["train"])
     shutil.copytree(demo, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=1024, hidden_size=512, intermediate_size=1536, num_hidden_layers=3, num_attention_heads=8,
-                                      num_key_value_heads=4, max_position_embeddings=128)
+    config = transformers.LlamaConfig(
+        vocab_size=1024,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")  # 40 MB: large beside what else may vary
     notebook = nbformat.read(NOTEBOOK, 4)
     fill_form(notebook, FEW)
     look = nbformat.v4.new_code_cell(LOOK)
     notebook.cells.append(look)
-    client, seen = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}), []
+    client, seen = (
+        NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}),
+        [],
+    )
     with client.setup_kernel():
         for _ in range(5):
             for index, cell in enumerate(notebook.cells):

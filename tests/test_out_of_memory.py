@@ -1,4 +1,4 @@
-"""Where memory runs out, every stage goes on with fewer blocks at once, says so, remembers it, and comes to the same result."""
+"""Where memory runs out, every stage goes on with fewer blocks, says so, remembers it, and gives the same result."""
 
 import copy
 
@@ -13,6 +13,7 @@ BLOCKS = torch.randint(3, 97, (8, 16), generator=torch.Generator().manual_seed(1
 
 def short_of_memory(model, most):
     """The model, as if memory were too small for more than `most` blocks at once."""
+
     def check(module, args, kwargs):
         ids = args[0] if args else kwargs["input_ids"]
         if len(ids) > most:
@@ -48,7 +49,9 @@ def test_a_stage_goes_on_with_fewer_blocks_and_the_same_result(stage, capsys):
 
 
 def test_learned_gates_are_the_same(capsys):
-    long = torch.randint(3, 97, (8, 64), generator=torch.Generator().manual_seed(1))  # four texts in a step, two at once
+    long = torch.randint(
+        3, 97, (8, 64), generator=torch.Generator().manual_seed(1)
+    )  # four texts in a step, two at once
     wanted = nb.Learned(level=0.25, steps=3).score(gated(), long)
     nb.COMPUTING.fitted.clear()
     result = nb.Learned(level=0.25, steps=3).score(short_of_memory(gated(), 1), long)
@@ -60,7 +63,10 @@ def test_repair_takes_fewer_blocks(capsys):
     nb.COMPUTING.batch_size = 8
     fixed = nb.repair(short_of_memory(gated(), 4), BLOCKS)
     said = capsys.readouterr().out
-    assert all(f"{what} runs out of memory: trying 4 blocks at once" in said for what in ("looking at the dense model", "repair"))
+    assert all(
+        f"{what} runs out of memory: trying 4 blocks at once" in said
+        for what in ("looking at the dense model", "repair")
+    )
     wanted = nb.repair(gated(), BLOCKS[:4])
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(fixed.parameters(), wanted.parameters()))
 
@@ -78,12 +84,15 @@ def test_fine_tuning_keeps_its_effective_batch(tmp_path, capsys):
 
 
 def test_several_processes_end_in_a_sentence_and_remember_what_fits(tmp_path, monkeypatch):
-    """They wait for each other's gradients, so one cannot begin anew alone: the same command goes on with smaller batches."""
+    """They wait for each other's gradients, so one cannot begin anew alone: the same command goes on."""
     settings = nb.Settings(output_dir=str(tmp_path), max_steps=4, batch_size=4, block_length=16, learning_rate=1e-3)
     run, blocks = nb.Run(settings, torch.device("cpu"), torch.float32), dict.fromkeys(nb.SPLITS, BLOCKS)
     monkeypatch.setattr(nb, "rank_and_world", lambda: (0, 2))
     monkeypatch.setattr(nb, "from_all_processes", lambda value: [value, value])
-    said = "fine-tuning runs out of memory in one of several processes: start the same command again, and it takes 1 blocks at once"
+    said = (
+        "fine-tuning runs out of memory in one of several processes: start the same command again, and it takes 1 "
+        "blocks at once"
+    )
     with pytest.raises(nb.RunError, match=said), run.step("fine-tune"):
         nb.fine_tune(run, "fine_tuned", lambda: short_of_memory(gated(), 1), blocks, settings)
     monkeypatch.undo()
@@ -91,17 +100,23 @@ def test_several_processes_end_in_a_sentence_and_remember_what_fits(tmp_path, mo
     assert again.folder == run.folder and nb.COMPUTING.fitted == {"fine-tuning": 1}
     with again.step("fine-tune"):
         nb.fine_tune(again, "fine_tuned", lambda: short_of_memory(gated(), 1), blocks, settings)
-    with pytest.raises(nb.RunError, match="fine-tuning runs out of memory with a single block: take a smaller --block-length"):
+    with pytest.raises(
+        nb.RunError, match="fine-tuning runs out of memory with a single block: take a smaller --block-length"
+    ):
         nb.fine_tune(again, "fine_tuned", lambda: short_of_memory(gated(), 0), blocks, settings)
 
 
 def test_a_batch_starts_with_what_the_free_memory_has_room_for(monkeypatch, capsys):
     seen, model = [], gated()
-    model.base_model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(len(args[0] if args else kwargs["input_ids"])), with_kwargs=True)
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(args[0] if args else kwargs["input_ids"])), with_kwargs=True
+    )
     nb.COMPUTING.batch_size = 8
     nb.perplexity(model, BLOCKS)
     assert set(seen) == {8}
-    monkeypatch.setattr(nb, "free_bytes", lambda device: 3.5 * (68 * 16 * 32 + 12 * 16 * 97))  # room for three blocks of 16 tokens
+    monkeypatch.setattr(
+        nb, "free_bytes", lambda device: 3.5 * (68 * 16 * 32 + 12 * 16 * 97)
+    )  # room for three blocks of 16 tokens
     seen.clear()
     nb.perplexity(model, BLOCKS)
     assert set(seen) == {2}, "the largest divisor of 8 that is at most 3"
@@ -112,12 +127,17 @@ def test_a_batch_starts_with_what_the_free_memory_has_room_for(monkeypatch, caps
 
 
 def test_writing_a_sample_says_what_to_change():
-    model, tokenizer = short_of_memory(gated(), 0), lambda prompt, **_: nb.transformers.BatchEncoding({"input_ids": torch.ones(1, 3, dtype=torch.long)})
+    model, tokenizer = (
+        short_of_memory(gated(), 0),
+        lambda prompt, **_: nb.transformers.BatchEncoding({"input_ids": torch.ones(1, 3, dtype=torch.long)}),
+    )
     tokenizer.eos_token_id = 2
     with pytest.raises(nb.RunError, match="writing a sample runs out of memory with a single block"):
         nb.sample(model, tokenizer, "prompt")
 
 
 def test_a_single_block_that_does_not_fit_says_what_to_change():
-    with pytest.raises(nb.RunError, match="perplexity runs out of memory with a single block: take a smaller --block-length"):
+    with pytest.raises(
+        nb.RunError, match="perplexity runs out of memory with a single block: take a smaller --block-length"
+    ):
         nb.perplexity(short_of_memory(gated(), 0), BLOCKS)

@@ -19,7 +19,20 @@ from conftest import make, tiny_tokenizer
 import PruningAndFineTuningColab as nb
 
 SCRIPT = Path(nb.__file__)
-FEW = ["--max-steps", "24", "--eval-blocks", "4", "--calibration-blocks", "8", "--gate-steps", "12", "--repair-blocks", "8", "--block-length", "128"]
+FEW = [
+    "--max-steps",
+    "24",
+    "--eval-blocks",
+    "4",
+    "--calibration-blocks",
+    "8",
+    "--gate-steps",
+    "12",
+    "--repair-blocks",
+    "8",
+    "--block-length",
+    "128",
+]
 
 
 def new_run(folder, **changes):
@@ -73,7 +86,11 @@ def test_only_an_unfinished_run_of_these_very_settings_is_gone_on_with(tmp_path,
     record = json.loads((run.folder / "metrics.json").read_text())
     alive = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
-        process = {"host": nb.this_process()["host"], "pid": alive.pid, "started": nb.psutil.Process(alive.pid).create_time()}
+        process = {
+            "host": nb.this_process()["host"],
+            "pid": alive.pid,
+            "started": nb.psutil.Process(alive.pid).create_time(),
+        }
         (run.folder / "metrics.json").write_text(json.dumps(record | {"process": process}))
         with pytest.raises(nb.UserError, match="still running"):
             new_run(tmp_path, resume=str(run.folder))
@@ -97,7 +114,9 @@ def test_what_unfinished_runs_keep_is_said(tmp_path, capsys):
     assert f"Unfinished runs keep 2.3 GB in {tmp_path}/*.state" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"asked": []}', '{"asked": {"model": 3}}', "\x00", '{"asked": {}, "perplexity": "x"}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"asked": []}', '{"asked": {"model": 3}}', "\x00", '{"asked": {}, "perplexity": "x"}']
+)
 def test_a_spoilt_record_is_refused_when_named_and_passed_over_when_not(content, tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "metrics.json").write_text(content)
@@ -133,30 +152,59 @@ def test_resume_takes_the_settings_of_then(tmp_path):
 
 def test_heads_that_were_taken_in_the_explorer_are_taken_again(tmp_path, capsys, gates):
     scores, test_blocks = torch.rand(2, 4), torch.randint(3, 97, (4, 16), generator=torch.Generator().manual_seed(0))
-    prune, explore = (part.split("\n# %%")[0] for part in SCRIPT.read_text().split("\n# %%\n")
-                      if "    run.settings = settings" in part or "explorer = show_explorer(" in part)
+    prune, explore = (
+        part.split("\n# %%")[0]
+        for part in SCRIPT.read_text().split("\n# %%\n")
+        if "    run.settings = settings" in part or "explorer = show_explorer(" in part
+    )
     for again in (False, True):
         settings, run = new_run(tmp_path, strategy="entropy", prompt="a")
         run.metrics["perplexity"]["dense"] = 3.0
         model = make("llama")
         nb.add_gates(model)
-        room = vars(nb) | {"__name__": "__main__", "run": run, "settings": settings, "model": model, "tokenizer": tiny_tokenizer(), "test_blocks": test_blocks,
-                           "blocks": {}, "importance": torch.arange(8.0).view(2, 4)}
+        room = vars(nb) | {
+            "__name__": "__main__",
+            "run": run,
+            "settings": settings,
+            "model": model,
+            "tokenizer": tiny_tokenizer(),
+            "test_blocks": test_blocks,
+            "blocks": {},
+            "importance": torch.arange(8.0).view(2, 4),
+        }
         run.metrics["importance"] = room["importance"].tolist()
-        taken = {"gates": gates.tolist(), "scores": scores.tolist(), "strategy": "magnitude", "level": 0.4, "by_hand": 2}
+        taken = {
+            "gates": gates.tolist(),
+            "scores": scores.tolist(),
+            "strategy": "magnitude",
+            "level": 0.4,
+            "by_hand": 2,
+        }
         take = functools.partial(nb.take_heads, run, model, room["tokenizer"], test_blocks, taken)
         exec(prune, room)
         exec(explore, room)
         if not again:
-            assert "taken before" not in capsys.readouterr().out and torch.equal(nb.get_gates(model), room["gates"])
+            assert "taken before" not in capsys.readouterr().out and torch.equal(
+                nb.get_gates(model), nb.choose_gates(room["importance"], 0.3)
+            )
             take()
             exec(prune, room)
-            assert run.metrics["taken"] is None and not torch.equal(nb.get_gates(model), gates), "section 9, run again, has the last word"
+            assert run.metrics["taken"] is None and not torch.equal(nb.get_gates(model), gates), (
+                "section 9, run again, has the last word"
+            )
             take()
         assert torch.equal(nb.get_gates(model), gates) and torch.equal(torch.tensor(run.metrics["importance"]), scores)
-        assert run.metrics["heads"]["by_hand"] == 2 and (run.settings.strategy, run.settings.pruning_level) == ("magnitude", 0.4)
+        assert run.metrics["heads"]["by_hand"] == 2 and (run.settings.strategy, run.settings.pruning_level) == (
+            "magnitude",
+            0.4,
+        )
         assert (run.folder / "heads.png").exists()
-    assert "These are the heads that were taken before the run was interrupted (section 9, run again, goes back to the strategy's)." in capsys.readouterr().out and run.taken is None
+    assert (
+        "These are the heads that were taken before the run was interrupted (section 9, run again, goes back to the "
+        "strategy's)."
+        in capsys.readouterr().out
+        and run.taken is None
+    )
 
 
 def interrupt_at(monkeypatch, step):
@@ -222,8 +270,14 @@ def test_gates_that_are_being_chosen_go_on_bit_for_bit(step, tmp_path, monkeypat
 
 
 def run_script(cwd, *words, kill_after=None):
-    process = subprocess.Popen([sys.executable, SCRIPT, "--model", "demo", *FEW, *words], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, "--model", "demo", *FEW, *words],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
         said, _ = process.communicate(timeout=kill_after)
         assert process.returncode == 0, said[-3000:]
@@ -238,24 +292,35 @@ def outcome(cwd):
     (folder,) = (path for path in (cwd / "results").iterdir() if path.is_dir())
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["finished"] and Path(f"{folder}.zip").exists()
-    return {name: metrics[name] for name in ("perplexity", "importance", "heads", "samples", "parameters", "blocks", "compact_difference")} | {
-        name: record["history"]["perplexity"] for name, record in metrics["training"].items()}
+    return {
+        name: metrics[name]
+        for name in ("perplexity", "importance", "heads", "samples", "parameters", "blocks", "compact_difference")
+    } | {name: record["history"]["perplexity"] for name, record in metrics["training"].items()}
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(home, tmp_path):
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
     run_script(tmp_path / "whole")
-    process = subprocess.Popen([sys.executable, SCRIPT, "--model", "demo", *FEW], cwd=tmp_path / "killed", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, "--model", "demo", *FEW],
+        cwd=tmp_path / "killed",
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     for _ in range(1200):  # into the fine-tuning of the control
-        if list((tmp_path / "killed").glob("results/*.state/trainer-dense_fine_tuned-*/*/checkpoint-*/trainer_state.json")):
+        if list(
+            (tmp_path / "killed").glob("results/*.state/trainer-dense_fine_tuned-*/*/checkpoint-*/trainer_state.json")
+        ):
             break
         assert process.poll() is None
         time.sleep(0.05)
     process.kill()
     process.wait()
     said = run_script(tmp_path / "killed")
-    assert "Going on with" in said and all(f"[{name}: kept from before]" in said for name in ("importance", "repair", "fine_tuned", "measure_dense"))
+    assert "Going on with" in said and all(
+        f"[{name}: kept from before]" in said for name in ("importance", "repair", "fine_tuned", "measure_dense")
+    )
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 

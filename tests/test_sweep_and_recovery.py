@@ -12,8 +12,16 @@ import PruningAndFineTuningColab as nb
 
 @pytest.fixture
 def place(tmp_path):
-    settings = nb.Settings(output_dir=str(tmp_path), sweep_strategies="random gradient learned", sweep_levels="0 0.25 0.5", gate_steps=2, batch_size=2,
-                           max_steps=10, learning_rate=1e-2, block_length=16)
+    settings = nb.Settings(
+        output_dir=str(tmp_path),
+        sweep_strategies="random gradient learned",
+        sweep_levels="0 0.25 0.5",
+        gate_steps=2,
+        batch_size=2,
+        max_steps=10,
+        learning_rate=1e-2,
+        block_length=16,
+    )
     return settings, nb.Run(settings, torch.device("cpu"), torch.float32), tmp_path / "sweep.json"
 
 
@@ -41,14 +49,18 @@ def test_a_sweep_goes_on_where_it_was_interrupted(place, blocks, monkeypatch):
         return real(*arguments)
 
     monkeypatch.setattr(nb, "perplexity", counting)
-    monkeypatch.setattr(nb.Gradient, "score", lambda self, *arguments: scored.append(self.squared) or score(self, *arguments))
+    monkeypatch.setattr(
+        nb.Gradient, "score", lambda self, *arguments: scored.append(self.squared) or score(self, *arguments)
+    )
     with pytest.raises(KeyboardInterrupt):
         nb.sweep(model, three(blocks), settings, file)
     kept = json.loads(file.read_text())
     assert len(kept) == 3 and (nb.get_gates(model) == 1).all(), "what was finished is kept, and the model is as it was"
     points = nb.sweep(model, three(blocks), settings, file)
     assert points[:3] == kept and len(points) == 9
-    assert [(point["strategy"], point["level"]) for point in points] == [(s, v) for s in ("random", "gradient", "learned") for v in (0, 0.25, 0.5)]
+    assert [(point["strategy"], point["level"]) for point in points] == [
+        (s, v) for s in ("random", "gradient", "learned") for v in (0, 0.25, 0.5)
+    ]
     assert [point["closed"] for point in points] == [0, 2, 4] * 3
     assert scored.count(False) == 2, "the interrupted scoring and one more: once for all levels"
     assert scored.count(True) == 3, "learned gates depend on the level"
@@ -67,10 +79,18 @@ def test_the_points_of_a_sweep_are_right(place, blocks):
     assert points[5]["pruned"] == pytest.approx(nb.perplexity(model, blocks["test"]))
     assert points[5]["repaired"] == pytest.approx(nb.perplexity(nb.repair(model, blocks["train"]), blocks["test"]))
     table = nb.sweep_table(points, dense).splitlines()
-    assert table[0] == "| strategy | 0% | 25% | 50% |" and f"{points[5]['pruned']:.2f} → {points[5]['repaired']:.2f}" in table[3]
+    assert (
+        table[0] == "| strategy | 0% | 25% | 50% |"
+        and f"{points[5]['pruned']:.2f} → {points[5]['repaired']:.2f}" in table[3]
+    )
     figure = nb.draw_sweep(points, dense, 8)
     (axes,) = figure.axes
-    assert axes.get_yscale() == "log" and [text.get_text() for text in axes.get_legend().get_texts()] == ["dense", "learned", "gradient", "random"]
+    assert axes.get_yscale() == "log" and [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "dense",
+        "learned",
+        "gradient",
+        "random",
+    ]
 
 
 def test_a_level_out_of_reach_is_refused_before_anything_is_computed(place, blocks):
@@ -108,7 +128,12 @@ def test_distillation_pulls_to_the_teacher(place, blocks):
     nb.add_gates(teacher)
     settings = nb.dataclasses.replace(settings, distillation=1.0, learning_rate=1e-3, patience=0)
     same = nb.fine_tune(run, "same", lambda: copy.deepcopy(teacher), blocks, settings, teacher=teacher)
-    for name, value in same.state_dict().items():  # the divergence from itself is zero, so is its gradient; AdamW only decays a little
+    for (
+        name,
+        value,
+    ) in (
+        same.state_dict().items()
+    ):  # the divergence from itself is zero, so is its gradient; AdamW only decays a little
         torch.testing.assert_close(value, teacher.state_dict()[name], rtol=1e-2, atol=2e-2)
 
     def distance(model):
@@ -121,10 +146,16 @@ def test_distillation_pulls_to_the_teacher(place, blocks):
     nb.set_gates(teacher, gates)
     pruned = copy.deepcopy(teacher)  # the teacher of a pruned model is that model with all gates open
     taught = nb.fine_tune(run, "taught", lambda: copy.deepcopy(pruned), blocks, settings, teacher=teacher)
-    alone = nb.fine_tune(run, "alone", lambda: copy.deepcopy(pruned), blocks, nb.dataclasses.replace(settings, distillation=0.0), teacher=teacher)
+    alone = nb.fine_tune(
+        run,
+        "alone",
+        lambda: copy.deepcopy(pruned),
+        blocks,
+        nb.dataclasses.replace(settings, distillation=0.0),
+        teacher=teacher,
+    )
     assert torch.equal(nb.get_gates(teacher), gates) and torch.equal(nb.get_gates(taught), gates)
     assert distance(taught) < distance(teacher) and distance(taught) < distance(alone)
-
 
 
 def test_a_model_that_was_trained_in_16_bits_computes_in_32_again(place, blocks):
@@ -155,8 +186,16 @@ def test_gradient_checkpointing_trains_the_same(family, place, blocks):
         mlp.register_forward_pre_hook(count)
         return small
 
-    plain, thrifty = (nb.fine_tune(run, "fine_tuned", lambda on=on: start(model, on), blocks,
-                                   nb.dataclasses.replace(settings, gradient_checkpointing=on)) for on in (False, True))
+    plain, thrifty = (
+        nb.fine_tune(
+            run,
+            "fine_tuned",
+            lambda on=on: start(model, on),
+            blocks,
+            nb.dataclasses.replace(settings, gradient_checkpointing=on),
+        )
+        for on in (False, True)
+    )
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain.parameters(), thrifty.parameters()))
     assert calls[True] == calls[False] + settings.max_steps, "every training step computes the layer a second time"
     assert not thrifty.is_gradient_checkpointing and thrifty.config.use_cache == model.config.use_cache

@@ -36,7 +36,7 @@ def test_packing_loses_no_token(length):
     ids = [ord(letter) % 97 for letter in text]
     blocks = nb.pack(text, Letters(), length)
     assert blocks.shape[1] == length
-    assert blocks.flatten().tolist() == ids[:blocks.numel()] and len(ids) - blocks.numel() < length
+    assert blocks.flatten().tolist() == ids[: blocks.numel()] and len(ids) - blocks.numel() < length
 
 
 def test_perplexity_equals_its_definition():
@@ -72,7 +72,10 @@ def test_rows_are_joined_by_a_blank_line(kind, tmp_path, monkeypatch):
 
 
 def test_a_hub_dataset_keeps_its_splits(monkeypatch):
-    rows = {split: datasets.Dataset.from_dict({"text": [f"{split} {number}\n" for number in range(50)]}) for split in nb.SPLITS}
+    rows = {
+        split: datasets.Dataset.from_dict({"text": [f"{split} {number}\n" for number in range(50)]})
+        for split in nb.SPLITS
+    }
     asked = []
 
     def load_dataset(*arguments):
@@ -94,7 +97,7 @@ def test_a_hub_dataset_keeps_its_splits(monkeypatch):
 
 
 def test_python_docs_are_real_text():
-    assert len(nb.python_docs()) > 300_000 and "The \"assert\" statement" in nb.python_docs()
+    assert len(nb.python_docs()) > 300_000 and 'The "assert" statement' in nb.python_docs()
 
 
 BAD = [
@@ -124,11 +127,27 @@ def test_bad_settings_are_refused_in_one_sentence(changes, message):
 def test_the_form_the_dataclass_and_the_options_agree():
     parsed = nb.read_settings([])
     assert parsed == nb.Settings()
-    arguments = {"--model": "demo", "--pruning-level": "0.5", "--eval-blocks": "0", "--strategy": "random", "--no-control": None,
-                 "--save-model": "no", "--uniform": None, "--offline": None, "--precision": "fp32"}
+    arguments = {
+        "--model": "demo",
+        "--pruning-level": "0.5",
+        "--eval-blocks": "0",
+        "--strategy": "random",
+        "--no-control": None,
+        "--save-model": "no",
+        "--uniform": None,
+        "--offline": None,
+        "--precision": "fp32",
+    }
     changed = nb.read_settings([word for pair in arguments.items() for word in pair if word is not None])
-    assert (changed.model, changed.pruning_level, changed.eval_blocks, changed.control, changed.save_model, changed.uniform, changed.offline) == (
-        "demo", 0.5, 0, "no", "no", True, True)
+    assert (
+        changed.model,
+        changed.pruning_level,
+        changed.eval_blocks,
+        changed.control,
+        changed.save_model,
+        changed.uniform,
+        changed.offline,
+    ) == ("demo", 0.5, 0, "no", "no", True, True)
     assert set(nb.STRATEGY_NAMES) == set(nb.STRATEGIES)
 
 
@@ -146,12 +165,24 @@ def test_no_network_and_no_model_named_means_the_demo(monkeypatch, capsys):
     assert nb.choose_sources(settings(model="gpt2")).model == "gpt2", "a model that was named is never replaced"
 
 
-@pytest.mark.parametrize("arguments, sentence", [
-    (["--pruning-level", "1.5"], "error: pruning_level is 1.5, but must be at least 0 and below 1: the default is 0.3."),
-    (["--model", "nobody/nothing", "--dataset", "python-docs", "--offline"], "error: model 'nobody/nothing' cannot be had"),
-    (["--model", "missing.gguf", "--dataset", "python-docs", "--offline"], "error: model 'missing.gguf' cannot be had"),
-    (["--pruning-level", "a lot"], "invalid float value: 'a lot'"),
-])
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (
+            ["--pruning-level", "1.5"],
+            "error: pruning_level is 1.5, but must be at least 0 and below 1: the default is 0.3.",
+        ),
+        (
+            ["--model", "nobody/nothing", "--dataset", "python-docs", "--offline"],
+            "error: model 'nobody/nothing' cannot be had",
+        ),
+        (
+            ["--model", "missing.gguf", "--dataset", "python-docs", "--offline"],
+            "error: model 'missing.gguf' cannot be had",
+        ),
+        (["--pruning-level", "a lot"], "invalid float value: 'a lot'"),
+    ],
+)
 def test_a_mistake_costs_one_sentence_and_exit_status_2(arguments, sentence, tmp_path):
     done = subprocess.run([sys.executable, SCRIPT, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -169,14 +200,22 @@ def test_help_lists_every_setting_with_its_default(capsys):
 
 
 def test_importing_runs_nothing_and_prints_nothing(tmp_path):
-    done = subprocess.run([sys.executable, "-c", "import PruningAndFineTuningColab"], cwd=tmp_path, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)})
+    done = subprocess.run(
+        [sys.executable, "-c", "import PruningAndFineTuningColab"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)},
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_results_folder_is_never_overwritten_and_its_record_is_whole(tmp_path):
-    runs = [nb.Run(settings(output_dir=str(tmp_path), model="a/../b c", resume="no"), torch.device("cpu"), torch.float32) for _ in range(3)]
+    runs = [
+        nb.Run(settings(output_dir=str(tmp_path), model="a/../b c", resume="no"), torch.device("cpu"), torch.float32)
+        for _ in range(3)
+    ]
     assert len({run.folder for run in runs}) == 3 and {run.folder.parent for run in runs} == {tmp_path}
     with pytest.raises(ZeroDivisionError), runs[0].step("broken"):
         runs[0].metrics["perplexity"]["dense"] = 7.0

@@ -1,7 +1,7 @@
 """What runs on a TPU runs through XLA, which runs on a processor too. In a virtual environment of its own (several GB):
 
-    python3 -m venv xla && xla/bin/pip install torch==2.9.0 torch_xla==2.9.0 transformers==5.15.0 datasets accelerate matplotlib ipywidgets \
-        psutil jupytext gguf pytest
+    python3 -m venv xla && xla/bin/pip install torch==2.9.0 torch_xla==2.9.0 transformers==5.15.0 datasets accelerate \
+        matplotlib ipywidgets psutil jupytext gguf pytest
     PJRT_DEVICE=CPU xla/bin/python -m pytest tests/test_xla.py
 """
 
@@ -22,13 +22,34 @@ from torch_xla.debug import metrics
 
 import PruningAndFineTuningColab as nb
 
-FEW = ["--dataset", "python-docs", "--max-steps", "12", "--eval-blocks", "4", "--calibration-blocks", "8", "--gate-steps", "12", "--repair-blocks", "8",
-       "--block-length", "128"]
+FEW = [
+    "--dataset",
+    "python-docs",
+    "--max-steps",
+    "12",
+    "--eval-blocks",
+    "4",
+    "--calibration-blocks",
+    "8",
+    "--gate-steps",
+    "12",
+    "--repair-blocks",
+    "8",
+    "--block-length",
+    "128",
+]
 
 
 def walk(cwd, *words, **environment):
     cwd.mkdir()
-    done = subprocess.run([sys.executable, Path(nb.__file__), *FEW, *words], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [sys.executable, Path(nb.__file__), *FEW, *words],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = cwd.glob("results/*/metrics.json")
     return json.loads(file.read_text())
@@ -43,12 +64,16 @@ def test_the_whole_walk_has_the_numbers_of_the_processor(home, tmp_path):
     assert xla["heads"] == plain["heads"]
     for stage, record in xla["training"].items():
         assert [value for _, value in record["history"]["perplexity"]] == pytest.approx(
-            [value for _, value in plain["training"][stage]["history"]["perplexity"]], rel=1e-3)
+            [value for _, value in plain["training"][stage]["history"]["perplexity"]], rel=1e-3
+        )
 
 
 def test_bf16_runs_too(home, tmp_path):
     with_16 = walk(tmp_path / "bf16", "--model", "demo", "--device", "tpu", "--strategy", "entropy", "--no-control")
-    assert with_16["precision"] == "bfloat16" and with_16["perplexity"]["fine_tuned"] < 1.3 * with_16["perplexity"]["dense"]
+    assert (
+        with_16["precision"] == "bfloat16"
+        and with_16["perplexity"]["fine_tuned"] < 1.3 * with_16["perplexity"]["dense"]
+    )
 
 
 def count(work):
@@ -57,14 +82,19 @@ def count(work):
     before = [(metrics.metric_data(name) or (0,))[0] for name in ("CompileTime", "TransferFromDeviceTime")]
     work()
     torch_xla.sync()
-    return [(metrics.metric_data(name) or (0,))[0] - first for name, first in zip(("CompileTime", "TransferFromDeviceTime"), before)]
+    return [
+        (metrics.metric_data(name) or (0,))[0] - first
+        for name, first in zip(("CompileTime", "TransferFromDeviceTime"), before)
+    ]
 
 
 WORK = {
     "perplexity": lambda model, n: nb.perplexity(model, torch.randint(3, 97, (4 * n, 16))),
     "entropy": lambda model, n: nb.get_strategy("entropy").score(model, torch.randint(3, 97, (4 * n, 16))),
     "gradient": lambda model, n: nb.get_strategy("gradient").score(model, torch.randint(3, 97, (4 * n, 16))),
-    "learned": lambda model, n: nb.get_strategy("learned", level=0.25, steps=6 * n).score(model, torch.randint(3, 97, (16, 16))),
+    "learned": lambda model, n: nb.get_strategy("learned", level=0.25, steps=6 * n).score(
+        model, torch.randint(3, 97, (16, 16))
+    ),
 }
 
 
@@ -76,8 +106,8 @@ def test_more_steps_compile_nothing_new_and_wait_for_nothing(work):
         WORK[work](model, n)  # all shapes are known now
     few, many = (count(lambda n=n: WORK[work](model, n)) for n in (2, 4))
     assert few[0] == many[0] == 0, "compiled anew"
-    # One number is read back in every forward pass, by transformers: it looks whether several texts are packed into one.
-    # Learned gates take two passes in each of their 12 steps more, one with the gates open and one with them as they are.
+    # One number is read back in every forward pass, by transformers: it looks whether several texts are packed into
+    # one. Learned gates take two passes in each of their 12 steps more: one with open gates, one with their own.
     assert many[1] - few[1] <= (24 if work == "learned" else 2), "numbers are read back in every step"
 
 

@@ -3,12 +3,13 @@
     python tests/benchmarks/compact.py --levels 0.1 0.3 0.5 OPTIONS     a table for one model
     python tests/benchmarks/compact.py --gpt2-shapes                     speed of GPT-2-small shapes against arithmetic
 
-OPTIONS are those of PruningAndFineTuningColab.py: --model, --train-file, --strategy, --eval-blocks, ... Speeds are ratios of medians of
-nine passes in turns, in one process. 'reopened' is the perplexity of the saved folder, opened in a fresh process that does not know
-the notebook.
+OPTIONS are those of PruningAndFineTuningColab.py: --model, --train-file, --strategy, --eval-blocks, ... Speeds are
+ratios of medians of nine passes in turns, in one process. 'reopened' is the perplexity of the saved folder, opened in
+a fresh process that does not know the notebook.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -32,14 +33,15 @@ total, blocks = 0.0, load_file(sys.argv[2])["blocks"]
 with torch.no_grad():
     for batch in blocks.split(int(sys.argv[3])):
         logits = model(batch, use_cache=False).logits[:, :-1]
-        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum").item()
+        logits, wanted = logits.flatten(0, 1).float(), batch[:, 1:].flatten()
+        total += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
 print(math.exp(total / blocks[:, 1:].numel()))
 """
 
 
 def speed_ratio(model, small, batch, training):
     with nb.without_gates(model):
-        speeds = nb.tokens_per_second({"dense": model, "compact": small}, batch, torch.float32, training, rounds=9)
+        speeds = nb.tokens_per_second({"dense": model, "compact": small}, batch, training, rounds=9)
     return speeds["compact"] / speeds["dense"]
 
 
@@ -55,7 +57,9 @@ def gpt2_shapes():
         expected = nb.count_flops(model, shape[1]) / nb.count_flops(small, shape[1])
         for kind, training in (("forward", False), ("training", True)):
             ratio = speed_ratio(model, small, batch, training)
-            rows.append(f"| {shape[0]} x {shape[1]} | {kind} | {expected:.3f} x | {ratio:.3f} x | {ratio / expected:.2f} |")
+            rows.append(
+                f"| {shape[0]} x {shape[1]} | {kind} | {expected:.3f} x | {ratio:.3f} x | {ratio / expected:.2f} |"
+            )
             print(rows[-1], file=sys.stderr)
     print("\n".join(rows))
 
@@ -70,38 +74,53 @@ def main():
     settings = nb.choose_sources(nb.read_settings(rest))
     device = torch.device("cpu")
     text = nb.load_text(settings)
-    tokenizer, model = nb.load_model(nb.make_demo(text["train"]) if settings.model == "demo" else settings.model, device)
-    blocks = nb.pack_all(text, tokenizer, settings, settings.block_length)
-    test = blocks["test"][:settings.eval_blocks or None]
+    tokenizer, model = nb.load_model(
+        nb.make_demo(text["train"]) if settings.model == "demo" else settings.model, device
+    )
+    blocks = nb.pack_all(text, tokenizer, model, settings)
+    test = blocks["test"][: settings.eval_blocks or None]
     nb.add_gates(model)
-    options = nb.options_for(settings, torch.float32)
-    importance = nb.get_strategy(settings.strategy, **options).score(model, blocks["validation"][:settings.calibration_blocks])
-    dense = nb.perplexity(model, test, batch_size=settings.batch_size)
+    nb.COMPUTING.batch_size = settings.batch_size
+    options = nb.options_for(settings)
+    importance = nb.get_strategy(settings.strategy, **options).score(
+        model, blocks["validation"][: settings.calibration_blocks]
+    )
+    dense = nb.perplexity(model, test)
     bare = sum(p.nbytes for p in model.parameters()) / 1e6
-    rows = ["| level | parameters, M | weights, MB | KV cache, bytes/token | forward, measured (arithmetic) | training | perplexity: gated | compact | reopened "
-            "| largest difference |", "|---|---|---|---|---|---|---|---|---|---|",
-            f"| dense | {model.num_parameters() / 1e6:.2f} | {bare:.1f} | {nb.cache_bytes(model):,} | 1 | 1 | {dense:.4f} | | | |"]
+    rows = [
+        "| level | parameters, M | weights, MB | KV cache, bytes/token | forward, measured (arithmetic) | training "
+        "| perplexity: gated | compact | reopened | largest difference |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| dense | {model.num_parameters() / 1e6:.2f} | {bare:.1f} | {nb.cache_bytes(model):,} | 1 | 1 | {dense:.4f} "
+        "| | | |",
+    ]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         save_file({"blocks": test}, folder / "test.st")
         for level in chosen.levels:
-            if settings.uniform:
-                gates = nb.choose_uniform_gates(importance, *nb.plan_uniform(model, level, settings.min_heads))
-            else:
-                gates = nb.choose_gates(importance, level, settings.min_heads)
-            nb.set_gates(model, gates)
+            own = dataclasses.replace(settings, pruning_level=level)
+            nb.set_gates(model, nb.gates_for(model, importance, own))
             small = nb.compact(model)
             saved = folder / f"{level}"
             nb.save_compact(small, tokenizer, saved)
             size = sum(file.stat().st_size for file in saved.glob("*.safetensors")) / 1e6
-            stranger = subprocess.run([sys.executable, "-c", STRANGER, saved, folder / "test.st", str(settings.batch_size)], cwd=folder,
-                                      capture_output=True, text=True, check=True, env=os.environ | {"HF_HOME": str(folder / "hf")})
+            stranger = subprocess.run(
+                [sys.executable, "-c", STRANGER, saved, folder / "test.st", str(settings.batch_size)],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                check=True,
+                env=os.environ | {"HF_HOME": str(folder / "hf")},
+            )
             reopened = json.loads(stranger.stdout)
-            gated, cut = (nb.perplexity(each, test, batch_size=settings.batch_size) for each in (model, small))
+            gated, cut = (nb.perplexity(each, test) for each in (model, small))
             expected = nb.count_flops(model, settings.block_length) / nb.count_flops(small, settings.block_length)
             forward, training = (speed_ratio(model, small, test[:1], kind) for kind in (False, True))
-            rows.append(f"| {level:.0%} | {small.num_parameters() / 1e6:.2f} | {size:.1f} | {nb.cache_bytes(small):,} | {forward:.2f} ({expected:.2f}) | "
-                        f"{training:.2f} | {gated:.4f} | {cut:.4f} | {reopened:.4f} | {nb.largest_difference(model, small, test[:1]):.0e} |")
+            rows.append(
+                f"| {level:.0%} | {small.num_parameters() / 1e6:.2f} | {size:.1f} | {nb.cache_bytes(small):,} | "
+                f"{forward:.2f} ({expected:.2f}) | {training:.2f} | {gated:.4f} | {cut:.4f} | {reopened:.4f} | "
+                f"{nb.largest_difference(model, small, test[:1]):.0e} |"
+            )
             print(rows[-1], file=sys.stderr)
     print("\n".join(rows))
 

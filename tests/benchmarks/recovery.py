@@ -1,9 +1,10 @@
-"""Fine-tuning settings, one changed at a time: the pruned and repaired model beside the dense one, both with the same budget.
+"""Fine-tuning settings, one changed at a time: the pruned and repaired model beside the dense one, same budget.
 
     python tests/benchmarks/recovery.py --vary warmup=0,0.3 weight_decay=0,0.1 distillation=0.5,1 teacher=0.5,1 OPTIONS
 
-OPTIONS are those of PruningAndFineTuningColab.py. `teacher` is distillation from the fine-tuned dense model instead of the dense one. Heads are chosen and
-repaired once. The settings are to be chosen by the validation column; the test column only reports.
+OPTIONS are those of PruningAndFineTuningColab.py. `teacher` is distillation from the fine-tuned dense model instead
+of the dense one. Heads are chosen and repaired once. The settings are to be chosen by the validation column; the test
+column only reports.
 """
 
 import argparse
@@ -25,28 +26,40 @@ def main():
     run = nb.Run(settings, device, nb.find_precision(device, settings.precision))
     text = nb.load_text(settings)
     tokenizer, model = nb.load_model(settings.model, device)
-    blocks = nb.pack_all(text, tokenizer, settings, settings.block_length)
-    test, calibration = blocks["test"][:settings.eval_blocks or None], blocks["validation"][:settings.calibration_blocks]
+    blocks = nb.pack_all(text, tokenizer, model, settings)
+    test, calibration = (
+        blocks["test"][: settings.eval_blocks or None],
+        blocks["validation"][: settings.calibration_blocks],
+    )
     run.metrics["blocks"] = {split: len(part) for split, part in blocks.items()} | {"tested": len(test)}
     nb.add_gates(model)
     dense = copy.deepcopy(model)
-    importance = nb.get_strategy(settings.strategy, **nb.options_for(settings, run.dtype)).score(model, calibration)
+    importance = nb.get_strategy(settings.strategy, **nb.options_for(settings)).score(model, calibration)
     nb.set_gates(model, nb.choose_gates(importance, settings.pruning_level, settings.min_heads))
-    pruned = nb.repair(model, nb.spread(blocks["train"], settings.repair_blocks), run.dtype, settings.batch_size)
+    pruned = nb.repair(model, nb.evenly_spaced(blocks["train"], settings.repair_blocks))
 
     def tune(start, settings, teacher=None):
         source = pruned if start is nb.compact else dense
-        tuned = nb.fine_tune(source, blocks, settings, run, "tuned", 1.0, start, teacher=teacher)
+        tuned = nb.fine_tune(run, "tuned", lambda: start(source), blocks, settings, teacher=teacher)
         best = min(value for _, value in run.metrics["training"]["tuned"]["history"]["perplexity"])
-        return tuned, best, nb.perplexity(tuned, test, run.dtype, settings.batch_size)
+        return tuned, best, nb.perplexity(tuned, test)
 
-    print("| | pruned: validation | test | dense: validation | test | gap, validation | test |\n|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "| | pruned: validation | test | dense: validation | test | gap, validation | test |\n" + "|---" * 7 + "|",
+        flush=True,
+    )
 
     def row(name, pruned, dense):
-        print(f"| {name} | {pruned[1]:.3f} | {pruned[2]:.3f} | {dense[1]:.3f} | {dense[2]:.3f} | {pruned[1] / dense[1] - 1:+.1%} | "
-              f"{pruned[2] / dense[2] - 1:+.1%} |", flush=True)
+        print(
+            f"| {name} | {pruned[1]:.3f} | {pruned[2]:.3f} | {dense[1]:.3f} | {dense[2]:.3f} | "
+            f"{pruned[1] / dense[1] - 1:+.1%} | {pruned[2] / dense[2] - 1:+.1%} |",
+            flush=True,
+        )
 
-    nothing = [(None, nb.perplexity(m, blocks["validation"][:16], run.dtype), nb.perplexity(m, test, run.dtype)) for m in (pruned, dense)]
+    nothing = [
+        (None, nb.perplexity(m, blocks["validation"][:16]), nb.perplexity(m, test))
+        for m in (pruned, dense)
+    ]
     row("before fine-tuning", *nothing)
     control = tune(copy.deepcopy, settings)
     row("defaults", tune(nb.compact, settings), control)
