@@ -149,7 +149,9 @@ def fill_form(notebook, settings: dict):
         form.source, found = re.subn(
             rf"^{name.upper()} = [^#]*", f"{name.upper()} = {value!r}  ", form.source, flags=re.M
         )
-        more += [] if found else ["--" + name.replace("_", "-"), str(value)]
+        option = name.replace("_", "-")
+        words = [f"--no-{option}"] if value is False else [f"--{option}", str(value)]
+        more += [] if found else words
     form.source = form.source.replace('MORE = ""', f"MORE = {' '.join(more)!r}")
 
 

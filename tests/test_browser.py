@@ -25,7 +25,14 @@ if CHROMIUM is None:
     pytest.skip("no chromium on this machine: apt-get install chromium", allow_module_level=True)
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -r tests/requirements.txt")
 
-FEW = {"max_steps": 60, "eval_blocks": 8, "calibration_blocks": 8, "gate_steps": 20, "repair_blocks": 16}
+FEW = {
+    "max_steps": 60,
+    "eval_blocks": 8,
+    "calibration_blocks": 8,
+    "gate_steps": 20,
+    "repair_blocks": 16,
+    "control": False,
+}
 MINUTES = 60_000  # milliseconds
 
 
@@ -236,14 +243,18 @@ def test_what_is_shown_can_be_taken_into_the_run(explorer):
 
 
 def test_the_attention_viewer_shows_another_head(page, finished):
-    box = cell_of(page, "show_attention(run, model, tokenizer, explorer)").locator(".jp-OutputArea")
+    box = cell_of(page, "show_attention(run, model, tokenizer, explorer)").locator(".jp-OutputArea").first
     picture = box.locator(".widget-output img")
     picture.wait_for()
     before = picture.get_attribute("src")
     slider = box.locator(".noUi-handle").last
     slider.focus()
     slider.press("ArrowRight")
-    page.wait_for_function("([image, before]) => image.src !== before", arg=[picture.element_handle(), before])
+    page.wait_for_function(
+        """before => { const images = [...document.querySelectorAll('.widget-output img')];
+                       return images.length && images.every(image => image.src !== before) }""",
+        arg=before,
+    )
     shot(box, "attention")
 
 
