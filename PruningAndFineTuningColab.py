@@ -965,7 +965,11 @@ def start_settings(more: str) -> Settings:
     if not in_notebook():
         sys.excepthook = stop_without_traceback
     silence_all_but_first()
-    settings = choose_sources(read_settings(shlex.split(more) if in_notebook() else sys.argv[1:]))
+    try:
+        words = shlex.split(more) if in_notebook() else sys.argv[1:]
+    except ValueError as error:
+        raise UserError(f"MORE is {more!r}, but must be options as in a shell ({error}): correct it.") from None
+    settings = choose_sources(read_settings(words))
     print("\n".join(f"{name:>22}  {value}" for name, value in dataclasses.asdict(settings).items() if value != ""))
     return settings
 

@@ -1,6 +1,6 @@
 """Runs a script in which the second process alone cannot train on two blocks at once.
 
-    torchrun short_of_memory.py SCRIPT OPTIONS
+torchrun short_of_memory.py SCRIPT OPTIONS
 """
 
 import os

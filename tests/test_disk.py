@@ -13,22 +13,10 @@ import torch
 import PruningAndFineTuningColab as nb
 
 SCRIPT = Path(nb.__file__)
-FEW = [
-    "--model",
-    "demo",
-    "--max-steps",
-    "12",
-    "--eval-blocks",
-    "2",
-    "--calibration-blocks",
-    "4",
-    "--strategy",
-    "entropy",
-    "--repair-blocks",
-    "4",
-    "--block-length",
-    "128",
-]
+FEW = (
+    "--model demo --max-steps 12 --eval-blocks 2 --calibration-blocks 4 --strategy entropy --repair-blocks 4 "
+    "--block-length 128"
+).split()
 
 
 def run_script(cwd, *words):

@@ -13,24 +13,10 @@ import PruningAndFineTuningColab as nb
 
 SCRIPT = Path(nb.__file__)
 TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-FEW = [
-    "--dataset",
-    "python-docs",
-    "--device",
-    "cpu",
-    "--max-steps",
-    "12",
-    "--eval-blocks",
-    "7",
-    "--calibration-blocks",
-    "7",
-    "--gate-steps",
-    "12",
-    "--repair-blocks",
-    "8",
-    "--block-length",
-    "128",
-]
+FEW = (
+    "--dataset python-docs --device cpu --max-steps 12 --eval-blocks 7 --calibration-blocks 7 --gate-steps 12 "
+    "--repair-blocks 8 --block-length 128"
+).split()
 
 
 @pytest.fixture(scope="module")

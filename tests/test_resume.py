@@ -19,20 +19,9 @@ from conftest import make, tiny_tokenizer
 import PruningAndFineTuningColab as nb
 
 SCRIPT = Path(nb.__file__)
-FEW = [
-    "--max-steps",
-    "24",
-    "--eval-blocks",
-    "4",
-    "--calibration-blocks",
-    "8",
-    "--gate-steps",
-    "12",
-    "--repair-blocks",
-    "8",
-    "--block-length",
-    "128",
-]
+FEW = (
+    "--max-steps 24 --eval-blocks 4 --calibration-blocks 8 --gate-steps 12 --repair-blocks 8 --block-length 128".split()
+)
 
 
 def new_run(folder, **changes):

@@ -238,3 +238,16 @@ def test_the_batch_halves_where_memory_runs_out(capsys):
     assert "a step runs out of memory: trying 6 blocks" in capsys.readouterr().out
     with pytest.raises(ValueError):  # any other failure is not swallowed
         nb.fit_batch_size(lambda size: int("x"), 4, "a step")
+
+
+def test_more_takes_options_as_a_shell_does(monkeypatch):
+    monkeypatch.setattr(nb, "in_notebook", lambda: True)
+    monkeypatch.setattr(nb, "choose_sources", lambda settings: settings)
+    made = nb.start_settings("--no-repair --prompt 'two words' --pruning-level 0.1")
+    assert (made.repair, made.prompt, made.pruning_level) == (False, "two words", 0.1)
+    for more, said in (
+        ("--prompt 'two", "MORE is .*No closing quotation"),
+        ("--levle 3", "unrecognized arguments: --levle 3"),
+    ):
+        with pytest.raises(nb.UserError, match=said):
+            nb.start_settings(more)

@@ -114,8 +114,7 @@ def test_the_zip_holds_the_report_the_pictures_and_a_model_that_opens(results, t
     )
     assert (
         f"| pruned + fine-tuned | 22 / 32 | {metrics['parameters']['pruned'] / 1e6:.2f} M | "
-        f"{metrics['perplexity']['fine_tuned']:.2f} |"
-        in card
+        f"{metrics['perplexity']['fine_tuned']:.2f} |" in card
     )
     assert not [
         path
@@ -248,22 +247,8 @@ def short_run(results, tmp_path):
         cache = next((results.parents[1] / "cache/PruningAndFineTuningColab").iterdir())
         shutil.copytree(cache, tmp_path / "tiny", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
         model.save_pretrained(tmp_path / "tiny")
-        words = [
-            "--model",
-            "tiny",
-            "--dataset",
-            "python-docs",
-            "--block-length",
-            "64",
-            "--eval-blocks",
-            "4",
-            "--calibration-blocks",
-            "2",
-            "--max-steps",
-            "4",
-            "--no-control",
-            *words,
-        ]
+        few = "--block-length 64 --eval-blocks 4 --calibration-blocks 2 --gate-steps 20 --max-steps 4 --no-control"
+        words = [*f"--model tiny --dataset python-docs {few}".split(), *words]
         run = subprocess.run([sys.executable, SCRIPT, *words], cwd=tmp_path, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr[-3000:]
         (folder,) = (path for path in (tmp_path / "results").iterdir() if path.is_dir())

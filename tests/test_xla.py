@@ -22,22 +22,10 @@ from torch_xla.debug import metrics
 
 import PruningAndFineTuningColab as nb
 
-FEW = [
-    "--dataset",
-    "python-docs",
-    "--max-steps",
-    "12",
-    "--eval-blocks",
-    "4",
-    "--calibration-blocks",
-    "8",
-    "--gate-steps",
-    "12",
-    "--repair-blocks",
-    "8",
-    "--block-length",
-    "128",
-]
+FEW = (
+    "--dataset python-docs --max-steps 12 --eval-blocks 4 --calibration-blocks 8 --gate-steps 12 --repair-blocks 8 "
+    "--block-length 128"
+).split()
 
 
 def walk(cwd, *words, **environment):

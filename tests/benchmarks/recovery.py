@@ -56,10 +56,7 @@ def main():
             flush=True,
         )
 
-    nothing = [
-        (None, nb.perplexity(m, blocks["validation"][:16]), nb.perplexity(m, test))
-        for m in (pruned, dense)
-    ]
+    nothing = [(None, nb.perplexity(m, blocks["validation"][:16]), nb.perplexity(m, test)) for m in (pruned, dense)]
     row("before fine-tuning", *nothing)
     control = tune(copy.deepcopy, settings)
     row("defaults", tune(nb.compact, settings), control)

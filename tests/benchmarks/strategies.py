@@ -43,8 +43,7 @@ def costs(model, few):
             plain()
 
     jobs = {"plain forward pass without gates": bare, "with open gates": plain} | {
-        name: lambda name=name: nb.get_strategy(name).score(model, few)
-        for name in ("entropy", "gradient", "fisher")
+        name: lambda name=name: nb.get_strategy(name).score(model, few) for name in ("entropy", "gradient", "fisher")
     }
     seconds = {name: [] for name in jobs}
     for _ in range(6):
