@@ -920,7 +920,7 @@ def close_panel(widget) -> None:
             close_panel(part)
     widget.close()
 
-SHOWN = {}  # name of a picture -> the widget that was shown with it
+SHOWN = globals().get("SHOWN", {})  # name of a picture -> widget, also of an earlier run of this cell
 
 def show_widget(widget, picture: Path) -> None:
     """Displays a widget, and closes an earlier one; where none can be shown (a printed notebook), the picture."""
