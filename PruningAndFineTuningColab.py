@@ -2078,13 +2078,13 @@ class Cancelled(Exception):
     """Somebody pressed Cancel."""
 
 class Panel:
-    """A line of text, and a bar with a button to cancel while a job runs."""
+    """A line of text, and a bar with a button to cancel while a job runs; who shows them puts them into a box."""
 
     def __init__(self):
         self.text, self.bar = widgets.HTML(), widgets.FloatProgress(max=1.0)
         self.cancel = widgets.Button(description="Cancel")
         self.busy = widgets.HBox([self.bar, self.cancel], layout=widgets.Layout(display="none"))
-        self.box, self.stop, self.thread = widgets.VBox([self.busy, self.text]), threading.Event(), None
+        self.stop, self.thread = threading.Event(), None
         self.cancel.on_click(lambda _: self.stop.set())
 
     def say(self, words: str, wrong: bool = False):

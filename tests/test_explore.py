@@ -205,3 +205,16 @@ def test_results_go_to_drive_in_colab(tmp_path, monkeypatch):
     colab.drive.mount = refuse
     with pytest.raises(nb.UserError, match=r"cannot be mounted \(mount failed\)"):
         nb.on_drive("results")
+
+
+def parts_of(widget) -> set:
+    return {widget}.union(*(parts_of(part) for part in getattr(widget, "children", ())))
+
+
+def test_a_panel_is_closed_with_all_that_it_made(explorer):
+    """What is left open keeps the buttons, and the models behind them, for as long as the kernel lives."""
+    made = {value for value in vars(explorer).values() if isinstance(value, nb.widgets.Widget)}
+    parts = parts_of(explorer.box)
+    assert len(made) > 8 and made <= parts, "a part that is in no box is never closed"
+    nb.close_panel(explorer.box)
+    assert all(part.comm is None for part in parts)
