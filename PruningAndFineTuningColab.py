@@ -1429,24 +1429,6 @@ def get_gates(model) -> torch.Tensor:
     return torch.stack([layer.projection.gates.detach().float().cpu() for layer in find_heads(model)])
 
 
-# %% [markdown]
-# Try it: close one head, see the perplexity move on some validation text, and open it again. Change
-# `layer` and `head` and run the cell again: few heads matter as much as you may think.
-
-# %%
-def try_head(model, blocks: torch.Tensor, layer: int, head: int) -> str:
-    """What closing one head does to the perplexity of blocks (n, time); it is open again afterwards."""
-    gates, values = torch.ones_like(get_gates(model)), []
-    for gate in (1, 0, 1):
-        gates[layer, head] = gate
-        set_gates(model, gates)
-        values.append(f"{perplexity(model, blocks):.3f}")
-    return f"layer {layer}, head {head}: perplexity {values[0]}, closed {values[1]}, open again {values[2]}"
-
-if __name__ == "__main__":
-    add_gates(model)
-    print(try_head(model, blocks["validation"][:2], layer=0, head=0))
-
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Gates for a while: all open, none at all, or tensors that gradients flow to
 def remove_gates(model) -> None:
@@ -1497,6 +1479,25 @@ def movable_gates(model):
         for parameter in trained:
             parameter.requires_grad_(True)
 
+
+# %% [markdown]
+# Try it: close one head, see the perplexity move on some validation text, and open it again. Change
+# `layer` and `head` and run the cell again: not all heads matter alike.
+
+# %%
+def try_head(model, blocks: torch.Tensor, layer: int, head: int) -> str:
+    """Perplexity of blocks (n, time) with one head open, closed, open again; the gates stay as they were before."""
+    gates, values = torch.ones_like(get_gates(model)), []
+    with all_open(model):
+        for gate in (1, 0, 1):
+            gates[layer, head] = gate
+            set_gates(model, gates)
+            values.append(f"{perplexity(model, blocks):.3f}")
+    return f"layer {layer}, head {head}: perplexity {values[0]}, closed {values[1]}, open again {values[2]}"
+
+if __name__ == "__main__":
+    add_gates(model)
+    print(try_head(model, blocks["validation"][:2], layer=0, head=0))
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title What a model can: which level it can reach, in all or in every layer, and whether heads can be cut out

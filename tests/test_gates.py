@@ -104,3 +104,22 @@ def test_an_architecture_without_identifiable_heads_is_named():
     config.num_attention_heads = 4
     with pytest.raises(nb.UserError, match="MambaForCausalLM.*GPT-2, OPT"):
         nb.find_heads(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def test_trying_a_head_leaves_the_gates_as_they_were(tokens, gates):
+    """Its cell may be run again after heads were closed."""
+    model = make("gpt2")
+    nb.set_gates(model, gates)
+    said = nb.try_head(model, tokens, 0, 2)
+    before, closed, after = said.split("perplexity ")[1].replace("closed ", "").replace("open again ", "").split(", ")
+    assert torch.equal(nb.get_gates(model), gates) and before == after != closed
+
+
+def test_what_was_repaired_for_other_heads_is_refused(gates):
+    model = make("gpt2")
+    nb.set_gates(model, gates)
+    repaired = copy.deepcopy(model)
+    nb.require_same_gates(model, repaired)
+    nb.set_gates(model, gates.flip(1))
+    with pytest.raises(nb.UserError, match="other heads were closed since the model was repaired: run section 11"):
+        nb.require_same_gates(model, repaired)
