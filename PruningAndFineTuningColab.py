@@ -41,7 +41,7 @@
 #
 # **Contents:** [1 Settings](#1.-Settings) · [2 Workshop](#2.-Workshop) (the machinery: skip it,
 # [go on with 3](#3.-Start)) · [4 Text](#4.-Text) · [5 Model](#5.-Model) ·
-# [6 Perplexity](#6.-Perplexity) · [7 Heads and gates](#7.-Heads-and-gates) ·
+# [6 Heads and gates](#6.-Heads-and-gates) · [7 Perplexity](#7.-Perplexity) ·
 # [8 Importance](#8.-Importance) · [9 Prune](#9.-Prune) · [10 Explore](#10.-Explore) ·
 # [11 Repair](#11.-Repair) · [12 Sweep](#12.-Sweep) · [13 Compact](#13.-Compact) ·
 # [14 Fine-tune](#14.-Fine-tune) · [15 Compare](#15.-Compare) · [16 Save and download](#16.-Save-and-download)
@@ -79,12 +79,15 @@ MORE = ""  # @param {type: "string"}
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Packages: what Colab lacks is installed, the rest stays as it is
 import builtins
+import importlib.metadata
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 
-NEEDED = ["torch", "transformers", "datasets", "accelerate", "matplotlib", "ipywidgets", "psutil", "gguf"]
+NEEDED = {"torch": "2.9", "transformers": "5.9", "datasets": "4.0", "accelerate": "1.14", "matplotlib": "3.10",
+          "ipywidgets": "7.7.1", "psutil": "5.9", "gguf": "0.17"}  # package -> the oldest version that will do
 
 def in_notebook() -> bool:
     """True in Jupyter and Colab, False in a plain Python process."""
@@ -96,8 +99,21 @@ def install_missing() -> None:
     if missing:
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
 
+def check_versions() -> None:
+    """Raises ImportError, or ends the script, where a package is too old."""
+    for package, oldest in NEEDED.items():
+        there = importlib.metadata.version(package)
+        numbers = [[int(part) for part in re.findall(r"\d+", version)[:3]] for version in (there, oldest)]
+        if numbers[0] < numbers[1]:
+            words = f"{package} is {there}, but must be at least {oldest}: pip install --upgrade {package}."
+            if __name__ == "__main__" and not in_notebook():
+                print(f"error: {words}", file=sys.stderr)
+                raise SystemExit(2)
+            raise ImportError(words)
+
 if __name__ == "__main__" and in_notebook():
     install_missing()
+check_versions()
 
 import torch
 
@@ -105,7 +121,7 @@ if torch.cuda.is_available():
     os.environ.setdefault("USE_TORCH_XLA", "0")  # where both are installed the Trainer would leave the GPU idle
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Imports
+# @title Imports of Python's own
 import argparse
 import ast
 import base64
@@ -120,39 +136,46 @@ import datetime
 import difflib
 import errno
 import functools
+import glob
+import gzip
 import hashlib
 import html
+import inspect
 import io
 import json
 import linecache
 import math
 import platform
-import re
 import shlex
 import shutil
 import statistics
+import tempfile
 import textwrap
 import threading
 import time
 import urllib.parse
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Imports of packages
 import accelerate
 import datasets
 import huggingface_hub
 import ipywidgets as widgets
 import matplotlib
 import psutil
+import pyarrow
+import pyarrow.parquet
 import tokenizers
 import transformers
 from accelerate.utils import broadcast, gather_object, is_torch_xla_available
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from huggingface_hub.errors import StrictDataclassError
 from matplotlib.colors import PowerNorm, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
@@ -208,6 +231,25 @@ STRATEGY_LIST = Rule(f"one or more of {', '.join(STRATEGY_NAMES)}",
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
+# @title Which files a setting means: one, all of a folder, or those that fit a pattern
+KINDS = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")  # all but the last also with .gz behind it
+
+def kind_of(path: Path) -> str:
+    """The suffix that says how a file is read, in small letters and without .gz."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return "".join(suffixes[-2:-1] if suffixes[-1:] == [".gz"] else suffixes[-1:])
+
+def find_files(path: str) -> list[Path]:
+    """The files that a path means. A file that is called so comes first, whatever signs are in its name."""
+    place = Path(path)
+    if place.is_file():
+        return [place]
+    if place.is_dir():
+        return sorted(file for file in place.rglob("*") if file.is_file() and kind_of(file) in KINDS)
+    return sorted(file for file in map(Path, glob.glob(path, recursive=True)) if file.is_file())
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
 # @title All settings: name, default, what it may be, and what it means
 SETTINGS = {
     "model and pruning": [
@@ -225,7 +267,8 @@ SETTINGS = {
     "text": [
         ("dataset", DATASET, None, "hub dataset id, 'python-docs' (needs no network), or 'auto': WikiText-2 or these"),
         ("dataset_config", "", None, "configuration of the hub dataset"),
-        ("train_file", TRAIN_FILE, None, ".txt, .jsonl or .parquet instead of a dataset; alone it is split 80/10/10"),
+        ("train_file", TRAIN_FILE, None, "file, folder or pattern (.txt, .md, .jsonl, .json, .csv, .parquet, also .gz) "
+         "instead of a dataset; alone it is split 80/10/10"),
         ("validation_file", "", None, "text for calibration and validation"),
         ("test_file", "", None, "text that only the reported perplexities see"),
         ("block_length", 512, at_least(2), "tokens in a block"),
@@ -255,6 +298,8 @@ SETTINGS = {
         ("seed", 0, at_least(0), "seed of everything random"),
         ("save_model", SAVE_MODEL, ("compact", "zeroed", "both", "no"), "form of the saved model: compact (smaller and "
          "faster), zeroed (full size, opens without code of its own), both, or no"),
+        ("save_format", "auto", ("auto", "fp32", "fp16", "bf16"), "number format of the saved weights; auto: the one "
+         "that the model came in, for a .gguf file bf16"),
         ("output_dir", "results", None, "folder that gets a new results folder for each run"),
         ("save_to_drive", SAVE_TO_DRIVE, None, "in Colab, keep the results on your Google Drive"),
         ("resume", "auto", None, "results folder of a run to go on with; 'auto': the newest unfinished one with these "
@@ -278,9 +323,11 @@ class CheckedSettings:
                 check_choice(name, value, allowed)
         for name in ("train_file", "validation_file", "test_file"):
             if path := getattr(self, name):
-                kinds = (".txt", ".jsonl", ".parquet")
-                self.check(name, Path(path).suffix in kinds, "a .txt, .jsonl or .parquet file", "convert it first")
-                self.check(name, Path(path).is_file(), "an existing file", "check the path")
+                files, kinds = find_files(path), ", ".join(KINDS)
+                self.check(name, bool(files), f"an existing file ({kinds}), a folder with some, or a pattern such as "
+                           "data/*.txt", "check the path")
+                self.check(name, all(kind_of(file) in KINDS for file in files), f"of a kind that can be read ({kinds}, "
+                           "or .gz of them)", "convert it first")
                 self.check(name, bool(self.train_file), "given together with train_file", "name that file too")
                 self.check("dataset", self.dataset == "auto", "left alone where files are given", "drop one of the two")
         one, in_colab = "drop one of the two", "google.colab" in sys.modules
@@ -350,6 +397,16 @@ def hub_is_reachable(timeout: float = 2.0) -> bool:
         return False
     return True
 
+def check_cache() -> None:
+    """Raises UserError where what comes from the hub cannot be kept."""
+    for folder in (huggingface_hub.constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE):
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UserError(f"the Hugging Face cache is {str(folder)!r}, but nothing can be written there "
+                            f"({error.strerror}): set HF_HOME to another folder.") from None
+
 def choose_sources(settings: Settings) -> Settings:
     """Settings with every 'auto' in model and dataset resolved; the hub libraries are told whether there is a network.
 
@@ -363,6 +420,8 @@ def choose_sources(settings: Settings) -> Settings:
     offline = settings.offline or huggingface_hub.constants.HF_HUB_OFFLINE or (needs_hub and not hub_is_reachable())
     if offline:
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    elif needs_hub:
+        check_cache()
     if model == "auto":
         model = "demo" if offline else "gpt2"
         if offline:
@@ -420,7 +479,8 @@ def stop_without_traceback(kind, error, trace):
     elif issubclass(kind, RuntimeError) and re.search("onnection (closed|reset) by|NCCL", str(error)):
         words, status = f"failed: another process ended, and this one waited for it in vain.{there}", 1
     else:
-        return sys.__excepthook__(kind, error, trace)
+        sys.__excepthook__(kind, error, trace)
+        words, status = f"failed: this should not happen, please report it.{there}", 1
     if int(os.environ.get("RANK", "0")):
         time.sleep(3)  # where the first process has the same to say, it ends now, and torchrun ends this one
     print(words, file=sys.__stderr__, flush=True)  # torch.distributed replaces sys.stderr, and drops what is in it
@@ -541,6 +601,10 @@ def peak_memory(device: torch.device) -> dict[str, int]:
         peak["accelerator"] = torch.cuda.max_memory_allocated(device)
     return peak
 
+def memory_words(device: torch.device, peak: dict[str, int]) -> str:
+    return ", ".join(f"{kind} {used / 2**30:.2f} GiB (peak {peak[kind] / 2**30:.2f})"
+                     for kind, used in memory_used(device).items())
+
 def free_memory() -> None:
     """Gives back what deleted models held, on processor and accelerator, and begins to watch a GPU's peak anew."""
     clear_device_cache(garbage_collection=True)
@@ -568,6 +632,7 @@ class Computing:
     dtype: torch.dtype = torch.float32
     batch_size: int = 4
     fitted: dict = dataclasses.field(default_factory=dict)  # step that ran out of memory -> blocks that fit
+    wider_from: str = ""  # the step in which float16 was too narrow, so that all is computed in float32 since then
 
 COMPUTING = Computing()
 
@@ -622,7 +687,36 @@ def fit_batch_size(function, largest: int, what: str, room: int | None = None, i
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title The doors between story and machine: over_blocks(), and all_at_once() where blocks cannot be split
+# @title Numbers that are no numbers: noticed where they first appear, and computed again where float16 is too narrow
+@torch.no_grad()
+def first_not_finite(model, block: torch.Tensor) -> str:
+    """The first part of a model that makes numbers that are not finite, of a block (1, time), in words."""
+    found, names = [], {module: name for name, module in model.named_modules()}
+
+    def look(module, args, output):
+        part = output[0] if isinstance(output, (tuple, list)) else output
+        if isinstance(part, torch.Tensor) and not part.isfinite().all():
+            found.append(names[module] or type(module).__name__)
+
+    with hooks(module.register_forward_hook(look) for module in names), autocast(model.device):
+        model.eval()(block.to(model.device), use_cache=False)
+    return f"first in {found[0]}" if found else "though all that the model computes is finite"
+
+def compute_wider(model, block: torch.Tensor, what: str) -> None:
+    """From here on all is computed in float32, because float16 was too narrow. Raises RunError where that was not it.
+
+    `what` was computed; block (1, time) is one of its texts.
+    """
+    place = first_not_finite(model, block)
+    if COMPUTING.dtype != torch.float16:
+        raise RunError(f"{what} gives numbers that are not finite ({place}): take another model or text, or report "
+                       "this.")
+    COMPUTING.dtype, COMPUTING.wider_from = torch.float32, what
+    print(f"{what}: float16 is too narrow ({place}); from here on all is computed in float32.")
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title The door between story and machine: over_blocks()
 PROGRESS = contextvars.ContextVar("progress")
 
 def long_loop(items, what: str, device: torch.device | None = None):
@@ -654,28 +748,42 @@ def over_blocks(model, blocks, function, what: str, memory: str = "forward", sha
                 parts.append(function(*(part.to(model.device) for part in batch)))
         return parts
 
-    # On a processor two texts at a time are fastest in a backward pass: more logits are too large for its caches.
-    slow = memory == "backward" and model.device.type == "cpu"
-    room = room_for_blocks(model, tensors[0].shape[1], memory)
-    parts = fit_batch_size(attempt, min(COMPUTING.batch_size, 2) if slow else COMPUTING.batch_size, what, room)
-    if world == 1:
-        return torch.cat(parts)
-    rows = [None] * len(tensors[0])
-    for number, theirs in enumerate(from_all_processes([part.cpu() for part in parts])):
-        rows[number::world] = [row for part in theirs for row in part]
-    return torch.stack(rows).to(model.device)
+    def rows() -> torch.Tensor:
+        # On a processor two texts at a time are fastest in a backward pass: more logits are too large for its caches.
+        slow = memory == "backward" and model.device.type == "cpu"
+        room = room_for_blocks(model, tensors[0].shape[1], memory)
+        parts = fit_batch_size(attempt, min(COMPUTING.batch_size, 2) if slow else COMPUTING.batch_size, what, room)
+        if world == 1:
+            return torch.cat(parts)
+        found = [None] * len(tensors[0])
+        for number, theirs in enumerate(from_all_processes([part.cpu() for part in parts])):
+            found[number::world] = [row for part in theirs for row in part]
+        return torch.stack(found).to(model.device)
 
+    found = rows()
+    if not found.isfinite().all():
+        compute_wider(model, tensors[0][:1], what)
+        found = rows()
+    return found
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title The door for work in which all blocks have to come through a layer before the next layer can begin
 def all_at_once(model, blocks, function, what: str):
     """The model that `function(blocks)` returns, from all blocks (n, time) at once or from as many as have room.
 
-    For work in which every block has to come through a layer before the next layer can begin. It runs in
-    COMPUTING.dtype, on every process alike; all then go on with the first one's model.
+    It runs in COMPUTING.dtype, on every process alike; all then go on with the first one's model.
     """
     def attempt(number: int):
         with autocast(model.device):
             return function(blocks[:number].to(model.device))
 
-    return same_everywhere(fit_batch_size(attempt, len(blocks), what, room_for_blocks(model, blocks.shape[1])))
+    try:
+        made = fit_batch_size(attempt, len(blocks), what, room_for_blocks(model, blocks.shape[1]))
+    except FloatingPointError:
+        compute_wider(model, blocks[:1], what)
+        made = fit_batch_size(attempt, len(blocks), what, room_for_blocks(model, blocks.shape[1]))
+    return same_everywhere(made)
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -730,7 +838,8 @@ def in_one_move(file: Path):
 # @title The folder of a run: a new one, or that of an interrupted run
 def make_folder(place: Path, model: str) -> Path:
     """A new folder, named by time and model. Raises UserError where none can be made."""
-    stem = f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_" + re.sub(r"[^\w.-]+", "-", Path(model).stem)
+    name = re.sub(r"[^\w.-]+", "-", Path(model).name.removesuffix(".gguf"))
+    stem = f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{name}"
     names = (stem + (f"-{number}" if number > 1 else "") for number in range(1, 100))
     try:
         folder = next(path for name in names if not (path := place / name).exists())
@@ -739,6 +848,13 @@ def make_folder(place: Path, model: str) -> Path:
         raise UserError(f"output_dir is {str(place)!r}, but no folder can be made there ({error.strerror}): choose "
                         "another place.") from None
     return folder
+
+def say_what_others_keep(place: Path, own: Path) -> None:
+    """Prints what unfinished runs keep on the disk, but for this one's `own` folder."""
+    others = sum(file.stat().st_size for file in place.glob("*.state/**/*") if own not in file.parents)
+    if others > 1e8:
+        print(f"Unfinished runs keep {others / 1e9:.1f} GB in {place}/*.state, to go on from: remove what you do not "
+              "need.")
 
 def new_metrics(settings: Settings, device: torch.device, dtype: torch.dtype) -> dict:
     """The record of a run that has just begun; what its keys mean is in PruningAndFineTuningColab.md."""
@@ -781,13 +897,11 @@ def find_unfinished(resume: str, place: Path, wanted: dict) -> tuple[Path, dict]
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title The record of a run (1): its folder, its numbers, and how it goes on after an interruption
 class Record:
-    """A run's folder, its numbers (`metrics`, kept in metrics.json), and what is kept to go on from."""
+    """A run's folder, its numbers (`metrics` in metrics.json, and `dense_validation`), and what it goes on from."""
 
     def __init__(self, settings: Settings, device: torch.device, dtype: torch.dtype):
         transformers.set_seed(settings.seed)
-        COMPUTING.dtype, COMPUTING.batch_size, COMPUTING.fitted = dtype, settings.batch_size, {}
-        self.device, self.dtype, self.writes = device, dtype, rank_and_world()[0] == 0
-        self.dense_validation = None  # perplexity of the dense model on validation text, once it is measured
+        self.device, self.dtype, self.writes, self.dense_validation = device, dtype, rank_and_world()[0] == 0, None
         self.settings, self.metrics = settings, new_metrics(settings, device, dtype)
         if self.writes:
             place = on_drive(settings.output_dir) if settings.save_to_drive else Path(settings.output_dir)
@@ -795,12 +909,11 @@ class Record:
             self.folder, self.metrics = found or (make_folder(place, settings.model), self.metrics)
             if found:
                 print(f"Going on with {self.folder}, which was not finished (--resume no starts anew).")
-            others = sum(file.stat().st_size for file in place.glob("*.state/**/*") if self.state not in file.parents)
-            if others > 1e8:
-                print(f"Unfinished runs keep {others / 1e9:.1f} GB in {place}/*.state, to go on from: remove what you "
-                      "do not need.")
+            say_what_others_keep(place, self.state)
             self.save()
         self.folder, self.metrics = from_all_processes((self.folder, self.metrics) if self.writes else None)[0]
+        wider = self.metrics.get("float32_from", "")
+        vars(COMPUTING).update(vars(Computing(torch.float32 if wider else dtype, settings.batch_size, {}, wider)))
         self.taken = self.metrics.get("taken")  # heads that were taken in section 10 before an interruption
         if (fitted := self.state / "fitted.json").exists():
             COMPUTING.fitted.update(json.loads(fitted.read_text()))
@@ -815,8 +928,8 @@ class Record:
 
         It is kept in a file named by a fingerprint of all that it depends on, so nothing outdated is ever taken.
         """
-        key = fingerprint(str(self.dtype), self.metrics["asked"]["seed"], *depends)
-        file = self.state / f"{name}-{key}.safetensors"
+        seed = self.metrics["asked"]["seed"]
+        file = self.state / f"{name}-{fingerprint(str(self.dtype), seed, *depends)}.safetensors"
         if from_all_processes(file.exists())[0]:
             print(f"[{name}: kept from before]")
             self.reused = True
@@ -834,6 +947,8 @@ class Record:
     @saying_disk_trouble()
     def save(self):
         """Writes metrics.json in one move, so that it is never half there."""
+        if COMPUTING.wider_from:
+            self.metrics["float32_from"] = COMPUTING.wider_from
         if self.writes:
             self.folder.mkdir(exist_ok=True)
             with in_one_move(self.folder / "metrics.json") as part:
@@ -870,9 +985,9 @@ class Run(Record):
                 shutil.rmtree(self.folder, ignore_errors=True)
             else:
                 self.save()
-            memory = ", ".join(f"{kind} {used / 2**30:.2f} GiB (peak {peak[kind] / 2**30:.2f})"
-                               for kind, used in memory_used(self.device).items())
-            print(f"[{name}: {seconds:.1f} s, {memory}]")
+            failed = sys.exc_info()[0] is not None and not empty and in_notebook()
+            kept = f" What is there is in {self.folder}: run all cells again, and it goes on." if failed else ""
+            print(f"[{name}: {seconds:.1f} s, {memory_words(self.device, peak)}]{kept}")
 
     @saying_disk_trouble()
     def keep(self, figure: Figure, name: str):
@@ -964,6 +1079,8 @@ def start_settings(more: str) -> Settings:
     """The settings, from the form and `more` in a notebook, from the command line in a script. Raises UserError."""
     if not in_notebook():
         sys.excepthook = stop_without_traceback
+        for stream in (sys.stdout, sys.stderr):  # a sign that a console or a file cannot hold must not end a run
+            stream.reconfigure(errors="replace")
     silence_all_but_first()
     try:
         words = shlex.split(more) if in_notebook() else sys.argv[1:]
@@ -1009,38 +1126,89 @@ if __name__ == "__main__":
 # SparseGPT and Wanda do, so that perplexities can be compared with published ones.
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Reading text: .txt, .jsonl and .parquet files, hub datasets, Python's own manual
+# @title Chats are written out by the model's own chat template
+def load_tokenizer(name: str, trust_remote_code: bool = False, revision: str = ""):
+    """A model's tokenizer. Raises UserError where it cannot be had, or knows no tokens."""
+    path, options = name, {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+    if name.endswith(".gguf"):
+        path, options["gguf_file"] = str(Path(name).parent), Path(name).name
+    remedy = "check the name and the network, or copy the tokenizer's files into the folder"
+    with saying_cannot_be_had(f"the tokenizer of model {name!r}", remedy):
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        if not tokenizer("a b", add_special_tokens=False)["input_ids"]:
+            raise OSError("it knows no tokens")
+    return tokenizer
+
+@contextlib.contextmanager
+def saying_cannot_be_had(what: str, remedy: str):
+    """Within it whatever goes wrong becomes a UserError; a broken file fails in every way there is."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        remedy = "install that package" if isinstance(error, ImportError) else remedy
+        raise UserError(f"{what} cannot be had ({first_sentence(error)}): {remedy}.") from error
+
+ROLES = {"human": "user", "gpt": "assistant"}  # how the turns of `conversations` are called in `messages`
+
+def write_chat(turns: list[dict], tokenizer, name: str, row: int) -> str:
+    """One chat as text: turns have role and content, or from and value. Raises UserError where there is no template."""
+    if tokenizer is None or not tokenizer.chat_template:
+        raise UserError(f"{name!r} holds chats, but the model has no chat template to write them out: take a model "
+                        "that has one, or a file with a column 'text'.")
+    named = [{"role": turn.get("role") or ROLES.get(turn.get("from"), turn.get("from")),
+              "content": turn.get("content", turn.get("value"))} for turn in turns]
+    try:
+        return tokenizer.apply_chat_template(named, tokenize=False)
+    except Exception as error:  # a template is a program of the model's maker, and may refuse anything
+        raise UserError(f"the chat in row {row} of {name!r} cannot be written out ({first_sentence(error)}): correct "
+                        "it.") from error
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Reading text: files of all kinds, hub datasets, Python's own manual
 SPLITS = ("train", "validation", "test")
 
-def join_rows(rows: datasets.Dataset, name: str) -> str:
-    """One string from a dataset's text column. Raises UserError where it has none."""
-    columns = [key for key, feature in rows.features.items()
-               if getattr(feature, "dtype", "") in ("string", "large_string")]
-    column = "text" if "text" in columns else columns[0] if len(columns) == 1 else None
+def is_chat(value) -> bool:
+    return (isinstance(value, list) and bool(value)
+            and all(isinstance(turn, dict) and ({"role", "from"} & turn.keys()) for turn in value))
+
+def join_columns(columns: dict[str, list], name: str, tokenizer=lambda: None) -> str:
+    """The text column of a table as one string, rows parted by a blank line; no other column is looked at.
+
+    It is 'text'; else chats (`messages`, `conversations`), which `tokenizer()` writes out; else 'content'; else the
+    only column that holds text. Raises UserError where there is none.
+    """
+    def first(values):
+        return next((value for value in values if value is not None), None)
+
+    texts = [key for key, values in columns.items() if isinstance(first(values), str)]
+    chats = [key for key, values in columns.items() if is_chat(first(values))]
+    liked = [key for key in ("text", *chats, "content") if key in columns]
+    column = liked[0] if liked else texts[0] if len(texts) == 1 else None
     if column is None:
-        raise UserError(f"dataset {name!r} has the columns {', '.join(rows.features)}, but one named 'text' is needed: "
+        raise UserError(f"{name!r} has the columns {', '.join(columns) or '(none)'}, but one named 'text' is needed: "
                         "rename the column that holds the text.")
-    return "\n\n".join(row or "" for row in rows[column])
+    if column != "text":
+        print(f"{name}: the text is that of the column {column!r}")
+    rows, speaker = [], tokenizer() if column in chats else None
+    for number, value in enumerate(columns[column], 1):
+        if column in chats and is_chat(value):
+            value = write_chat(value, speaker, name, number)
+        if not isinstance(value, str | None):
+            raise UserError(f"{name!r} has a column {column!r}, but row {number} holds a {type(value).__name__} in it: "
+                            "it must hold text.")
+        rows.append(value or "")
+    return "\n\n".join(rows)
 
-def read_file(path: str) -> str:
-    """The text of a .txt file, or of a .jsonl or .parquet file's text column. Raises UserError for what is no text."""
-    kind = Path(path).suffix
-    try:
-        if kind == ".txt":
-            text = Path(path).read_text(encoding="utf-8")
-        else:
-            loader = "json" if kind == ".jsonl" else "parquet"
-            text = join_rows(datasets.load_dataset(loader, data_files=path, split="train"), path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path!r} is not UTF-8 text (byte {error.start}): convert it first.") from None
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{path!r} cannot be read ({first_sentence(error.__cause__ or error)}): check that it is a "
-                        f"{kind} file.") from error
-    if "\0" in text:
-        raise UserError(f"{path!r} has a NUL at character {text.index(chr(0))}, so it is no text: convert it first.")
-    return text
+def python_docs() -> str:
+    """Python's own reference manual, about half a million characters, from the standard library."""
+    from pydoc_data.topics import topics
 
-def read_dataset(name: str, config: str) -> dict[str, str]:
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+def read_dataset(name: str, config: str, tokenizer=lambda: None) -> dict[str, str]:
     """Split -> text of a hub dataset. Raises UserError where it cannot be had or has no train split."""
     try:
         data = datasets.load_dataset(name, config or None)
@@ -1049,34 +1217,94 @@ def read_dataset(name: str, config: str) -> dict[str, str]:
                         "and the network, or take --train-file or --dataset python-docs.") from None
     if "train" not in data:
         raise UserError(f"dataset {name!r} has the splits {', '.join(data)}, but 'train' is needed.")
-    return {split: join_rows(data[split], name) for split in SPLITS if split in data}
+    return {split: join_columns({key: data[split][key] for key in data[split].column_names}, name, tokenizer)
+            for split in SPLITS if split in data}
 
-def python_docs() -> str:
-    """Python's own reference manual, about half a million characters, from the standard library."""
-    from pydoc_data.topics import topics
 
-    return "\n\n".join(topics[name] for name in sorted(topics))
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Reading one file
+def decode(raw: bytes, path: Path) -> str:
+    """Bytes as text, without a byte-order mark. Raises UserError for what is no text."""
+    encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{str(path)!r} is not UTF-8 text (byte {error.start}): convert it first.") from None
+    if "\0" in text:
+        raise UserError(f"{str(path)!r} has a NUL at character {text.index(chr(0))}, so it is no text: convert it "
+                        "first.")
+    return text
+
+def rows_of(path: Path) -> list[dict] | str:
+    """The rows of a table, or the text of a file that is none."""
+    kind = kind_of(path)
+    text = decode(gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes(), path)
+    if kind == ".csv":
+        csv.field_size_limit(2**31 - 1)
+        return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    if kind not in (".json", ".jsonl"):
+        return text
+    lines = [(1, text)] if kind == ".json" else [line for line in enumerate(text.split("\n"), 1) if line[1].strip()]
+    rows = []
+    for number, line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            place = f"line {number}: " if kind == ".jsonl" else ""
+            raise UserError(f"{str(path)!r} is no {kind} file ({place}{first_sentence(error)}): correct it.") from None
+    if kind == ".json":
+        (whole,) = rows
+        rows = whole if isinstance(whole, list) else next(
+            (part for part in whole.values() if isinstance(part, list) and part and isinstance(part[0], dict)),
+            [whole]) if isinstance(whole, dict) else [whole]
+    return [row if isinstance(row, dict) else {"text": row} for row in rows]
+
+def read_file(path: str | Path, tokenizer=lambda: None) -> str:
+    """The text of a file of KINDS; of a table, its text column. Raises UserError where it has none."""
+    path = Path(path)
+    try:
+        if kind_of(path) == ".parquet":
+            table = pyarrow.parquet.read_table(path, partitioning=None)
+            columns = {key: table[key].to_pylist() for key, kind in zip(table.column_names, table.schema.types)
+                       if key == "text" or not pyarrow.types.is_nested(kind)
+                       or pyarrow.types.is_struct(getattr(kind, "value_type", kind))}  # no numbers by the million
+        else:
+            rows = rows_of(path)
+            if isinstance(rows, str):
+                return rows
+            columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
+    except (OSError, EOFError, zlib.error, csv.Error, pyarrow.ArrowException) as error:
+        raise UserError(f"{str(path)!r} cannot be read ({first_sentence(error)}): check that it is a "
+                        f"{''.join(path.suffixes[-2:])} file.") from error
+    return join_columns(columns, str(path), tokenizer)
 
 
 # %%
 def cut_tail(text: str, share: float) -> tuple[str, str]:
-    """Cuts a text in two at the line break nearest to `1 - share` of its length."""
+    """Cuts a text in two at `1 - share` of its length, or at a line break (else a space) soon after that place."""
     middle = round(len(text) * (1 - share))
-    middle = text.find("\n", middle) + 1 or middle
-    return text[:middle], text[middle:]
+    soon = middle + round(0.1 * (len(text) - middle))
+    cut = next((place for sign in "\n " if (place := text.find(sign, middle, soon) + 1)), middle)
+    return text[:cut], text[cut:]
 
 def load_text(settings: Settings) -> dict[str, str]:
     """Split -> text. Splits that do not exist are cut off the end of train, a tenth of the whole each."""
+    tokenizer = functools.cache(lambda: None if settings.model == "demo" else load_tokenizer(
+        settings.model, settings.trust_remote_code, settings.revision))
     if settings.train_file:
-        files = {split: getattr(settings, f"{split}_file") for split in SPLITS}
-        text = {split: read_file(path) for split, path in files.items() if path}
+        files = {split: find_files(path) for split in SPLITS if (path := getattr(settings, f"{split}_file"))}
+        text = {split: "\n\n".join(read_file(file, tokenizer) for file in those) for split, those in files.items()}
     elif settings.dataset == "python-docs":
         text = {"train": python_docs()}
     else:
-        text = read_dataset(settings.dataset, settings.dataset_config)
+        text = read_dataset(settings.dataset, settings.dataset_config, tokenizer)
     missing = [split for split in SPLITS if split not in text]
     for number, split in enumerate(reversed(missing)):
         text["train"], text[split] = cut_tail(text["train"], 0.1 / (1 - 0.1 * number))
+    for split in SPLITS:
+        if (size := len(text[split].encode())) < settings.block_length:  # no token is shorter than a byte
+            raise UserError(f"the {split} text has {size} bytes, but one block of {settings.block_length} tokens is "
+                            "needed: take a longer text or a smaller --block-length.")
     return {split: text[split] for split in SPLITS}
 
 
@@ -1096,37 +1324,89 @@ if __name__ == "__main__":
 # a trained one: its heads differ, and closing the wrong ones hurts.
 
 # %% cellView="form" jupyter={"source_hidden": true}
+# @title Folders that hold something else, and what a model's configuration says
+def refuse_other_folders(name: str) -> None:
+    """Raises UserError for an adapter's folder, and for one that only holds a Trainer's checkpoints."""
+    folder = Path(name)
+    if (folder / "adapter_config.json").is_file():
+        with saying_cannot_be_had(f"model {name!r}", "write adapter_config.json again"):
+            base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        raise UserError(f"model {name!r} is a LoRA adapter of {base!r}: merge the two first (peft: merge_and_unload, "
+                        "save_pretrained), and take the folder of the whole model.")
+    numbers = {int(path.name.split("-")[-1]): path for path in folder.glob("checkpoint-*")
+               if path.name.split("-")[-1].isdecimal()}
+    if numbers and not (folder / "config.json").exists():
+        raise UserError(f"model {name!r} is the output folder of a training: take its newest checkpoint, "
+                        f"{str(numbers[max(numbers)])!r}.")
+
+def open_config(name: str, trust_remote_code: bool, revision: str):
+    """A model's configuration. Raises UserError for one whose weights cannot be cut."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+    origin, kind = "take the model that it was made from", (config.architectures or [""])[0]
+    if hasattr(config, "kept_heads"):
+        raise UserError(f"model {name!r} is compact, its heads are cut out already: {origin}.")
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"model {name!r} is quantised, and such weights can be neither cut nor trained: {origin}.")
+    if not trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
+        if not hasattr(transformers, kind):
+            raise UserError(f"model {name!r} is a {kind}, which only the code knows that it brings along: read that "
+                            "code, and give --trust-remote-code.")
+        print(f"{name} brings code of its own, which is not run: it is opened as transformers' own {kind}.")
+    config._attn_implementation = None  # the one that is there here, not the one that it was trained with
+    return config
+
+def opener_for(config):
+    """The class that opens a configuration's model: for causal language models, else for those that read images."""
+    kind, (causal, images) = type(config), (AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
+    return images if kind not in causal._model_mapping and kind in images._model_mapping else causal
+
+def weights_on_disk(name: str, revision: str = "") -> int | None:
+    """Bytes of the files that a model's weights came in, or None where they cannot be seen."""
+    if Path(name).is_file():
+        return Path(name).stat().st_size
+    config = transformers.utils.cached_file(name, "config.json", revision=revision or "main", local_files_only=True,
+                                            _raise_exceptions_for_missing_entries=False)
+    kinds = ("*.safetensors", "pytorch_model*.bin") if config else ()
+    files = [sorted(Path(config).parent.glob(kind)) for kind in kinds]
+    return sum(file.stat().st_size for file in next(filter(None, files), [])) or None
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
 # @title Opening a model, or saying in one sentence why it cannot be used
 def load_model(name: str, device: torch.device, trust_remote_code: bool = False, revision: str = ""):
-    """Tokenizer and float32 model, in evaluation mode. Raises UserError where the model cannot be had or used."""
-    path, is_gguf = name, name.endswith(".gguf")
+    """Tokenizer and model in evaluation mode. Raises UserError where the model cannot be had or used.
+
+    It computes with float32 weights, whatever they came in; `model.came_in` is the format that they came in.
+    """
+    path, is_gguf, named = name, name.endswith(".gguf"), f"model {name!r}" + (f" at {revision!r}" if revision else "")
     options = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
-    if is_gguf:
-        path, options["gguf_file"] = str(Path(name).parent), Path(name).name
-    try:
+    refuse_other_folders(name)
+    remedy = ("it must be a causal language model on the hub (with a network), a local folder, a .gguf file, or 'demo'"
+              + ("" if trust_remote_code else "; one with code of its own needs --trust-remote-code"))
+    with saying_cannot_be_had(named, remedy):
         if is_gguf and not Path(name).is_file():
             raise OSError("no such file")
-        config = None if is_gguf else AutoConfig.from_pretrained(path, **options)
-        origin = "take the model that it was made from"
-        if hasattr(config, "kept_heads"):
-            raise UserError(f"model {name!r} is compact, its heads are cut out already: {origin}.")
-        if getattr(config, "quantization_config", None) is not None:
-            raise UserError(f"model {name!r} is quantised, and such weights can be neither cut nor trained: {origin}.")
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        options |= {"dtype": torch.float32, "output_loading_info": True}
-        model, found = AutoModelForCausalLM.from_pretrained(path, **options)
-    except UserError:
-        raise
-    except Exception as error:  # a broken file fails in every way there is; the sentence says how
-        named = f"model {name!r}" + (f" at revision {revision!r}" if revision else "")
-        raise UserError(f"{named} cannot be had ({first_sentence(error)}): it must be a causal language model on the "
-                        "hub (with a network), a local folder, a .gguf file, or 'demo'.") from error
+        config = None if is_gguf else open_config(name, **options)
+        came_in = torch.bfloat16 if is_gguf else getattr(config.get_text_config(), "dtype", None) or torch.float32
+    tokenizer = load_tokenizer(name, trust_remote_code, revision)
+    with saying_cannot_be_had(named, remedy):
+        if is_gguf:
+            path, options["gguf_file"] = str(Path(name).parent), Path(name).name
+        else:
+            options["config"] = config
+        model, found = opener_for(config).from_pretrained(path, **options, dtype=torch.float32,
+                                                          output_loading_info=True)
     if lacking := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
         raise UserError(f"model {name!r} lacks {len(lacking)} of its weights ({lacking[0]} first), which would be "
                         "random: download it again.")
+    broken = next((path for path, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    if broken:
+        raise UserError(f"model {name!r} has numbers that are not finite in {broken}: download it again, or take "
+                        "another one.")
     if is_gguf:  # the weights are plain float32 now, but save_pretrained would refuse the model as quantised
         model.hf_quantizer, model.is_quantized = None, False
         model.config.__dict__.pop("quantization_config", None)
+    model.came_in = came_in
     model = move(model, device).eval()
     if not is_causal(model):
         raise UserError(f"model {name!r} is a {type(model).__name__} whose tokens see those after them: take a causal "
@@ -1185,6 +1465,28 @@ def make_demo(text: str, steps: int = 600) -> str:
     return str(folder)
 
 
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title A long text is tokenised in pieces: a tokenizer needs some 250 bytes for every token that it makes at once
+def in_pieces(text: str, ids_of, size: int = 1_000_000):
+    """The text in pieces of about `size` characters, whose ids (n,) are together those of the whole text.
+
+    It is cut before a space or a line break where the tokenizer gives the same ids with the cut as without it; one
+    that never does, because it begins every text with a space of its own, gets the whole text.
+    """
+    start = 0
+    while len(text) - start > 1.5 * size:
+        near = (start + size + place.start() for place in re.finditer(r"(?<=\S)\s", text[start + size:][:20_000]))
+        for cut in near:
+            before, after = text[max(start, cut - 200): cut], text[cut: cut + 200]
+            if torch.equal(torch.cat([ids_of(before), ids_of(after)]), ids_of(before + after)):
+                break
+        else:
+            break
+        yield text[start: cut]
+        start = cut
+    yield text[start:]
+
+
 # %% [markdown]
 # The model reads tokens, not letters. They are packed into full blocks: no padding, so nothing is wasted
 # and no loss is counted on it.
@@ -1192,15 +1494,24 @@ def make_demo(text: str, steps: int = 600) -> str:
 # %%
 def pack(text: str, tokenizer, block_length: int) -> torch.Tensor:
     """Token ids (blocks, block_length): the whole text, in order, but for a tail shorter than one block."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids[: len(ids) // block_length * block_length], dtype=torch.long).view(-1, block_length)
+    def ids_of(part):
+        return torch.tensor(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+
+    ids = torch.cat([ids_of(piece) for piece in in_pieces(text, ids_of)])
+    return ids[: len(ids) // block_length * block_length].view(-1, block_length)
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Do text, tokenizer and model fit together?
+def longest_text(model) -> int | None:
+    """The most tokens that a model can read at once, or None where its configuration names no limit."""
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx", "context_length")
+    config = model.config.get_text_config()
+    return next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+
 def pack_all(text: dict[str, str], tokenizer, model, settings: Settings) -> dict[str, torch.Tensor]:
     """Split -> token ids (blocks, block_length). Raises UserError where text, tokenizer, model or prompt do not fit."""
-    longest, new_tokens = getattr(model.config.get_text_config(), "max_position_embeddings", settings.block_length), 40
+    longest, new_tokens = longest_text(model) or settings.block_length + 40, 40
     if settings.block_length > longest:
         raise UserError(f"block_length is {settings.block_length}, but the model reads at most {longest} tokens: take "
                         f"--block-length {longest} or less.")
@@ -1208,6 +1519,8 @@ def pack_all(text: dict[str, str], tokenizer, model, settings: Settings) -> dict
     if not 1 <= prompt <= longest - new_tokens:
         raise UserError(f"prompt has {prompt} tokens, but must have 1 to {longest - new_tokens}: write a "
                         f"{'shorter' if prompt else 'longer'} one.")
+    if settings.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise UserError(f"gradient_checkpointing is on, but {type(model).__name__} does not have it: leave it off.")
     blocks = {split: pack(part, tokenizer, settings.block_length) for split, part in text.items()}
     vocabulary = model.get_input_embeddings().num_embeddings
     for split, packed in blocks.items():
@@ -1220,6 +1533,29 @@ def pack_all(text: dict[str, str], tokenizer, model, settings: Settings) -> dict
     return blocks
 
 
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title The number format of the saved weights: that of the weights as they came, or the one that was chosen
+def describe_model(model, settings: Settings) -> dict:
+    """What the record says of a model that was just loaded."""
+    formats = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    saved = formats.get(settings.save_format, model.came_in if model.came_in in formats.values() else torch.float32)
+    return {"class": type(model).__name__, "parameters": model.num_parameters(),
+            "came_in": str(model.came_in).removeprefix("torch."), "saved_in": str(saved).removeprefix("torch."),
+            "file_bytes": None if settings.model == "demo" else weights_on_disk(settings.model, settings.revision)}
+
+def saved_format(run: Run) -> torch.dtype:
+    return getattr(torch, run.metrics["model"]["saved_in"])
+
+@torch.no_grad()
+def rounded(model, dtype: torch.dtype):
+    """The model with its weights rounded to a number format, in float32. Raises RunError where they do not fit."""
+    for name, weight in model.named_parameters():
+        weight.copy_(weight.to(dtype))
+        if not weight.isfinite().all():
+            raise RunError(f"{name} does not fit into {dtype}: take --save-format bf16 or fp32.")
+    return model
+
+
 # %%
 if __name__ == "__main__":
     with run.step("load model"):
@@ -1228,106 +1564,14 @@ if __name__ == "__main__":
         blocks = pack_all(text, tokenizer, model, settings)
     test_blocks = blocks["test"][: settings.eval_blocks or None]
     run.metrics["blocks"] = {split: len(blocks[split]) for split in SPLITS} | {"tested": len(test_blocks)}
-    run.metrics["model"] = {"class": type(model).__name__, "parameters": model.num_parameters()}
-    print(f"{settings.model}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters")
+    run.metrics["model"] = describe_model(model, settings)
+    print(f"{settings.model}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters, came in "
+          f"{run.metrics['model']['came_in']}, will be saved in {run.metrics['model']['saved_in']}")
     print(f"blocks of {settings.block_length} tokens: {run.metrics['blocks']}")
 
 # %% [markdown]
-# <a name="6.-Perplexity"></a>
-# ## 6. Perplexity
-#
-# How good is the model? Perplexity is $\exp\big(\tfrac1N\sum_i -\log p(x_i \mid x_{<i})\big)$: the number
-# of tokens that the model is, on average, undecided between. Lower is better. It is measured on test
-# blocks that do not overlap; the first token of each block is context only.
-
-# %%
-def nll(logits: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
-    """Mean negative log-likelihood of each block of ids (n, time) but for its first token: (n,).
-
-    `logits` are (n, time, vocabulary), or (n, time - 1, vocabulary) without those after the last token.
-    """
-    logits, wanted = logits[:, : batch.shape[1] - 1].flatten(0, 1).float(), batch[:, 1:]
-    losses = torch.nn.functional.cross_entropy(logits, wanted.flatten(), reduction="none")
-    return losses.view_as(wanted).mean(1)
-
-@torch.no_grad()
-def perplexity(model, blocks: torch.Tensor) -> float:
-    """exp(mean negative log-likelihood per token) of token ids (n, time)."""
-    def per_block(batch):
-        return nll(model(batch, use_cache=False).logits, batch)
-
-    return math.exp(over_blocks(model, blocks, per_block, "perplexity").cpu().double().mean())
-
-
-# %% [markdown]
-# A number says how much; a sample says what it feels like. Both are recorded at every stage.
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Recording a stage: its test perplexity, a sample, and the conditions that belong to the numbers
-STAGES = {"dense": "dense, untouched", "pruned": "pruned", "repaired": "pruned + repaired",
-          "fine_tuned": "pruned + fine-tuned", "dense_fine_tuned": "dense + fine-tuned"}
-
-@torch.no_grad()
-def sample(model, tokenizer, prompt: str, new_tokens: int = 40) -> str:
-    """The prompt and the model's most likely continuation, the same every time."""
-    if model.device.type == "xla":
-        model = move(copy.deepcopy(model), "cpu")  # a TPU would compile the model anew for every length of the text
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
-    output = fit_batch_size(lambda _: model.eval().generate(**inputs, **options), 1, "writing a sample")
-    return tokenizer.decode(output[0], skip_special_tokens=True)
-
-def drop_outdated(run: Run, stage: str) -> None:
-    """Drops what was measured of a stage and of later ones."""
-    for outdated in list(STAGES)[list(STAGES).index(stage):]:
-        for record in ("perplexity", "parameters", "samples", "size"):
-            run.metrics[record].pop(outdated, None)
-
-def measure(run: Run, stage: str, model, tokenizer, blocks: torch.Tensor) -> None:
-    """Records a stage's perplexity on blocks (n, time) and its sample; what was measured of later stages is dropped."""
-    run.metrics["settings"], prompt = dataclasses.asdict(run.settings), run.settings.prompt
-    drop_outdated(run, stage)
-
-    def compute():
-        return {}, {"perplexity": perplexity(model, blocks), "samples": sample(model, tokenizer, prompt),
-                    "parameters": model.num_parameters()}
-
-    with run.step(f"measure {stage}"):
-        _, record = run.load_or_compute(f"measure_{stage}", (model, blocks, prompt), compute)
-        for name, value in record.items():
-            run.metrics[name][stage] = value
-    print(f"{stage}: perplexity {record['perplexity']:.2f}")
-
-def bare_name(name: str) -> str:
-    """A model or file name without the folders of this machine."""
-    return Path(name).name if Path(name).exists() else name
-
-def conditions(metrics: dict) -> str:
-    """One paragraph: everything that the numbers depend on."""
-    s, blocks, versions = metrics["settings"], metrics["blocks"], metrics["versions"]
-    files = [(split, s[f"{split}_file"]) for split in SPLITS]
-    text = s["train_file"] and ", ".join(bare_name(file) if file else f"{split} cut from it" for split, file in files)
-    by_hand = metrics.get("heads", {}).get("by_hand")
-    how = " in every layer alike" if s["uniform"] else ""
-    how += f", {by_hand} gates set by hand" if by_hand else ""
-    how += f", {s['gate_steps']} gate steps" if s["strategy"] == "learned" else ""
-    how += f", repaired on {min(s['repair_blocks'], blocks['train'])} training blocks" if s["repair"] else ""
-    how += f", distillation {s['distillation']:g} in fine-tuning" if s["distillation"] else ""
-    return (f"Model {bare_name(s['model'])}; text {text or s['dataset']}; strategy {s['strategy']}, level "
-            f"{s['pruning_level']:g}{how}, scored on {min(s['calibration_blocks'], blocks['validation'])} validation "
-            f"blocks; tested on {blocks['tested']} test blocks of {s['block_length']} tokens; seed {s['seed']}; "
-            f"{metrics['precision']} on {metrics['device']}; "
-            + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
-
-
-# %%
-if __name__ == "__main__":
-    measure(run, "dense", model, tokenizer, test_blocks)
-    print(run.metrics["samples"]["dense"])
-
-# %% [markdown]
-# <a name="7.-Heads-and-gates"></a>
-# ## 7. Heads and gates
+# <a name="6.-Heads-and-gates"></a>
+# ## 6. Heads and gates
 #
 # In every layer, each head reads the text in its own way and writes a vector of `head_dim` numbers per
 # token. The vectors of all heads stand side by side, and one matrix, the layer's **output projection**,
@@ -1367,26 +1611,29 @@ class HeadLayer:
 
 
 # %%
-PROVEN = ("GPT-2, OPT, GPT-NeoX/Pythia, Llama, Qwen, Mistral, Gemma, Phi, GPT-J, GPT-Neo, BLOOM, Falcon, GPTBigCode, "
-          "BioGPT, StableLM")
 OUTPUTS = ("c_proj", "out_proj", "o_proj", "dense")  # names of attention output projections
 
 def find_heads(model) -> list[HeadLayer]:
-    """The layers of a causal language model, in order. Raises UserError where their heads cannot be identified."""
-    config, layers = model.config.get_text_config(), []
-    modules = dict(model.named_modules())
+    """The layers of a causal language model that have heads, in order. Raises UserError where they cannot be found."""
+    config, layers, modules = model.config.get_text_config(), [], dict(model.named_modules())
+    heads = getattr(config, "num_attention_heads", 0)
+    language = set((model.get_decoder() or model).modules())  # a model that reads images has heads elsewhere, too
+    attentions = {path: module for path, module in modules.items()
+                  if module in language and "Attention" in type(module).__name__}
     for path, projection in modules.items():
         parent, _, name = path.rpartition(".")
         block = re.match(r".*?\.\d+(?=\.)", path)
         is_output = block and name in OUTPUTS and isinstance(projection, (torch.nn.Linear, Conv1D))
-        if is_output and "Attention" in type(modules[parent]).__name__:
-            layer = HeadLayer(path, modules[block[0]], modules[parent], projection, config.num_attention_heads)
-            if inputs_first(projection).shape[0] % layer.heads == 0:
-                layers.append(layer)
-    if len(layers) != config.num_hidden_layers:
-        raise UserError(f"the attention output projections of {type(model).__name__} cannot be identified "
-                        f"({len(layers)} found in {config.num_hidden_layers} layers): take a model of one of these "
-                        f"families: {PROVEN}.")
+        if heads and is_output and parent in attentions and inputs_first(projection).shape[0] % heads == 0:
+            layers.append(HeadLayer(path, modules[block[0]], modules[parent], projection, heads))
+    unknown = [path for path in attentions
+               if not any(layer.path.startswith(f"{path}.") or path.startswith(layer.path.rpartition(".")[0])
+                          for layer in layers)]
+    if unknown or not layers:
+        kind = f"there is no {type(attentions[unknown[0]]).__name__}" if unknown else "there is no attention"
+        raise UserError(f"the heads of {type(model).__name__} cannot be found ({kind} in {(unknown or ['it'])[0]} "
+                        f"with an output projection {', '.join(OUTPUTS)}): take a transformer such as GPT-2, "
+                        "Llama or Qwen.")
     return layers
 
 
@@ -1431,6 +1678,10 @@ def get_gates(model) -> torch.Tensor:
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Gates for a while: all open, none at all, or tensors that gradients flow to
+def sharing_copy(model):
+    """A copy of a gated model that shares its weights and has gates of its own."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
 def remove_gates(model) -> None:
     """Takes all gates away: the model is again as the library made it."""
     for layer in find_heads(model):
@@ -1459,29 +1710,515 @@ def without_gates(model):
         set_gates(model, before)
 
 @contextlib.contextmanager
+def frozen(model):
+    """Within it no parameter asks for a gradient."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+@contextlib.contextmanager
 def movable_gates(model):
     """Within it weights are frozen; `substitute(rows)` puts tensors in the place of the gates, one for each layer."""
     add_gates(model)
     projections = [layer.projection for layer in find_heads(model)]
     before = [projection.gates for projection in projections]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def substitute(rows):
         for projection, row in zip(projections, rows, strict=True):
             projection.gates = row
 
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield substitute
-    finally:
-        substitute(before)
-        for parameter in trained:
-            parameter.requires_grad_(True)
+    with frozen(model):
+        try:
+            yield substitute
+        finally:
+            substitute(before)
 
 
 # %% [markdown]
-# Try it: close one head, see the perplexity move on some validation text, and open it again. Change
+# A closed gate still costs what an open one costs: what it multiplies by zero has been computed all the
+# same. To make the model smaller, a closed head is **cut** out: its rows of the query, key and value
+# projections go, and its columns of the output projection. Where several query heads share a key/value
+# head, that one goes when the last query head that reads it is gone. What is left is the same function
+# with fewer numbers.
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Which rows of the query, key and value projections belong to a head
+def find_rows(attention, heads: int, head_dim: int) -> list[tuple[str, torch.Tensor]]:
+    """For query, key and value: the projection that computes it, and its outputs that each head owns, (n, size).
+
+    Models keep these weights as three matrices, as one with queries, keys and values one after the other (GPT-2,
+    Phi-3, MPT), or as one in which every group of heads has its queries, key and value together (GPT-NeoX, BLOOM,
+    Falcon). Raises ValueError for an attention module that keeps them in another way.
+    """
+    parts = dict(attention.named_children())
+
+    def outputs(name):
+        return torch.arange(inputs_first(parts[name]).shape[1], device="cpu").view(-1, head_dim)
+
+    if "q_proj" in parts:  # some have more than head_dim rows for a query: a gate of their own
+        return [("q_proj", outputs("q_proj").view(heads, -1)), ("k_proj", outputs("k_proj")),
+                ("v_proj", outputs("v_proj"))]
+    fused = next((name for name in ("query_key_value", "c_attn", "qkv_proj", "Wqkv") if name in parts), None)
+    if fused is None:
+        raise ValueError(f"{type(attention).__name__} has the projections {', '.join(parts)}: none that is known here")
+    rows = outputs(fused)
+    shared = (len(rows) - heads) // 2  # key heads, and value heads
+    if fused == "query_key_value":
+        rows = rows.view(shared, -1, head_dim)  # each group: its queries, one key, one value
+        return [(fused, rows[:, :-2].flatten(0, 1)), (fused, rows[:, -2]), (fused, rows[:, -1])]
+    return [(fused, part) for part in rows.split([heads, shared, shared])]
+
+def norm_over_heads(attention, name: str):
+    """The norm that computes one mean over all heads of a query or key projection (OLMo 2), or None."""
+    norm = getattr(attention, name.replace("_proj", "_norm"), None)
+    weight = getattr(norm, "weight", None)
+    whole = weight is not None and weight.numel() == inputs_first(getattr(attention, name)).shape[1]
+    return norm if whole and weight.dim() == 1 else None
+
+def head_parameters(attention, heads: int, shared: int, head_dim: int):
+    """Parameters beside the projections that have a row for each of `heads`, or of `shared` key/value heads."""
+    for path, parameter in attention.named_parameters():
+        of_attention = "." not in path and parameter.dim() == 1  # the sinks of GPT-OSS
+        of_norm = "norm" in path and parameter.dim() == 2 and parameter.shape[1] == head_dim  # the norms of Cohere
+        if (of_attention or of_norm) and parameter.shape[0] in (heads, shared):
+            yield path, parameter, parameter.shape[0] == heads
+
+
+# %%
+def slice_projection(projection, rows: torch.Tensor, inputs: bool = False) -> None:
+    """Keeps only these outputs, or inputs, of a Linear or Conv1D, in this order; rows are (n,)."""
+    is_conv = isinstance(projection, Conv1D)  # its weight is (inputs, outputs), that of a Linear (outputs, inputs)
+    weight, bias = projection.weight, projection.bias
+    rows = rows.to(weight.device)
+    sliced = weight.detach().index_select(int(is_conv != inputs), rows)
+    projection.weight = torch.nn.Parameter(sliced, weight.requires_grad)
+    if bias is not None and not inputs:
+        projection.bias = torch.nn.Parameter(bias.detach()[rows], bias.requires_grad)
+    for name, size in zip(("nx", "nf") if is_conv else ("out_features", "in_features"), projection.weight.shape):
+        setattr(projection, name, size)
+
+def cut_attention(attention, output: str, kept: list[int], heads: int):
+    """The attention module of `heads` heads with only those in `kept`, cut in place; `output`: its last projection."""
+    if not kept:
+        return NoHeads(attention, output)
+    projection = getattr(attention, output)
+    columns = torch.arange(inputs_first(projection).shape[0], device="cpu").view(heads, -1)  # (heads, head_dim)
+    parts = find_rows(attention, heads, columns.shape[1])
+    sharing = heads // len(parts[1][1])  # query heads that read the same key/value head
+    kept_shared = sorted({head // sharing for head in kept})
+    rows = {}
+    for (name, table), wanted in zip(parts, (kept, kept_shared, kept_shared)):
+        if (norm := norm_over_heads(attention, name)) is None:
+            rows.setdefault(name, []).append(table[wanted].flatten())
+        else:  # it needs all heads; those that stay are taken after it
+            norm.order, norm.size = wanted, table.shape[1]
+            norm.register_forward_hook(in_order)
+    for name, numbers in rows.items():
+        slice_projection(getattr(attention, name), torch.cat(numbers).sort().values)
+    slice_projection(projection, columns[kept].flatten(), inputs=True)
+    for path, parameter, of_queries in head_parameters(attention, heads, len(parts[1][1]), columns.shape[1]):
+        owner, _, name = path.rpartition(".")
+        part = parameter.detach()[kept if of_queries else kept_shared]
+        setattr(attention.get_submodule(owner), name, torch.nn.Parameter(part, parameter.requires_grad))
+    tell_attention(attention, kept, heads, parts)
+    return attention
+
+def cut_heads(model, kept_heads: dict[str, list[int]]) -> None:
+    """Cuts a model in place. `kept_heads`: path of an attention output projection -> the heads that stay."""
+    heads = model.config.get_text_config().num_attention_heads
+    for path, kept in kept_heads.items():
+        parent, _, output = path.rpartition(".")
+        model.set_submodule(parent, cut_attention(model.get_submodule(parent), output, kept, heads))
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title What the attention has to be told: how many heads it has, and which of them read the same key
+def tell_attention(attention, kept: list[int], heads: int, parts: list) -> None:
+    """Sets what a cut attention module knows of its heads; `parts` are what find_rows() said of it before."""
+    (fused, query), (name, key), (_, value) = parts
+    sharing, size = heads // len(key), key.shape[1]
+    kept_shared = sorted({head // sharing for head in kept})
+    readers = [sum(head // sharing == shared for head in kept) for shared in kept_shared]
+    group, shared = readers[0], len(kept_shared)
+    if len(set(readers)) > 1 and fused == "query_key_value":  # every query gets a key and a value of its own
+        blocks = [part[:, 0] // size for part in (query, key, value)]  # where each stood, counted in heads
+        stay = sorted({int(block) for part, wanted in zip(blocks, (kept, kept_shared, kept_shared))
+                       for block in part[wanted]})
+        projection, group, shared = getattr(attention, fused), 1, len(kept)
+        projection.size, projection.order = size, [stay.index(int(block)) for head in kept for block in (
+            blocks[0][head], blocks[1][head // sharing], blocks[2][head // sharing])]
+        projection.register_forward_hook(in_order)
+    elif len(set(readers)) > 1:
+        attention.queries_per_key, group = readers, 1
+        attention.register_forward_pre_hook(repeat_keys, with_kwargs=True)
+    if {"alibi", "position_bias"} & set(inspect.signature(attention.forward).parameters):
+        attention.kept_of = (kept, heads)
+        attention.register_forward_pre_hook(pick_bias, with_kwargs=True)
+    numbers = {len(kept): ("num_heads", "num_attention_heads", "n_heads", "n_head"),
+               len(kept) * size: ("split_size", "embed_dim", "hidden_size")}
+    numbers = [*numbers.items(), (shared, ("num_key_value_heads", "num_kv_heads", "kv_heads")),
+               (group, ("num_key_value_groups",)), (shared * size, ("kv_dim",))]
+    for number, names in numbers:
+        for name in names:
+            if hasattr(attention, name):
+                setattr(attention, name, number)
+    if hasattr(attention, "config"):
+        attention.config = LayerConfig(attention.config, len(kept))
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Hooks with which an attention module reads its heads in another order, or one key for several queries
+def in_order(module, args, output):
+    """Forward hook: the parts of an output (batch, time, width) that `order` names, each `size` wide."""
+    return output.unflatten(-1, (-1, module.size))[..., module.order, :].flatten(-2)
+
+def pick_bias(attention, args, kwargs):
+    """Forward pre-hook: of biases that have a row for every head (ALiBi), those of the heads that stay."""
+    kept, heads = attention.kept_of
+
+    def pick(bias):  # (batch, heads, time, time), (batch x heads, time, time), or for all heads alike
+        if not isinstance(bias, torch.Tensor) or bias.dim() == 4:
+            return bias[:, kept] if isinstance(bias, torch.Tensor) and bias.shape[1] == heads else bias
+        return bias.unflatten(0, (-1, heads))[:, kept].flatten(0, 1)
+
+    names = {"alibi", "position_bias", "attention_mask"} & set(kwargs)
+    return args, kwargs | {name: pick(kwargs[name]) for name in names}
+
+def find_cache(arguments: dict):
+    """(name, KV cache) among an attention module's arguments; the name depends on family and version."""
+    names = (name for name in ("past_key_values", "layer_past", "cache") if name in arguments)
+    return next(((name, arguments[name]) for name in names), ("", None))
+
+def repeat_keys(attention, args, kwargs):
+    """Forward pre-hook: the cache holds few key/value heads, but hands out one for each query head that reads it."""
+    name, cache = find_cache(kwargs)
+
+    def repeat(states):  # (batch, key/value heads, time, head_dim)
+        copies = [states[:, i, None].expand(-1, n, -1, -1) for i, n in enumerate(attention.queries_per_key)]
+        return torch.cat(copies, dim=1)
+
+    def update(keys, values, *position, **options):
+        if cache is not None:
+            keys, values = cache.update(keys, values, *position, **options)
+        return repeat(keys), repeat(values)
+
+    return args, kwargs | {name: SimpleNamespace(update=update)}
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title What transformers does not expect: a layer without heads, and a number of heads for each layer
+class NoHeads(torch.nn.Module):
+    """The attention of a layer that has lost all its heads: what remains is the output projection's bias."""
+
+    def __init__(self, attention, output: str):
+        super().__init__()
+        self.layer_idx, self.names = attention.layer_idx, list(inspect.signature(attention.forward).parameters)
+        dropout = getattr(attention, "resid_dropout", None)
+        self.dropout = dropout if isinstance(dropout, torch.nn.Module) else torch.nn.Identity()
+        self.register_parameter("output_bias", getattr(attention, output).bias)
+
+    def forward(self, *args, **kwargs):
+        arguments = dict(zip(self.names, args)) | kwargs
+        hidden, (_, cache) = arguments[self.names[0]], find_cache(arguments)
+        if cache is not None:  # it knows how many tokens it has seen by what its layers hold: here one number each
+            token = hidden.new_zeros(len(hidden), 1, hidden.shape[1], 1)
+            cache.update(token, token, self.layer_idx)
+        written = torch.zeros_like(hidden) if self.output_bias is None else torch.zeros_like(hidden) + self.output_bias
+        return self.dropout(written) + arguments.get("residual", 0), None  # BLOOM's attention adds the stream itself
+
+class LayerConfig:
+    """The model's config as one layer sees it: with the number of heads that this layer has left."""
+
+    def __init__(self, config, heads: int):
+        self.config, self.num_attention_heads = config, heads
+
+    def __getattr__(self, name):
+        if name == "config":  # asked for while a copy is made, when nothing is there yet
+            raise AttributeError(name)
+        return getattr(self.config, name)
+
+
+# %% [markdown]
+# To compact a model is to cut out all heads whose gates are closed, and to multiply the other gates into
+# the weights.
+
+# %%
+@torch.no_grad()
+def cut_closed(model):
+    """The gated model, without gates and without the heads that they close; its config lists `kept_heads`."""
+    layers, gates = find_heads(model), get_gates(model)
+    kept = {layer.path: row.nonzero().flatten().tolist() for layer, row in zip(layers, gates)}
+    if getattr(model, "needs_heads", False):  # one that is closed stays, and writes zeros
+        kept = {path: heads or [0] for path, heads in kept.items()}
+    remove_gates(model)
+    cut_heads(model, kept)
+    for (path, heads), row in zip(kept.items(), gates):
+        if heads:  # a gate that was trained may be any number
+            weight = inputs_first(model.get_submodule(path))
+            weight.mul_(row[heads].to(weight).repeat_interleave(len(weight) // len(heads))[:, None])
+    model.config.kept_heads = kept
+    return model
+
+def compact(model):
+    """A copy of a gated model without the heads that its gates close. Raises UserError where they cannot be cut out."""
+    if not can_compact(model):
+        raise UserError(f"the heads of {type(model).__name__} cannot be cut out ({why_not_compact(model)}): keep its "
+                        "gates.")
+    return cut_closed(copy.deepcopy(model))
+
+# %% [markdown]
+# Does it work for this model? That is not looked up in a list of models: it is tried. Some heads are
+# closed at random, and cut out of a copy that shares all other weights. It has to give the same logits as
+# the gated model, read in one go and written token by token from a key/value cache, also where texts of
+# different length are padded. Where it does not, the model keeps its gates: it is pruned, not smaller.
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title The proof that heads can be cut out
+@torch.no_grad()
+def largest_difference(model, other, blocks: torch.Tensor) -> float:
+    """The largest difference between two models' float32 logits on blocks (n, time), relative to the largest logit."""
+    logits, others = (m.eval()(blocks.to(m.device), use_cache=False).logits.float() for m in (model, other))
+    return ((logits - others).abs().max() / logits.abs().max()).item()
+
+@torch.no_grad()
+def written_logits(model) -> torch.Tensor:
+    """Logits (steps, 2, vocabulary) of three tokens that a model writes after two short texts, one of them padded."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.arange(3, 19, device=model.device).view(2, 8) % vocabulary
+    mask = torch.ones_like(ids).index_put((torch.tensor([0, 0]), torch.tensor([0, 1])), ids.new_tensor(0))
+    output = model.eval().generate(ids, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, do_sample=False,
+                                   pad_token_id=0, output_logits=True, return_dict_in_generate=True)
+    return torch.stack(output.logits).float()
+
+def try_cutting(model, gates: torch.Tensor) -> str:
+    """What goes wrong where heads are cut out that gates (layers, heads) close; "" where nothing does."""
+    gated = sharing_copy(model)
+    set_gates(gated, gates)
+    ids = (torch.arange(24).view(2, 12) * 7) % model.get_input_embeddings().num_embeddings
+    wanted = written_logits(gated)
+    try:
+        small = cut_closed(sharing_copy(gated))
+        difference = max(largest_difference(gated, small, ids),
+                         ((written_logits(small) - wanted).abs().max() / wanted.abs().max()).item())
+    except Exception as error:  # code that was written for whole layers breaks in many ways; the sentence says how
+        return f"cut, it fails: {first_sentence(error)}"
+    return "" if difference < 1e-3 else f"cut, its logits differ by {difference:.0e} of the largest"
+
+def why_not_compact(model) -> str:
+    """Why the heads of a gated model cannot be cut out, or "" where they can; tried once, and then known."""
+    if not hasattr(model, "not_compact"):
+        plain = move(copy.deepcopy(model), "cpu") if model.device.type == "xla" else model
+        layers = find_heads(model)
+        gates = torch.rand(len(layers), layers[0].heads, generator=torch.Generator().manual_seed(0)).gt(0.5).float()
+        gates[:, 0], gates[:, 1:2], gates[0, -1:] = 1, 0, 0.5
+        model.not_compact = "its class brings its own code"
+        if type(model).__module__.startswith("transformers.models."):
+            model.not_compact = try_cutting(plain, gates)
+        gates[-1] = 0
+        model.needs_heads = not model.not_compact and bool(try_cutting(plain, gates))
+    return model.not_compact
+
+def can_compact(model) -> bool:
+    return not why_not_compact(model)
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title What a model can: which level it can reach, in all or in every layer
+def heads_to_close(layers: int, heads: int, level: float, min_heads: int) -> int:
+    """round(level x all heads). Raises UserError where `min_heads` open heads in every layer do not allow so many."""
+    wanted, possible = round(level * layers * heads), layers * max(heads - min_heads, 0)
+    if wanted > possible:
+        raise UserError(f"pruning_level is {level:g} with min_heads {min_heads}, but at most {possible} of "
+                        f"{layers * heads} heads ({possible / (layers * heads):.2f}) can be closed so: lower one of "
+                        "the two.")
+    return wanted
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Can the family's own configuration say it? Tried, without weights
+def without_weights(model):
+    """A copy of a model whose weights are only shapes: it takes no memory, and computes nothing."""
+    shapes = {id(t): t.to("meta") for t in [*model.parameters(), *model.buffers()]}
+    for parameter in model.parameters():
+        shapes[id(parameter)] = torch.nn.Parameter(shapes[id(parameter)])
+    return copy.deepcopy(model, shapes)
+
+def native_class(model) -> type:
+    """The class of transformers that a model has, or is derived from."""
+    return next(base for base in type(model).__mro__ if base.__module__.startswith("transformers.models."))
+
+def config_with_fewer(small, heads: int, key_value_heads: int, head_dim: int):
+    """The config of a cut model in the words of its family. Raises UserError where the family has no words for it.
+
+    Tried, not looked up: the family's class is built from it, without weights, and must have the shapes of `small`.
+    """
+    config, name = copy.deepcopy(small.config), type(small).__name__
+    fewer = {"num_attention_heads": heads, "num_key_value_heads": key_value_heads, "head_dim": head_dim}
+    try:
+        config.__dict__.pop("kept_heads", None)
+        text = config.get_text_config()
+        changed = type(text).from_dict(text.to_dict() | fewer)
+        if text is config:
+            config = changed
+        else:
+            setattr(config, next(key for key in config.sub_configs if getattr(config, key) is text), changed)
+        with torch.device("meta"):
+            built = native_class(small)(config)
+        shapes = [{name: tuple(part.shape) for name, part in m.named_parameters()} for m in (built, small)]
+        reason = "" if shapes[0] == shapes[1] else "the shapes of its weights differ then"
+    except Exception as error:  # a config of numbers that nobody foresaw fails in every way; the sentence says how
+        reason = first_sentence(str(error).strip().rpartition("\n")[2] or error)
+    if reason:
+        raise UserError(f"the configuration of {name} cannot say that it has {heads} heads over {key_value_heads} "
+                        f"key/value heads in every layer ({reason}): take another pruning_level, or leave uniform off, "
+                        "compacting does not need it.")
+    return config
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title How many heads the settings will close, before anything is computed
+def plan_uniform(model, level: float, min_heads: int) -> tuple[int, int]:
+    """(query heads in a group, groups to close in every layer). Raises UserError where level or family do not allow it.
+
+    Heads that share a key/value head are a group, and stay or go together.
+    """
+    layer, config = find_heads(model)[0], model.config.get_text_config()
+    groups = getattr(config, "num_key_value_heads", None) or layer.heads
+    size, close = layer.heads // groups, round(level * groups)
+    if (level and not close) or (groups - close) * size < max(min_heads, 1):
+        possible = [f"{n / groups:.2f}" for n in range(1, groups) if (groups - n) * size >= min_heads]
+        raise UserError(f"pruning_level is {level:g} with uniform and min_heads {min_heads}, but every layer has "
+                        f"{groups} groups of heads: take {', '.join(possible) or 'a smaller min_heads'}.")
+    if not can_compact(model):
+        raise UserError(f"uniform is on, but no head can be cut out, because {why_not_compact(model)}: leave it off.")
+    stay, small = (groups - close) * size, without_weights(model)
+    remove_gates(small)
+    cut_heads(small, {layer.path: list(range(stay)) for layer in find_heads(model)})
+    config_with_fewer(small, stay, groups - close, layer.head_dim)
+    return size, close
+
+def plan_closing(model, settings: Settings) -> str:
+    """How many gates the settings will close, in words. Raises UserError where they cannot."""
+    layers, heads = get_gates(model).shape
+    wanted = heads_to_close(layers, heads, settings.pruning_level, settings.min_heads)
+    if settings.uniform:
+        wanted = layers * math.prod(plan_uniform(model, settings.pruning_level, settings.min_heads))
+    if settings.sweep:
+        for level in settings.sweep_levels.split():
+            heads_to_close(layers, heads, float(level), settings.min_heads)
+    cut = f"no head can be cut out, because {why_not_compact(model)}: the model keeps its gates, and its size"
+    cut = "tried: a closed head can be cut out" if can_compact(model) else cut
+    return f"{layers * heads} gates, {wanted} of which will be closed\n{cut}"
+
+
+# %%
+if __name__ == "__main__":
+    add_gates(model)
+    print(plan_closing(model, settings))
+
+# %% [markdown]
+# <a name="7.-Perplexity"></a>
+# ## 7. Perplexity
+#
+# How good is the model? Perplexity is $\exp\big(\tfrac1N\sum_i -\log p(x_i \mid x_{<i})\big)$: the number
+# of tokens that the model is, on average, undecided between. Lower is better. It is measured on test
+# blocks that do not overlap; the first token of each block is context only.
+
+# %%
+def nll(logits: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood of each block of ids (n, time) but for its first token: (n,).
+
+    `logits` are (n, time, vocabulary), or (n, time - 1, vocabulary) without those after the last token.
+    """
+    logits, wanted = logits[:, : batch.shape[1] - 1].flatten(0, 1).float(), batch[:, 1:]
+    losses = torch.nn.functional.cross_entropy(logits, wanted.flatten(), reduction="none")
+    return losses.view_as(wanted).mean(1)
+
+@torch.no_grad()
+def perplexity(model, blocks: torch.Tensor) -> float:
+    """exp(mean negative log-likelihood per token) of token ids (n, time)."""
+    def per_block(batch):
+        return nll(model(batch, use_cache=False).logits, batch)
+
+    return math.exp(over_blocks(model, blocks, per_block, "perplexity").cpu().double().mean())
+
+
+# %% [markdown]
+# A number says how much; a sample says what it feels like. Both are recorded at every stage.
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Recording a stage: its test perplexity, a sample, and the conditions that belong to the numbers
+STAGES = {"dense": "dense, untouched", "pruned": "pruned", "repaired": "pruned + repaired",
+          "fine_tuned": "pruned + fine-tuned", "dense_fine_tuned": "dense + fine-tuned"}
+
+@torch.no_grad()
+def sample(model, tokenizer, prompt: str, new_tokens: int = 40) -> str:
+    """The prompt and the model's most likely continuation, the same every time."""
+    if model.device.type == "xla":
+        model = move(copy.deepcopy(model), "cpu")  # a TPU would compile the model anew for every length of the text
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": tokenizer.eos_token_id,
+               "attention_mask": torch.ones_like(ids)}
+    output = fit_batch_size(lambda _: model.eval().generate(ids, **options), 1, "writing a sample")
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+def drop_outdated(run: Run, stage: str) -> None:
+    """Drops what was measured of a stage and of later ones."""
+    for outdated in list(STAGES)[list(STAGES).index(stage):]:
+        for record in ("perplexity", "parameters", "samples", "size"):
+            run.metrics[record].pop(outdated, None)
+
+def measure(run: Run, stage: str, model, tokenizer, blocks: torch.Tensor) -> None:
+    """Records a stage's perplexity on blocks (n, time) and its sample; what was measured of later stages is dropped."""
+    run.metrics["settings"], prompt = dataclasses.asdict(run.settings), run.settings.prompt
+    drop_outdated(run, stage)
+
+    def compute():
+        return {}, {"perplexity": perplexity(model, blocks), "samples": sample(model, tokenizer, prompt),
+                    "parameters": model.num_parameters()}
+
+    with run.step(f"measure {stage}"):
+        _, record = run.load_or_compute(f"measure_{stage}", (model, blocks, prompt), compute)
+        for name, value in record.items():
+            run.metrics[name][stage] = value
+    print(f"{stage}: perplexity {record['perplexity']:.2f}")
+
+def bare_name(name: str) -> str:
+    """A model or file name without the folders of this machine."""
+    return Path(name).name if Path(name).exists() else name
+
+def conditions(metrics: dict) -> str:
+    """One paragraph: everything that the numbers depend on."""
+    s, blocks, versions = metrics["settings"], metrics["blocks"], metrics["versions"]
+    files = [(split, s[f"{split}_file"]) for split in SPLITS]
+    text = s["train_file"] and ", ".join(bare_name(file) if file else f"{split} cut from it" for split, file in files)
+    by_hand = metrics.get("heads", {}).get("by_hand")
+    how = " in every layer alike" if s["uniform"] else ""
+    how += f", {by_hand} gates set by hand" if by_hand else ""
+    how += f", {s['gate_steps']} gate steps" if s["strategy"] == "learned" else ""
+    how += f", repaired on {min(s['repair_blocks'], blocks['train'])} training blocks" if s["repair"] else ""
+    precision = metrics["precision"]
+    precision += f" (float32 from {metrics['float32_from']!r} on)" if "float32_from" in metrics else ""
+    how += f", distillation {s['distillation']:g} in fine-tuning" if s["distillation"] else ""
+    return (f"Model {bare_name(s['model'])}; text {text or s['dataset']}; strategy {s['strategy']}, level "
+            f"{s['pruning_level']:g}{how}, scored on {min(s['calibration_blocks'], blocks['validation'])} validation "
+            f"blocks; tested on {blocks['tested']} test blocks of {s['block_length']} tokens; seed {s['seed']}; "
+            f"{precision} on {metrics['device']}; "
+            + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
+
+
+# %%
+if __name__ == "__main__":
+    measure(run, "dense", model, tokenizer, test_blocks)
+    print(run.metrics["samples"]["dense"])
+
+# %% [markdown]
+# Now try a gate: close one head, see the perplexity move on some validation text, and open it again. Change
 # `layer` and `head` and run the cell again: not all heads matter alike.
 
 # %%
@@ -1496,69 +2233,7 @@ def try_head(model, blocks: torch.Tensor, layer: int, head: int) -> str:
     return f"layer {layer}, head {head}: perplexity {values[0]}, closed {values[1]}, open again {values[2]}"
 
 if __name__ == "__main__":
-    add_gates(model)
     print(try_head(model, blocks["validation"][:2], layer=0, head=0))
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title What a model can: which level it can reach, in all or in every layer, and whether heads can be cut out
-COMPACTABLE = ("gpt2", "opt", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3")
-
-def can_compact(model) -> bool:
-    """True where compact() (section 13) is tested on the model's family; others keep their gates."""
-    return model.config.model_type in COMPACTABLE
-
-NATIVE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")  # whose config can say fewer heads
-
-def heads_to_close(layers: int, heads: int, level: float, min_heads: int) -> int:
-    """round(level x all heads). Raises UserError where `min_heads` open heads in every layer do not allow so many."""
-    wanted, possible = round(level * layers * heads), layers * max(heads - min_heads, 0)
-    if wanted > possible:
-        raise UserError(f"pruning_level is {level:g} with min_heads {min_heads}, but at most {possible} of "
-                        f"{layers * heads} heads ({possible / (layers * heads):.2f}) can be closed so: lower one of "
-                        "the two.")
-    return wanted
-
-def config_with_fewer(config, heads: int, key_value_heads: int, head_dim: int):
-    """A copy of a family's config with so many heads in every layer. Raises UserError where it cannot have them."""
-    shape = f"{heads} heads over {key_value_heads} key/value heads in every layer"
-    if config.model_type not in NATIVE:
-        raise UserError(f"the configuration of {config.model_type!r} cannot say that a model has {shape} of the old "
-                        f"width, only {', '.join(NATIVE)} can: leave uniform off, compacting does not need it.")
-    fewer = {"num_attention_heads": heads, "num_key_value_heads": key_value_heads, "head_dim": head_dim}
-    try:
-        return type(config).from_dict(config.to_dict() | fewer)
-    except (ValueError, StrictDataclassError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"the configuration of {config.model_type!r} does not allow {shape} ({reason}): take another "
-                        "pruning_level, or leave uniform off.") from None
-
-def plan_uniform(model, level: float, min_heads: int) -> tuple[int, int]:
-    """(query heads in a group, groups to close in every layer). Raises UserError where level or family do not allow it.
-
-    Heads that share a key/value head are a group, and stay or go together.
-    """
-    layer, config = find_heads(model)[0], model.config.get_text_config()
-    groups = getattr(config, "num_key_value_heads", None) or layer.heads
-    size, close = layer.heads // groups, round(level * groups)
-    if (level and not close) or (groups - close) * size < max(min_heads, 1):
-        possible = [f"{n / groups:.2f}" for n in range(1, groups) if (groups - n) * size >= min_heads]
-        raise UserError(f"pruning_level is {level:g} with uniform and min_heads {min_heads}, but every layer has "
-                        f"{groups} groups of heads: take {', '.join(possible) or 'a smaller min_heads'}.")
-    config_with_fewer(config, (groups - close) * size, groups - close, layer.head_dim)
-    return size, close
-
-def plan_closing(model, settings: Settings) -> str:
-    """How many gates the settings will close, in words. Raises UserError where they cannot."""
-    layers, heads = get_gates(model).shape
-    wanted = heads_to_close(layers, heads, settings.pruning_level, settings.min_heads)
-    if settings.uniform:
-        wanted = layers * math.prod(plan_uniform(model, settings.pruning_level, settings.min_heads))
-    return f"{layers * heads} gates, {wanted} of which will be closed"
-
-
-# %%
-if __name__ == "__main__":
-    print(plan_closing(model, settings))
 
 # %% [markdown]
 # <a name="8.-Importance"></a>
@@ -1586,43 +2261,16 @@ if __name__ == "__main__":
     print("the first layer's heads, at random:", Random().score(model)[0].numpy().round(2))
 
 
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Which rows of the query, key and value projections belong to a head
-def find_rows(attention, heads: int, head_dim: int) -> list[tuple[str, torch.Tensor]]:
-    """For query, key and value: the projection that computes it, and its outputs that each head owns, (n, head_dim).
-
-    Families keep these weights as three matrices, as one with queries, keys and values one after the other (GPT-2,
-    Phi-3), or as one in which every group of heads has its queries, key and value together (GPT-NeoX, BLOOM, Falcon).
-    Raises ValueError for an attention module that keeps them in another way.
-    """
-    parts = dict(attention.named_children())
-
-    def outputs(name):
-        return torch.arange(inputs_first(parts[name]).shape[1]).view(-1, head_dim)
-
-    if "q_proj" in parts:
-        return [(name, outputs(name)) for name in ("q_proj", "k_proj", "v_proj")]
-    fused = next((name for name in ("query_key_value", "c_attn", "qkv_proj") if name in parts), None)
-    if fused is None:
-        raise ValueError(f"{type(attention).__name__} has the projections {', '.join(parts)}: none that is known here")
-    rows = outputs(fused)
-    shared = (len(rows) - heads) // 2  # key heads, and value heads
-    if fused == "query_key_value":
-        rows = rows.view(shared, -1, head_dim)  # each group: its queries, one key, one value
-        return [(fused, rows[:, :-2].flatten(0, 1)), (fused, rows[:, -2]), (fused, rows[:, -1])]
-    return [(fused, part) for part in rows.split([heads, shared, shared])]
-
-def query_key_value_weights(layer: HeadLayer) -> list[torch.Tensor]:
-    """[query, key, value] weights of a layer, each (heads, head_dim, hidden), shared key/value heads repeated."""
-    return [inputs_first(getattr(layer.attention, name)).T[rows].repeat_interleave(layer.heads // len(rows), dim=0)
-            for name, rows in find_rows(layer.attention, layer.heads, layer.head_dim)]
-
-
 # %% [markdown]
 # **Magnitude** looks at no text: it is the L2 norm of everything a head owns, its rows of the query, key
 # and value projections and its columns of the output projection.
 
 # %%
+def query_key_value_weights(layer: HeadLayer) -> list[torch.Tensor]:
+    """[query, key, value] weights of a layer, each (heads, size, hidden), shared key/value heads repeated."""
+    return [inputs_first(getattr(layer.attention, name)).T[rows].repeat_interleave(layer.heads // len(rows), dim=0)
+            for name, rows in find_rows(layer.attention, layer.heads, layer.head_dim)]
+
 @dataclasses.dataclass
 class Magnitude:
     """L2 norm of a head's query, key, value and output weights."""
@@ -1675,17 +2323,34 @@ if __name__ == "__main__":
           f"two tokens {focus(torch.tensor([[0.5, 0.5, 0, 0]] * 4))[3]:.2f}, one token {focus(torch.eye(4))[3]:.2f}")
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Watching a layer: what comes in, what heads and MLP write, what goes out
+# @title Attention weights, which the fast kernels never build
 @contextlib.contextmanager
 def eager_attention(model):
     """Within it the model hands out its attention weights, which the fast kernels never build."""
     # Not set_attn_implementation(): it refuses families that read this attribute themselves, such as Falcon.
-    before, model.config._attn_implementation = model.config._attn_implementation, "eager"
+    config, names = model.config, ("_attn_implementation", "_experts_implementation")
+    before = {name: getattr(config, name) for name in names if getattr(config, name, None)}
+    for name in before:
+        setattr(config, name, "eager")
     try:
         yield
     finally:
-        model.config._attn_implementation = before
+        for name, value in before.items():
+            setattr(config, name, value)
 
+def first_of(output):
+    """What a module returns, or the first of several things."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+def maps_in(output, heads: int) -> torch.Tensor | None:
+    """Attention weights (batch, heads, time, time) among what an attention module returns, or None."""
+    others = output[1:] if isinstance(output, (tuple, list)) else []
+    return next((part for part in others if isinstance(part, torch.Tensor) and part.dim() == 4
+                 and part.shape[1] == heads and part.shape[2] == part.shape[3] == first_of(output).shape[1]), None)
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Watching a layer: what comes in, what heads and MLP write, what goes out
 def find_mlp_output(layer: HeadLayer):
     """The projection with which a layer's MLP writes into the stream, or None where there is not exactly one."""
     attention, names = set(layer.attention.modules()), ("c_proj", "fc2", "fc_out", "down_proj", "dense_4h_to_h")
@@ -1701,11 +2366,11 @@ def watch_layer(layer: HeadLayer, seen: dict):
     """
     def keep(name):
         def hook(module, args, output):
-            seen[name] = (output[0] if isinstance(output, tuple) else output).clone()  # Falcon goes on adding to it
+            seen[name] = first_of(output).clone()  # Falcon goes on adding to it
         return hook
 
     def keep_maps(attention, args, output):
-        seen["maps"] = output[1] if len(output) > 1 else None
+        seen["maps"] = maps_in(output, layer.heads)
 
     def enter(block, args, kwargs):
         seen["in"] = args[0] if args else kwargs["hidden_states"]
@@ -1717,11 +2382,6 @@ def watch_layer(layer: HeadLayer, seen: dict):
     if find_mlp_output(layer) is not None:
         yield find_mlp_output(layer).register_forward_hook(keep("mlp"))
     yield layer.block.register_forward_hook(keep("out"))
-
-def adds_in_parallel(config) -> bool:
-    """True where attention and MLP are added to the residual stream at once (GPT-NeoX, GPT-J, Phi, Falcon)."""
-    return (getattr(config, "use_parallel_residual", False) or getattr(config, "parallel_attn", False)
-            or config.model_type in ("gptj", "phi", "codegen", "cohere"))
 
 def head_norms(layer: HeadLayer, heads: torch.Tensor) -> torch.Tensor:
     """Norms of what each head writes, (batch, heads, time), from the output projection's input (batch, time, width)."""
@@ -1742,7 +2402,6 @@ class Entropy:
     def score(self, model, blocks: torch.Tensor) -> torch.Tensor:
         """Importance (layers, heads) on blocks (n, time). Raises UserError where a model gives no attention weights."""
         scores, layers = [], find_heads(model)
-        parallel = adds_in_parallel(model.config.get_text_config())
 
         def watch(layer):
             seen = {}
@@ -1751,8 +2410,8 @@ class Entropy:
                 if seen["maps"] is None:
                     raise UserError("strategy 'entropy' needs attention weights, which "
                                     f"{type(layer.attention).__name__} does not give: take another strategy.")
-                stream = seen["out"] if parallel else seen["in"] + seen["attention"]
-                written = head_norms(layer, seen["heads"]) / stream.float().norm(dim=-1)[:, None]
+                stream = (seen["in"] + seen["attention"]).float()
+                written = head_norms(layer, seen["heads"]) / stream.norm(dim=-1)[:, None]
                 score = -entropy(seen["maps"]) if self.literal else written * (1 + focus(seen["maps"]))
                 scores.append(score[..., 1:].mean(-1))  # (batch, heads)
                 seen.clear()
@@ -2047,6 +2706,22 @@ if __name__ == "__main__":
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title What a choice of heads saves, by arithmetic
+def lost_weights(layer: HeadLayer, row: torch.Tensor) -> tuple[int, int]:
+    """(parameters, weights of matrix products) that go where a layer keeps the heads that `row` (heads,) says."""
+    freed, biases = int((~row).sum()) * layer.output_weight[0].numel(), 0
+    parts = find_rows(layer.attention, layer.heads, layer.head_dim)
+    for name, rows in parts:
+        if norm_over_heads(layer.attention, name) is None:
+            projection = getattr(layer.attention, name)
+            closed = int((~row.view(len(rows), -1).any(1)).sum()) * rows.shape[1]  # outputs that nobody reads
+            freed += closed * inputs_first(projection).shape[0]
+            biases += closed * (projection.bias is not None)
+    shared = len(parts[1][1])
+    for _, parameter, of_queries in head_parameters(layer.attention, layer.heads, shared, layer.head_dim):
+        open_rows = row if of_queries else row.view(shared, -1).any(1)
+        biases += int((~open_rows).sum()) * parameter[0].numel()
+    return freed + biases, freed
+
 def predict_cost(model, gates: torch.Tensor, tokens: int) -> dict[str, float]:
     """`parameters` and `flops_per_token` of the model with only the heads that gates (layers, heads) leave.
 
@@ -2056,25 +2731,20 @@ def predict_cost(model, gates: torch.Tensor, tokens: int) -> dict[str, float]:
     products = sum(m.weight.numel() for m in model.modules() if isinstance(m, (torch.nn.Linear, Conv1D)))
     layers, parameters = find_heads(model), model.num_parameters()
     for layer, row in zip(layers, gates != 0):
-        lost = int((~row).sum()) * layer.output_weight[0].numel()
-        for name, rows in find_rows(layer.attention, layer.heads, layer.head_dim):
-            projection = getattr(layer.attention, name)
-            closed = int((~row.view(len(rows), -1).any(1)).sum()) * layer.head_dim  # outputs that nobody reads
-            lost += closed * inputs_first(projection).shape[0]
-            parameters -= closed * (projection.bias is not None)
-        if not row.any():  # norms of queries and keys go too
-            parameters -= sum(p.numel() for name, p in layer.attention.named_parameters() if "norm" in name)
-        parameters, products = parameters - lost, products - lost
+        if row.any() or getattr(model, "needs_heads", False):
+            row = row if row.any() else torch.arange(layer.heads) == 0
+            fewer, freed = lost_weights(layer, row)
+        else:  # all goes but the output projection's bias
+            freed = sum(m.weight.numel() for m in layer.attention.modules() if isinstance(m, (torch.nn.Linear, Conv1D)))
+            bias = layer.projection.bias
+            fewer = sum(p.numel() for p in layer.attention.parameters()) - (0 if bias is None else bias.numel())
+        parameters, products = parameters - fewer, products - freed
     attention = 4 * tokens * layers[0].head_dim * int((gates != 0).sum())
     return {"parameters": parameters, "flops_per_token": 2 * products + attention}
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title A panel: one long job at a time, in a thread, with a bar, and whatever goes wrong is said in it
-def sharing_copy(model):
-    """A copy of a gated model that shares its weights and has gates of its own."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-
 class Cancelled(Exception):
     """Somebody pressed Cancel."""
 
@@ -2312,9 +2982,9 @@ def attention_maps(model, tokenizer, sentence: str, longest: int = 40) -> tuple[
     ids = tokenizer(sentence, return_tensors="pt")["input_ids"][:, :longest]
     if ids.shape[1] < 2:
         raise UserError(f"the sentence {sentence!r} has {ids.shape[1]} tokens, but two are needed: write a few words.")
-    maps = []
-    look = (layer.attention.register_forward_hook(lambda module, args, output: maps.append(output[1]))
-            for layer in find_heads(model))
+    maps, layers = [], find_heads(model)
+    look = (layer.attention.register_forward_hook(lambda module, args, output: maps.append(
+        maps_in(output, layers[0].heads))) for layer in layers)
     with eager_attention(model), all_open(model), hooks(look):
         model.eval().base_model(ids.to(model.device), use_cache=False)
     if any(weights is None for weights in maps):
@@ -2419,6 +3089,8 @@ def refit(projection, inputs: torch.Tensor, target: torch.Tensor, ridge: float, 
         x_mean, error_mean = x.mean(0), error.mean(0)
         x, error = x - x_mean, error - error_mean
     gram, wanted = (x.T @ x).cpu().double(), (x.T @ error).cpu().double()
+    if not (gram.isfinite().all() and wanted.isfinite().all()):
+        raise FloatingPointError("the layer's inputs are not finite")
     gram.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(1e-12))
     change = torch.linalg.solve(gram, wanted).to(weight)
     weight[kept] += change
@@ -2452,8 +3124,10 @@ def dense_streams(model, blocks: torch.Tensor) -> tuple[torch.Tensor, list[bool]
         targets.clear()
         fits.clear()
         model.base_model(batch, use_cache=False)
-        streams[places.cpu()] = torch.stack(targets, 1)
-        return torch.stack(fits).expand(len(batch), -1)
+        for number, target in enumerate(targets):
+            streams[places.cpu(), number] = target
+        finite = torch.stack([target.isfinite().all() for target in targets])
+        return torch.where(finite, torch.stack(fits).float().cpu(), torch.nan).expand(len(batch), -1)
 
     def watch(layer):
         yield from watch_layer(layer, seen)
@@ -2462,7 +3136,7 @@ def dense_streams(model, blocks: torch.Tensor) -> tuple[torch.Tensor, list[bool]
     with all_open(model), hooks(handle for layer in layers for handle in watch(layer)):
         numbered = (blocks, torch.arange(len(blocks)))
         adds_up = over_blocks(model, numbered, per_block, "looking at the dense model", share=False)
-    return streams, adds_up.all(0).tolist()
+    return streams, adds_up.bool().all(0).tolist()
 
 def refit_layer(layer: HeadLayer, stream: torch.Tensor, adds_up: bool):
     """Hooks that refit a layer to the dense stream (n, 2, time, hidden) when its turn comes; yields their handles."""
@@ -2663,167 +3337,32 @@ if __name__ == "__main__" and settings.sweep:
 # <a name="13.-Compact"></a>
 # ## 13. Compact
 #
-# So far the model is as large and as slow as before: a gate multiplies by zero what has been computed all
-# the same. Now the closed heads really go: their rows of the query, key and value projections and their
-# columns of the output projection. Where several query heads share a key/value head, that one goes when
-# the last query head that reads it is gone. What is left is the same function with fewer numbers, and the
-# cell that does it checks that the logits agree.
+# So far the model is as large and as slow as before. Now the closed heads really go, as section 6 has
+# tried: the same function with fewer numbers. The cell that does it checks that the logits agree, counts
+# what was saved, and measures what that brings, in turns with the dense model.
 #
 # No configuration file can say "layer 3 has 7 heads", which is why pruned models usually cannot be opened
-# again. Here the functions of this section travel with the saved model (section 16), and cut the full
-# model anew when it is opened. So they need torch and transformers, and nothing else.
-
-# %%
-def slice_projection(projection, rows: torch.Tensor, inputs: bool = False) -> None:
-    """Keeps only these outputs, or inputs, of a Linear or Conv1D, in this order; rows are (n,)."""
-    is_conv = isinstance(projection, Conv1D)  # its weight is (inputs, outputs), that of a Linear (outputs, inputs)
-    weight, bias = projection.weight, projection.bias
-    rows = rows.to(weight.device)
-    sliced = weight.detach().index_select(int(is_conv != inputs), rows)
-    projection.weight = torch.nn.Parameter(sliced, weight.requires_grad)
-    if bias is not None and not inputs:
-        projection.bias = torch.nn.Parameter(bias.detach()[rows], bias.requires_grad)
-    for name, size in zip(("nx", "nf") if is_conv else ("out_features", "in_features"), projection.weight.shape):
-        setattr(projection, name, size)
-
-def cut_attention(attention, output: str, kept: list[int]):
-    """The attention module with only the heads in `kept`, cut in place; `output` names its output projection."""
-    if not kept:
-        return NoHeads(attention, output)
-    heads, projection = attention.config.num_attention_heads, getattr(attention, output)
-    columns = torch.arange(inputs_first(projection).shape[0]).view(heads, -1)  # (heads, head_dim)
-    query, key, value = find_rows(attention, heads, columns.shape[1])
-    sharing = heads // len(key[1])  # query heads that read the same key/value head
-    kept_shared = sorted({head // sharing for head in kept})
-    rows = {}
-    for (name, table), wanted in zip((query, key, value), (kept, kept_shared, kept_shared)):
-        rows.setdefault(name, []).append(table[wanted].flatten())
-    for name, parts in rows.items():
-        slice_projection(getattr(attention, name), torch.cat(parts).sort().values)
-    slice_projection(projection, columns[kept].flatten(), inputs=True)
-
-    attention.queries_per_key = [sum(head // sharing == shared for head in kept) for shared in kept_shared]
-    even = len(set(attention.queries_per_key)) == 1
-    if not even:
-        attention.register_forward_pre_hook(repeat_keys, with_kwargs=True)
-    group = attention.queries_per_key[0] if even else 1
-    sizes = {"num_heads": len(kept), "split_size": len(kept) * columns.shape[1],
-             "num_key_value_heads": len(kept_shared), "num_key_value_groups": group}
-    for name, size in sizes.items():
-        if hasattr(attention, name):
-            setattr(attention, name, size)
-    attention.config = LayerConfig(attention.config, len(kept))
-    return attention
-
-def cut_heads(model, kept_heads: dict[str, list[int]]) -> None:
-    """Cuts a model in place. `kept_heads`: path of an attention output projection -> the heads that stay."""
-    for path, kept in kept_heads.items():
-        parent, _, output = path.rpartition(".")
-        model.set_submodule(parent, cut_attention(model.get_submodule(parent), output, kept))
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title What transformers does not expect: uneven groups, layers without heads, a number of heads for each layer
-def find_cache(arguments: dict):
-    """(name, KV cache) among an attention module's arguments; the name depends on family and version."""
-    return next((name, arguments[name]) for name in ("past_key_values", "layer_past", "cache") if name in arguments)
-
-def repeat_keys(attention, args, kwargs):
-    """Forward pre-hook: the cache holds few key/value heads, but hands out one for each query head that reads it."""
-    name, cache = find_cache(kwargs)
-
-    def repeat(states):  # (batch, key/value heads, time, head_dim)
-        copies = [states[:, i, None].expand(-1, n, -1, -1) for i, n in enumerate(attention.queries_per_key)]
-        return torch.cat(copies, dim=1)
-
-    def update(keys, values, *position, **options):
-        if cache is not None:
-            keys, values = cache.update(keys, values, *position, **options)
-        return repeat(keys), repeat(values)
-
-    return args, kwargs | {name: SimpleNamespace(update=update)}
-
-class NoHeads(torch.nn.Module):
-    """The attention of a layer that has lost all its heads: what remains is the output projection's bias."""
-
-    def __init__(self, attention, output: str):
-        super().__init__()
-        self.layer_idx = attention.layer_idx
-        self.dropout = getattr(attention, "resid_dropout", torch.nn.Identity())
-        self.register_parameter("output_bias", getattr(attention, output).bias)
-
-    def forward(self, hidden_states, **arguments):
-        _, cache = find_cache(arguments)
-        if cache is not None:  # it knows how many tokens it has seen by what its layers hold: here one number each
-            token = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
-            cache.update(token, token, self.layer_idx)
-        nothing = torch.zeros_like(hidden_states)
-        return self.dropout(nothing if self.output_bias is None else nothing + self.output_bias), None
-
-class LayerConfig:
-    """The model's config as one layer sees it: with the number of heads that this layer has left."""
-
-    def __init__(self, config, heads: int):
-        self.config, self.num_attention_heads = config, heads
-
-    def __getattr__(self, name):
-        if name == "config":  # asked for while a copy is made, when nothing is there yet
-            raise AttributeError(name)
-        return getattr(self.config, name)
-
-
-# %% [markdown]
-# With these, to compact is to multiply the gates into the weights, and to cut.
-
-# %%
-@torch.no_grad()
-def compact(model):
-    """A copy of a gated model without gates and without the heads that they close; its config lists `kept_heads`.
-
-    Raises UserError for a family that is not in COMPACTABLE.
-    """
-    if not can_compact(model):
-        raise UserError(f"a model of the family {model.config.model_type!r} cannot be compacted, only "
-                        f"{', '.join(COMPACTABLE)}: keep its gates.")
-    small, kept = copy.deepcopy(model), {}
-    for layer in find_heads(small):
-        layer.output_weight.mul_(layer.projection.gates[:, None, None])  # a gate that was trained may be any number
-        kept[layer.path] = layer.projection.gates.nonzero().flatten().tolist()
-    remove_gates(small)
-    cut_heads(small, kept)
-    small.config.kept_heads = kept
-    return small
-
-@torch.no_grad()
-def largest_difference(model, other, blocks: torch.Tensor) -> float:
-    """The largest difference between two models' float32 logits on blocks (n, time), relative to the largest logit."""
-    logits, others = (m.eval()(blocks.to(m.device), use_cache=False).logits.float() for m in (model, other))
-    return ((logits - others).abs().max() / logits.abs().max()).item()
-
+# again. Here the functions that cut travel with the saved model (section 16), and cut the full model
+# anew when it is opened. So they need torch and transformers, and nothing else.
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title What did it bring? Counted: parameters, bytes, KV cache, FLOPs. Measured in turns: speed
-def without_weights(model):
-    """A copy of a model whose weights are only shapes: it takes no memory, and computes nothing."""
-    shapes = {id(t): t.to("meta") for t in [*model.parameters(), *model.buffers()]}
-    for parameter in model.parameters():
-        shapes[id(parameter)] = torch.nn.Parameter(shapes[id(parameter)])
-    return copy.deepcopy(model, shapes)
-
 @torch.no_grad()
-def count_flops(model, tokens: int) -> float:
-    """Floating-point operations of matrix products per token, in a forward pass over `tokens` tokens."""
-    # Where nothing is computed nothing can be looked at: eager attention does not look whether tokens are masked, and
-    # with a cache nobody looks whether several texts are packed together.
-    with eager_attention(shapes := without_weights(model)), FlopCounterMode(display=False) as counter:
-        shapes.eval()(torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=True)
-    return counter.get_total_flops() / tokens
+def count_flops(model, block: torch.Tensor) -> float:
+    """Floating-point operations of matrix products per token, in a forward pass over a block (1, time)."""
+    # Eager attention and experts, because the counter does not know the fast kernels of every device.
+    with frozen(model), eager_attention(model), FlopCounterMode(display=False) as counter:
+        model.eval()(block.to(model.device), use_cache=False)
+    return counter.get_total_flops() / block.numel()
 
 @torch.no_grad()
 def cache_bytes(model, tokens: int = 8) -> int:
-    """Bytes of keys and values that the model keeps for each token it has read."""
-    cache = model.eval()(torch.zeros(1, tokens, dtype=torch.long, device=model.device), use_cache=True).past_key_values
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // tokens
+    """Bytes of keys and values that the model keeps for each token it has read; 0 where it keeps none."""
+    output = model.eval()(torch.zeros(1, tokens, dtype=torch.long, device=model.device), use_cache=True)
+    cache = getattr(output, "past_key_values", None) or getattr(output, "cache", None)
+    kept = [part for layer in getattr(cache, "layers", []) for name in ("keys", "values")
+            if isinstance(part := getattr(layer, name, None), torch.Tensor)]
+    return sum(part.nbytes for part in kept) // tokens
 
 def tokens_per_second(models: dict, batch: torch.Tensor, training: bool = False, rounds: int = 5) -> dict[str, float]:
     """Median speed of models on ids (batch, time), in turns, after a warm-up; training is forward and backward."""
@@ -2846,7 +3385,7 @@ def tokens_per_second(models: dict, batch: torch.Tensor, training: bool = False,
 def measure_sizes(models: dict, block: torch.Tensor) -> dict[str, dict]:
     """Size and speed of models without gates, as {name: {quantity: number}}; speeds on one block (1, time)."""
     sizes = {name: {"parameters": model.num_parameters(), "bytes": sum(p.nbytes for p in model.parameters()),
-                    "cache_bytes_per_token": cache_bytes(model), "flops_per_token": count_flops(model, block.shape[1])}
+                    "cache_bytes_per_token": cache_bytes(model), "flops_per_token": count_flops(model, block)}
              for name, model in models.items()}
     for kind, training in (("forward", False), ("training", True)):
         for name, speed in tokens_per_second(models, block, training).items():
@@ -2858,7 +3397,7 @@ def measure_sizes(models: dict, block: torch.Tensor) -> dict[str, dict]:
 # @title Compacting, checked and recorded
 def size_table(sizes: dict[str, dict]) -> str:
     """Dense and compact model side by side, as a Markdown table."""
-    rows = [("parameters, million", "parameters", 1e-6, ",.2f"), ("weights, MB", "bytes", 1e-6, ",.1f"),
+    rows = [("parameters, million", "parameters", 1e-6, ",.2f"), ("weights as saved, MB", "bytes", 1e-6, ",.1f"),
             ("KV cache, bytes per token", "cache_bytes_per_token", 1, ",.0f"),
             ("forward pass, MFLOP per token", "flops_per_token", 1e-6, ",.1f"),
             ("forward pass, tokens/s", "forward_tokens_per_second", 1, ",.0f"),
@@ -2866,7 +3405,8 @@ def size_table(sizes: dict[str, dict]) -> str:
     lines = ["| | dense | compact | ratio |", "|---|---|---|---|"]
     for title, key, unit, form in rows:
         before, after = sizes["dense"][key], sizes["pruned"][key]
-        lines.append(f"| {title} | {before * unit:{form}} | {after * unit:{form}} | {after / before:.3f} |")
+        ratio = f"{after / before:.3f}" if before else "-"
+        lines.append(f"| {title} | {before * unit:{form}} | {after * unit:{form}} | {ratio} |")
     return "\n".join(lines)
 
 def require_same_gates(model, pruned) -> None:
@@ -2879,12 +3419,14 @@ def check_compact(run: Run, model, pruned, block: torch.Tensor) -> str:
     require_same_gates(model, pruned)
     run.metrics["size"] = {}
     if not can_compact(model):
-        return f"{type(model).__name__} keeps its gates: compacting knows {', '.join(COMPACTABLE)}."
+        return f"{type(model).__name__} keeps its gates, and its size: {why_not_compact(model)}."
     with run.step("compact"):
         small = compact(pruned)
         difference = run.metrics["compact_difference"] = largest_difference(pruned, small, block)
         with without_gates(model):
             sizes = run.metrics["size"] = measure_sizes({"dense": model, "pruned": small}, block)
+        for size in sizes.values():
+            size["bytes"] = size["parameters"] * saved_format(run).itemsize
         for stage in {"pruned", "repaired"} & set(run.metrics["parameters"]):
             run.metrics["parameters"][stage] = small.num_parameters()
     if difference > 1e-3:
@@ -2973,12 +3515,21 @@ class CommitGates(TrainerCallback):
         for layer in find_heads(model):
             layer.projection.gates.requires_grad_(False)
 
+@torch.no_grad()
+def fold_gates(model):
+    """The gated model with gates that are 0 or 1 only: others go into the weights that they multiply."""
+    gates = get_gates(model)
+    for layer, row in zip(find_heads(model), gates):
+        layer.output_weight.mul_(torch.where(row != 0, row, 1).to(layer.output_weight)[:, None, None])
+    set_gates(model, (gates != 0).float())
+    return model
+
 def record_reopened(run: Run, model, tuned):
     """Records which heads of `model` came back in `tuned`, which is compacted where it can be."""
     came_back = ((get_gates(model) == 0) & (get_gates(tuned) != 0)).nonzero().tolist()
     run.metrics["heads_after_fine_tuning"] = describe_heads(get_gates(tuned)) | {"came_back": came_back}
     print(f"{len(came_back)} of {run.metrics['heads']['closed']} closed heads came back [layer, head]: {came_back}")
-    return compact(tuned) if can_compact(tuned) else tuned
+    return compact(tuned) if can_compact(tuned) else fold_gates(tuned)
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -3095,7 +3646,7 @@ class DistillingTrainer(Trainer):
 @contextlib.contextmanager
 def trainable(model, settings: Settings):
     """Within it a model is as Trainer and accelerate need it; afterwards nothing of that is left in it."""
-    use_cache = model.config.use_cache
+    use_cache = getattr(model.config, "use_cache", None)
     names = [dict(model.named_parameters(remove_duplicate=unique)).keys() for unique in (False, True)]
     model._keys_to_ignore_on_save = list(names[0] - names[1]) or None  # tied weights are not missed in checkpoints
     if settings.gradient_checkpointing:
@@ -3109,7 +3660,8 @@ def trainable(model, settings: Settings):
         model.gradient_checkpointing_disable()
     for attribute in ("_keys_to_ignore_on_save", "forward", "_original_forward"):  # accelerate's computes in 16 bits
         vars(model).pop(attribute, None)
-    model.config.use_cache = use_cache  # which the Trainer switches off, and would be saved so
+    if use_cache is not None:
+        model.config.use_cache = use_cache  # which the Trainer switches off, and would be saved so
     model.eval()
 
 def make_trainer(model, data: dict, settings: Settings, plan: dict, folder: Path, micro_batch: int) -> Trainer:
@@ -3125,7 +3677,8 @@ def make_trainer(model, data: dict, settings: Settings, plan: dict, folder: Path
         load_best_model_at_end=not free,  # gates that are being chosen have no best moment: the last weights count
         metric_for_best_model="loss", optim=ADAMW, bf16=COMPUTING.dtype == torch.bfloat16,
         fp16=COMPUTING.dtype == torch.float16, use_cpu=device == "cpu", report_to="none", disable_tqdm=in_notebook(),
-        dataloader_pin_memory=device == "cuda")
+        dataloader_pin_memory=device == "cuda", remove_unused_columns=False,
+        label_names=["labels"])  # also where forward() does not say what it takes
     callbacks = [transformers.EarlyStoppingCallback(settings.patience)] if settings.patience and not free else []
     callbacks += [CommitGates(settings.pruning_level, settings.min_heads)] if free else []
     optimizers = (gate_optimizer(model, settings) if free else None, None)
@@ -3218,7 +3771,8 @@ def fine_tune_pruned(run: Run, model, pruned, blocks: dict[str, torch.Tensor]):
         with all_open(model):
             run.dense_validation = perplexity(model, blocks["validation"][:16])
         tuned = fine_tuned(run, "fine_tuned", make, blocks, settings, teacher=model)
-    return record_reopened(run, model, tuned) if settings.reopen_heads else tuned
+    tuned = record_reopened(run, model, tuned) if settings.reopen_heads else tuned
+    return rounded(tuned, saved_format(run))  # so that what is measured is what is saved
 
 def fine_tune_dense(run: Run, model, tokenizer, blocks: dict[str, torch.Tensor], test_blocks: torch.Tensor) -> None:
     """Fine-tunes the dense model on blocks (n, time) with the same budget, where that is wanted, and measures it."""
@@ -3229,7 +3783,7 @@ def fine_tune_dense(run: Run, model, tokenizer, blocks: dict[str, torch.Tensor],
                      if slow else "No control.")
     with run.step("fine-tune control"), all_open(model):
         settings, make = dataclasses.replace(run.settings, reopen_heads=False), functools.partial(copy.deepcopy, model)
-        tuned = fine_tuned(run, "dense_fine_tuned", make, blocks, settings)
+        tuned = rounded(fine_tuned(run, "dense_fine_tuned", make, blocks, settings), saved_format(run))
     measure(run, "dense_fine_tuned", tuned, tokenizer, test_blocks)
 
 
@@ -3266,10 +3820,13 @@ def comparison(metrics: dict) -> str:
     heads, dense = metrics["heads"], metrics["perplexity"]["dense"]
     after = metrics.get("heads_after_fine_tuning", heads)
     closed = {"pruned": heads["closed"], "repaired": heads["closed"], "fine_tuned": after["closed"]}
-    rows = ["| model | heads | parameters | test perplexity | against dense |", "|---|---|---|---|---|"]
+    model, bits = metrics["model"], getattr(torch, metrics["model"]["saved_in"]).itemsize
+    rows = ["| model | heads | parameters | file, MB | test perplexity | against dense |", "|---|---|---|---|---|---|"]
     for stage, value in metrics["perplexity"].items():
+        size = model["file_bytes"] if stage == "dense" and model["file_bytes"] else metrics["parameters"][stage] * bits
         rows.append(f"| {STAGES[stage]} | {heads['total'] - closed.get(stage, 0)} / {heads['total']} | "
-                    f"{metrics['parameters'][stage] / 1e6:,.2f} M | {value:.2f} | {value / dense - 1:+.1%} |")
+                    f"{metrics['parameters'][stage] / 1e6:,.2f} M | {size / 1e6:,.1f} | {value:.2f} | "
+                    f"{value / dense - 1:+.1%} |")
     return "\n".join(rows)
 
 def finding(metrics: dict) -> str:
@@ -3307,6 +3864,7 @@ def plot_sizes(axes, sizes: dict[str, dict]) -> None:
         return axes.text(0, 0.5, "keeps its gates:\nas large and as fast as before")
     rows = {"parameters": "parameters", "KV cache": "cache_bytes_per_token", "FLOPs": "flops_per_token",
             "forward speed": "forward_tokens_per_second", "training speed": "training_tokens_per_second"}
+    rows = {name: key for name, key in rows.items() if sizes["dense"][key]}
     shares = [100 * sizes["pruned"][key] / sizes["dense"][key] for key in rows.values()]
     axes.barh(list(rows), shares, color=["#0072B2" if "speed" in name else "#009E73" for name in rows], height=0.6)
     for row, share in enumerate(shares):
@@ -3398,13 +3956,14 @@ def source_of(thing) -> str:
 
 def modeling_code(name: str) -> str:
     """The text of modeling_pruned.py: the class Pruned<name>, derived from the class <name> of transformers."""
-    pieces = (inputs_first, find_rows, slice_projection, cut_attention, cut_heads, find_cache, repeat_keys, NoHeads,
-              LayerConfig)
+    pieces = (inputs_first, find_rows, norm_over_heads, head_parameters, slice_projection, cut_attention, cut_heads,
+              tell_attention, in_order, pick_bias, find_cache, repeat_keys, NoHeads, LayerConfig)
     return f'''"""{name} with some of its attention heads removed; `kept_heads` in config.json lists those that stay.
 
 Written by PruningAndFineTuningColab. Needs torch and transformers, nothing else.
 """
 
+import inspect
 from types import SimpleNamespace
 
 import torch
@@ -3433,28 +3992,23 @@ class Pruned{name}({name}):
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Saving the compact form, with code or natively
-def native_class(model) -> type:
-    """The class of transformers that a model has, or is derived from."""
-    return next(base for base in type(model).__mro__ if base.__module__.startswith("transformers.models."))
-
 def native_config(model):
     """A compact model's configuration in the words of its family alone, or None where they do not suffice."""
-    config, kept_heads = copy.deepcopy(model.config), model.config.kept_heads
-    del config.kept_heads
+    config, kept_heads = model.config.get_text_config(), model.config.kept_heads
     sharing = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     groups = {tuple(collections.Counter(head // sharing for head in kept).values()) for kept in kept_heads.values()}
     if len(groups) > 1 or len(set(min(groups))) != 1:
         return None  # layers differ, key/value heads are read by different numbers of query heads, or no head is left
     (group,) = groups
-    inputs = model.get_submodule(next(iter(kept_heads))).weight.numel() // config.hidden_size
+    inputs = inputs_first(model.get_submodule(next(iter(kept_heads)))).shape[0]
     try:
-        return config_with_fewer(config, sum(group), len(group), inputs // sum(group))
+        return config_with_fewer(model, sum(group), len(group), inputs // sum(group))
     except UserError:
         return None
 
-def save_compact(model, tokenizer, folder: Path) -> None:
+def save_compact(model, tokenizer, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Saves a compact model for from_pretrained: natively where that is possible, else with modeling_pruned.py."""
-    model = move(copy.deepcopy(model), "cpu")
+    model = move(copy.deepcopy(model), "cpu").to(dtype)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     config = native_config(model)
@@ -3476,14 +4030,14 @@ def save_compact(model, tokenizer, folder: Path) -> None:
 @torch.no_grad()
 def expand(small, model):
     """A copy of the gated `model` with the weights of `small`, which was cut from it; closed heads keep their own."""
-    full, weights = copy.deepcopy(model), dict(small.named_parameters())
+    full, weights, heads = copy.deepcopy(model), dict(small.named_parameters()), get_gates(model).shape[1]
     for path, kept in small.config.kept_heads.items():
         parent, _, output = path.rpartition(".")
         origin = copy.deepcopy(model.get_submodule(parent))
         for parameter in origin.parameters():  # every number says where it stands, and is then cut with the rest
             places = torch.arange(parameter.numel(), device=parameter.device)
             parameter.requires_grad_(False).data = places.view_as(parameter)
-        for name, position in cut_attention(origin, output, kept).named_parameters():
+        for name, position in cut_attention(origin, output, kept, heads).named_parameters():
             target = full.get_parameter(f"{parent}.{name.replace('output_bias', f'{output}.bias')}")
             target.view(-1)[position.flatten()] = weights.pop(f"{parent}.{name}").flatten()
     for name, weight in weights.items():
@@ -3493,7 +4047,7 @@ def expand(small, model):
     return full
 
 @torch.no_grad()
-def save_gated(model, tokenizer, folder: Path) -> None:
+def save_gated(model, tokenizer, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Saves a gated model as a plain checkpoint, with its gates and what they erased in gates.safetensors."""
     plain = move(copy.deepcopy(model), "cpu")
     erased = {"gates": get_gates(plain)}
@@ -3502,7 +4056,7 @@ def save_gated(model, tokenizer, folder: Path) -> None:
         erased[f"output_weight.{number}"] = layer.output_weight[gates != 1].clone().contiguous()
         layer.output_weight.mul_(gates[:, None, None])
     remove_gates(plain)
-    plain.save_pretrained(folder)
+    plain.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     save_file(erased, folder / "gates.safetensors")
 
@@ -3528,10 +4082,10 @@ def model_card(metrics: dict, folder: Path) -> str:
     on_hub = name == metrics["settings"]["model"] and name != "demo"
     data = huggingface_hub.ModelCardData(base_model=name if on_hub else None, library_name="transformers",
                                          pipeline_tag="text-generation", tags=["attention-head-pruning"])
-    with_code = (folder / "modeling_pruned.py").exists()
+    code = sorted(file.name for file in folder.glob("*.py"))
     closed = "closed (their output weights are zero)" if (folder / "gates.safetensors").exists() else "removed"
-    warning = ("\n`trust_remote_code=True` runs `modeling_pruned.py`, which is in this folder: read it first. It needs "
-               "torch and transformers only.\n" if with_code else "")
+    warning = (f"\n`trust_remote_code=True` runs {' and '.join(f'`{name}`' for name in code)}, which is in this "
+               "folder: read it first.\n" if code else "")
     layers = "; ".join(f"{layer}: {', '.join(part)}" for layer, part in lost.items())
     return f"""---
 {data.to_yaml()}
@@ -3546,7 +4100,7 @@ left was fine-tuned.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{', trust_remote_code=True' if with_code else ''})
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{', trust_remote_code=True' if code else ''})
 ```
 {warning}
 {comparison(metrics)}
@@ -3558,14 +4112,18 @@ Heads {closed.split()[0]}, by layer: {layers or "none"}.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Every saved folder is opened again and compared before it is handed over
+# @title Opening a saved folder as a stranger would
 def reopen(folder: Path):
     """The model of a saved folder, opened as AutoModelForCausalLM.from_pretrained(trust_remote_code=True) does."""
     # Step by step, because some versions of AutoModelForCausalLM then use the folder's class for the whole family.
-    code = getattr(AutoConfig.from_pretrained(folder), "auto_map", {}).get("AutoModelForCausalLM")
-    opener = get_class_from_dynamic_module(code, folder) if code else AutoModelForCausalLM
-    return opener.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)  # its code is ours, or was trusted before
+    code = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
+    opener = get_class_from_dynamic_module(code, folder) if code else opener_for(config)
+    return opener.from_pretrained(folder, dtype=torch.float32)
 
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Every saved folder is opened again and compared before it is handed over
 def save_models(run: Run, tuned, model, tokenizer, block: torch.Tensor) -> None:
     """Saves `tuned`, made from the gated `model`, in the forms wanted; each is opened again, on a block (1, time)."""
     is_compact = hasattr(tuned.config, "kept_heads")
@@ -3580,16 +4138,19 @@ def save_models(run: Run, tuned, model, tokenizer, block: torch.Tensor) -> None:
         with contextlib.ExitStack() as undo:
             undo.callback(shutil.rmtree, folder, ignore_errors=True)  # a folder that is not whole is removed
             if form == "compact":
-                save_compact(tuned, tokenizer, folder)
+                save_compact(tuned, tokenizer, folder, saved_format(run))
             else:
-                save_gated(expand(tuned, model) if is_compact else tuned, tokenizer, folder)
+                save_gated(expand(tuned, model) if is_compact else tuned, tokenizer, folder, saved_format(run))
             (folder / "README.md").write_text(model_card(run.metrics, folder), encoding="utf-8")
             undo.pop_all()
         difference = largest_difference(tuned, move(reopen(folder), run.device), block)
         run.metrics["reopened_difference"][form] = difference
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
+        size = sum(file.stat().st_size for file in folder.glob("model*.safetensors")) / 1e6
+        came = run.metrics["model"]["file_bytes"]
+        before = f" (it came as {came / 1e6:.1f} MB)" if came else ""
+        run.metrics.setdefault("file_bytes", {})[form] = round(size * 1e6)
         differ = f"logits differ by {difference:.0e} of the largest" if difference else "with the same logits"
-        print(f"{folder}: {size:.1f} MB; opened again, {differ}")
+        print(f"{folder}: {size:.1f} MB in {run.metrics['model']['saved_in']}{before}; opened again, {differ}")
         if difference > 1e-3:
             raise RuntimeError(f"{folder} does not open as the model that was saved: please report this and the model.")
 

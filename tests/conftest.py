@@ -138,7 +138,7 @@ def gates():
 def a_fresh_start():
     """One seed, and a machine on which nothing has run: float32, batches of four, no step that ran out of memory."""
     torch.manual_seed(0)
-    nb.COMPUTING.dtype, nb.COMPUTING.batch_size, nb.COMPUTING.fitted = torch.float32, 4, {}
+    vars(nb.COMPUTING).update(vars(nb.Computing()))
 
 
 def fill_form(notebook, settings: dict):

@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 import transformers
@@ -121,23 +120,6 @@ def test_a_spoilt_gguf_is_refused(content, tmp_path):
     (tmp_path / "model.gguf").write_bytes(content)
     with pytest.raises(nb.UserError, match="model.gguf' cannot be had"):
         nb.load_model(str(tmp_path / "model.gguf"), torch.device("cpu"))
-
-
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("a.txt", b"abc\xff\xfe", "is not UTF-8 text .byte 3.: convert it first"),
-        ("a.txt", b"abc\x00def", "has a NUL at character 3, so it is no text"),
-        ("a.jsonl", b"{not json", "cannot be read"),
-        ("a.jsonl", b'{"number": 1}\n', "has the columns number, but one named 'text' is needed"),
-        ("a.parquet", b"PAR1 or not", "cannot be read"),
-    ],
-)
-def test_a_file_that_is_no_text_is_refused(name, content, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(nb.UserError, match=message):
-        nb.read_file(str(tmp_path / name))
 
 
 def test_tokens_and_prompts_that_the_model_cannot_read_are_refused():

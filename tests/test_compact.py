@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 import PruningAndFineTuningColab as nb
 
-COVERED = [family for family in FAMILIES if nb.can_compact(make(family))]
+BLOCK = torch.ones(1, 32, dtype=torch.long)
+COVERED = ["gpt2", "opt", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi", "phi3"]
 GROUPED = [family for family in COVERED if FAMILIES[family][1].get("num_key_value_heads") == 2]
 MASKS = {
     "uneven": [[1, 0, 1, 1], [1, 1, 0, 0]],
@@ -26,6 +27,7 @@ MASKS = {
     "all empty": [[0, 0, 0, 0], [0, 0, 0, 0]],
     "all open": [[1, 1, 1, 1], [1, 1, 1, 1]],
 }
+STRANGE = [*zip(COVERED, ["uneven", "first layer empty"] * 6), ("llama", "first layer empty")]
 covered = pytest.mark.parametrize("family", COVERED)
 
 
@@ -100,7 +102,7 @@ def test_it_is_smaller_by_what_was_cut(family, tokens):
     assert model.num_parameters() - small.num_parameters() == (3 + 2 * shared) * (inputs + bias) + 3 * inputs
     kept = 3 if family in GROUPED else 5
     assert nb.cache_bytes(small) == kept * 2 * 8 * 4 < nb.cache_bytes(model)
-    assert nb.count_flops(small, 32) < nb.count_flops(model, 32)
+    assert nb.count_flops(small, BLOCK) < nb.count_flops(model, BLOCK)
     assert not any("gates" in name for name in small.state_dict())
     assert not any(hasattr(module, "gate_hook") for module in small.modules())
 
@@ -110,7 +112,7 @@ def test_flops_and_cache_of_known_shapes():
     per_token = 2 * (
         2 * (3 * 32 * 32 + 32 * 32 + 2 * 4 * 32 * 32) + 97 * 32
     )  # two layers, and the head of the vocabulary
-    assert nb.count_flops(model, 32) == per_token + 2 * 2 * 2 * 32 * 32  # and attention: every token to all 32
+    assert nb.count_flops(model, BLOCK) == per_token + 2 * 2 * 2 * 32 * 32  # and attention: every token to all 32
     assert nb.cache_bytes(model) == 2 * 2 * 32 * 4
 
 
@@ -186,16 +188,6 @@ def test_gates_can_be_taken_off_and_come_back(tokens):
     assert torch.equal(logits(twin, tokens), gated)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in COVERED])
-def test_other_families_are_refused_by_name(family):
-    model = make(family)
-    nb.add_gates(model)
-    with pytest.raises(
-        nb.UserError, match=f"'{model.config.model_type}' cannot be compacted, only gpt2, opt.*keep its gates"
-    ):
-        nb.compact(model)
-
-
 # --- what is saved
 
 STRANGER = """
@@ -239,17 +231,16 @@ def cast(model, dtype):
 
 @pytest.fixture(scope="module")
 def strangers(tmp_path_factory):
-    """Every covered family, saved with an empty layer and uneven ones, opened in a process that knows no notebook."""
+    """Every covered family, saved with uneven layers or an empty one, opened in a process that knows no notebook."""
     root = tmp_path_factory.mktemp("saved")
     tokens = torch.randint(3, 97, (2, 16), generator=torch.Generator().manual_seed(1))
     models = {}
-    for family in COVERED:
-        for mask in ("uneven", "first layer empty"):
-            folder = root / f"{family} {mask}"
-            model = make(family)
-            nb.set_gates(model, torch.tensor(MASKS[mask]))
-            models[folder.name] = small = nb.compact(model)
-            nb.save_compact(small, tiny_tokenizer(), folder)
+    for family, mask in STRANGE:
+        folder = root / f"{family} {mask}"
+        model = make(family)
+        nb.set_gates(model, torch.tensor(MASKS[mask]))
+        models[folder.name] = small = nb.compact(model)
+        nb.save_compact(small, tiny_tokenizer(), folder)
     (root / "stranger.py").write_text(STRANGER)
     # From a folder of its own, so that only what is installed and what was saved can be imported.
     result = subprocess.run(
@@ -267,8 +258,7 @@ def strangers(tmp_path_factory):
     return root, models, tokens, said
 
 
-@covered
-@pytest.mark.parametrize("mask", ["uneven", "first layer empty"])
+@pytest.mark.parametrize("family, mask", STRANGE)
 def test_a_stranger_gets_the_same_logits_bit_for_bit(strangers, family, mask):
     root, models, tokens, said = strangers
     name = f"{family} {mask}"
@@ -285,8 +275,9 @@ def test_a_stranger_gets_the_same_logits_bit_for_bit(strangers, family, mask):
 def test_the_code_that_travels_is_short_and_needs_two_packages(strangers):
     root, *_ = strangers
     code = (root / "gpt2 uneven" / "modeling_pruned.py").read_text()
-    assert len(code.splitlines()) < 160
+    assert len(code.splitlines()) < 230
     assert {line.split()[1].split(".")[0] for line in code.splitlines() if line.startswith(("import ", "from "))} == {
+        "inspect",
         "torch",
         "transformers",
         "types",
@@ -295,9 +286,14 @@ def test_the_code_that_travels_is_short_and_needs_two_packages(strangers):
         "class PrunedGPT2LMHeadModel",
         "def inputs_first",
         "def find_rows",
+        "def norm_over_heads",
+        "def head_parameters",
         "def slice_projection",
         "def cut_attention",
         "def cut_heads",
+        "def tell_attention",
+        "def in_order",
+        "def pick_bias",
         "def find_cache",
         "def repeat_keys",
         "class NoHeads",
@@ -390,13 +386,13 @@ def test_the_least_important_groups_go():
 
 
 def test_uniform_is_refused_where_it_cannot_be():
-    with pytest.raises(nb.UserError, match="'gpt2' cannot say.*2 heads.*only llama.*leave uniform off"):
+    with pytest.raises(nb.UserError, match="GPT2LMHeadModel cannot say.*2 heads.*leave uniform off"):
         nb.plan_uniform(make("gpt2"), 0.5, 1)
     with pytest.raises(nb.UserError, match="pruning_level is 0.1 with uniform.*2 groups of heads: take 0.50"):
         nb.plan_uniform(make("llama"), 0.1, 1)
     with pytest.raises(nb.UserError, match="min_heads 3.*smaller min_heads"):
         nb.plan_uniform(make("llama"), 0.5, 3)
-    with pytest.raises(nb.UserError, match="does not allow 3 heads over 3.*not a multiple"):
+    with pytest.raises(nb.UserError, match="LlamaForCausalLM cannot say that it has 3 heads over 3.*not a multiple"):
         nb.plan_uniform(make("llama", num_key_value_heads=4), 0.25, 1)
     with pytest.raises(nb.UserError, match="uniform is True, but must be off where reopen_heads is on"):
         nb.Settings(uniform=True, reopen_heads=True)
@@ -412,10 +408,12 @@ def test_shapes_that_a_family_cannot_say_get_code(mask, tmp_path):
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "phi"])
 @pytest.mark.parametrize("mask", [[[1, 0, 1, 0], [0, 1, 1, 0]], MASKS["all open"]])
-def test_other_families_get_code_also_where_all_layers_are_alike(family, mask, tokens, tmp_path):
+def test_code_travels_only_where_the_family_has_no_words_for_it(family, mask, tokens, tmp_path):
+    """That is tried: Phi has words for fewer heads, and a model that lost nothing needs none."""
     _, small = pair(family, mask)
     nb.save_compact(small, tiny_tokenizer(), tmp_path)
-    assert (tmp_path / "modeling_pruned.py").exists()
+    plain = family == "phi" or mask == MASKS["all open"]
+    assert (tmp_path / "modeling_pruned.py").exists() != plain
     assert torch.equal(logits(nb.reopen(tmp_path), tokens), logits(small, tokens))
 
 

@@ -27,7 +27,7 @@ class Letters:
 
 
 def settings(**changes):
-    return dataclasses.replace(nb.Settings(), **changes)
+    return dataclasses.replace(nb.Settings(block_length=8), **changes)
 
 
 @pytest.mark.parametrize("length", [2, 5, 7, 100])
@@ -58,17 +58,6 @@ def test_a_file_without_splits_is_cut_into_contiguous_parts(tmp_path):
     (tmp_path / "b.txt").write_text("only for testing")
     parts = nb.load_text(settings(train_file=str(tmp_path / "a.txt"), test_file=str(tmp_path / "b.txt")))
     assert parts["train"] + parts["validation"] == text and parts["test"] == "only for testing"
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_rows_are_joined_by_a_blank_line(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    path = tmp_path / f"rows.{kind}"
-    rows = datasets.Dataset.from_dict({"number": [1, 2], "text": ["one", "two\nlines"]})
-    getattr(rows, {"jsonl": "to_json", "parquet": "to_parquet"}[kind])(path)
-    assert nb.read_file(str(path)) == "one\n\ntwo\nlines"
-    with pytest.raises(nb.UserError, match="columns number, word, but one named 'text'"):
-        nb.join_rows(datasets.Dataset.from_dict({"number": ["1"], "word": ["one"]}), "rows")
 
 
 def test_a_hub_dataset_keeps_its_splits(monkeypatch):
@@ -111,7 +100,7 @@ BAD = [
     (dict(max_steps=-1), "max_steps is -1.*at least 0"),
     (dict(prompt="  "), "prompt is '  '"),
     (dict(train_file="missing.txt"), "train_file is 'missing.txt'.*an existing file"),
-    (dict(train_file="text.doc"), r"'text.doc'.*\.txt, \.jsonl or \.parquet"),
+    (dict(train_file=__file__), r"\.py'.*of a kind that can be read .*\.txt, \.md, \.jsonl.*convert it first"),
     (dict(test_file=__file__), "test_file is"),
     (dict(output_dir=__file__), "output_dir is.*a folder"),
 ]

@@ -114,7 +114,7 @@ def test_the_zip_holds_the_report_the_pictures_and_a_model_that_opens(results, t
     )
     assert (
         f"| pruned + fine-tuned | 22 / 32 | {metrics['parameters']['pruned'] / 1e6:.2f} M | "
-        f"{metrics['perplexity']['fine_tuned']:.2f} |" in card
+        f"{metrics['size']['pruned']['bytes'] / 1e6:.1f} | {metrics['perplexity']['fine_tuned']:.2f} |" in card
     )
     assert not [
         path
@@ -315,9 +315,12 @@ def test_a_run_in_16_bits_hands_on_the_model_that_it_measured(short_run):
 
 def test_a_family_that_cannot_be_compacted_keeps_its_gates_and_says_so(short_run):
     folder, said = short_run(
-        transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=1024, hidden_size=32, n_layer=2, n_head=4))
+        transformers.CodeGenForCausalLM(
+            transformers.CodeGenConfig(vocab_size=1024, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=512)
+        )
     )
-    assert "BloomForCausalLM keeps its gates: compacting knows gpt2, opt" in said
+    assert "no head can be cut out, because cut, its logits differ" in said
+    assert "CodeGenForCausalLM keeps its gates, and its size: cut, its logits differ" in said
     assert "is not compact, so it is saved in the zeroed form" in said
     assert [path.name for path in folder.glob("model-*")] == ["model-zeroed"]
     assert "2 of 8 attention heads closed" in (folder / "model-zeroed" / "README.md").read_text()

@@ -54,7 +54,7 @@ def gpt2_shapes():
     rows = ["| tokens | | by arithmetic | measured | measured / arithmetic |", "|---|---|---|---|---|"]
     for shape in ((1, 512), (4, 128), (1, 1024)):
         batch = torch.randint(0, 50257, shape)
-        expected = nb.count_flops(model, shape[1]) / nb.count_flops(small, shape[1])
+        expected = nb.count_flops(model, batch) / nb.count_flops(small, batch)
         for kind, training in (("forward", False), ("training", True)):
             ratio = speed_ratio(model, small, batch, training)
             rows.append(
@@ -114,7 +114,7 @@ def main():
             )
             reopened = json.loads(stranger.stdout)
             gated, cut = (nb.perplexity(each, test) for each in (model, small))
-            expected = nb.count_flops(model, settings.block_length) / nb.count_flops(small, settings.block_length)
+            expected = nb.count_flops(model, test[:1]) / nb.count_flops(small, test[:1])
             forward, training = (speed_ratio(model, small, test[:1], kind) for kind in (False, True))
             rows.append(
                 f"| {level:.0%} | {small.num_parameters() / 1e6:.2f} | {size:.1f} | {nb.cache_bytes(small):,} | "

@@ -1,0 +1,220 @@
+"""What is on disk is what is read, whatever it is called and whatever else is in it."""
+
+import codecs
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import make, tiny_tokenizer
+
+import PruningAndFineTuningColab as nb
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = content if isinstance(content, bytes) else content.encode()
+    path.write_bytes(gzip.compress(content) if path.suffix.lower() == ".gz" else content)
+    return str(path)
+
+
+def lines(*rows):
+    return "\n".join(json.dumps(row) for row in rows) + "\n"
+
+
+ROWS = lines({"text": "one"}, {"text": "two"})
+
+
+@pytest.mark.parametrize("name", ["rows[1].jsonl", "a*b.jsonl", "data [v2]/rows.jsonl", "[[]].jsonl", "ä ö.JSONL"])
+def test_a_file_that_is_called_so_comes_before_any_pattern(name, tmp_path):
+    write(tmp_path / "rows1.jsonl", lines({"text": "another file"}))
+    write(tmp_path / "axb.jsonl", lines({"text": "another file"}))
+    (file,) = nb.find_files(write(tmp_path / name, ROWS))
+    assert nb.read_file(file) == "one\n\ntwo"
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.txt", "one\n\ntwo"),
+        ("a.md", "one\n\ntwo"),
+        ("a.TXT", "one\n\ntwo"),
+        ("a.txt.gz", "one\n\ntwo"),
+        ("a.txt", codecs.BOM_UTF8 + b"one\n\ntwo"),
+        ("a.txt", "one\n\ntwo".encode("utf-16")),
+        ("a.jsonl", ROWS),
+        ("a.jsonl", codecs.BOM_UTF8 + ROWS.encode()),
+        ("a.jsonl.gz", ROWS),
+        ("a.jsonl", '{"text": "one"}\r\n\r\n{"text": "two"}'),
+        ("a.jsonl", '"one"\n"two"\n'),
+        ("a.json", '[{"text": "one"}, {"text": "two"}]'),
+        ("a.json", '["one", "two"]'),
+        ("a.json", '{"version": 1, "data": [{"text": "one"}, {"text": "two"}]}'),
+        ("a.csv", 'id,text\n1,one\n2,"two"\n'),
+        ("a.CSV.GZ", "text\none\ntwo\n"),
+    ],
+)
+def test_files_of_all_kinds(name, content, tmp_path):
+    assert nb.read_file(write(tmp_path / name, content)) == "one\n\ntwo"
+
+
+def test_only_the_text_column_can_fail_a_table(tmp_path):
+    rows = [{"text": f"row {number}", "meta": number} for number in range(7000)]
+    rows[5999] |= {"extra": [1, {"deep": None}], "meta": "a word"}
+    text = nb.read_file(write(tmp_path / "late.jsonl", lines(*rows)))
+    assert text.split("\n\n") == [row["text"] for row in rows]
+    table = pyarrow.table({"text": ["one", None, "two"], "embedding": [[0.5] * 4] * 3, "meta": [{"a": 1}] * 3})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert nb.read_file(tmp_path / "a.parquet") == "one\n\n\n\ntwo"
+
+
+@pytest.mark.parametrize(
+    "row, column", [({"id": "1", "content": "one"}, "content"), ({"n": 1, "story": "one"}, "story")]
+)
+def test_another_column_is_taken_and_said(row, column, tmp_path, capsys):
+    assert nb.read_file(write(tmp_path / "a.jsonl", lines(row))) == "one"
+    assert f"the text is that of the column '{column}'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jsonl", ROWS + '{"text": "thr', r"is no .jsonl file .line 3: .*: correct it"),
+        ("a.json", "{", r"is no .json file"),
+        ("a.jsonl", "", r"has the columns \(none\), but one named 'text' is needed"),
+        ("a.jsonl", lines({"a": "x", "b": "y"}), "has the columns a, b, but one named 'text' is needed"),
+        ("a.jsonl", lines({"text": "one"}, {"text": ["two"]}), "column 'text', but row 2 holds a list in it"),
+        ("a.jsonl", lines({"text": 5}), "column 'text', but row 1 holds a int in it"),
+        ("a.csv", 'text\n"one', "cannot be read .unexpected end of data"),
+        ("a.txt.gz", None, "cannot be read .Not a gzipped file.*check that it is a .txt.gz file"),
+        ("a.parquet", b"PAR1 or not", "cannot be read"),
+        ("a.txt", b"abc\xff\xfe", "is not UTF-8 text .byte 3.: convert it first"),
+        ("a.txt", b"abc\x00def", "has a NUL at character 3, so it is no text"),
+    ],
+)
+def test_what_cannot_be_read_is_said_with_its_place(name, content, message, tmp_path):
+    path = tmp_path / name
+    if content is None:
+        path.write_bytes(b"no gzip")
+    else:
+        write(path, content)
+    with pytest.raises(nb.UserError, match=message) as error:
+        nb.read_file(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_and_a_pattern_are_several_files(tmp_path):
+    for name, text in {"b/2.txt": "two", "b/1.md": "one", "b/x/3.jsonl": lines({"text": "three " * 20})}.items():
+        write(tmp_path / name, text)
+    write(tmp_path / "b/picture.png", "no text")
+    assert [nb.read_file(file) for file in nb.find_files(str(tmp_path / "b"))] == ["one", "two", "three " * 20]
+    assert [file.name for file in nb.find_files(str(tmp_path / "b" / "*.txt"))] == ["2.txt"]
+    settings = nb.Settings(train_file=str(tmp_path / "b"), test_file=str(tmp_path / "b/*.txt"), block_length=2)
+    parts = nb.load_text(settings)
+    assert parts["train"] + parts["validation"] == "one\n\ntwo\n\n" + "three " * 20 and parts["test"] == "two"
+    with pytest.raises(
+        nb.UserError, match="train_file is .*nothing.*an existing file .*folder with some, or a pattern"
+    ):
+        nb.Settings(train_file=str(tmp_path / "nothing*"))
+
+
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+SHARED = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+
+
+@pytest.mark.parametrize("column, turns", [("messages", CHAT), ("conversations", SHARED)])
+def test_chats_are_written_out_by_the_chat_template(column, turns, tmp_path):
+    tokenizer = tiny_tokenizer()
+    path = write(tmp_path / "a.jsonl", lines({column: turns, "id": "x"}, {column: turns}))
+    with pytest.raises(nb.UserError, match="holds chats, but the model has no chat template"):
+        nb.read_file(path, lambda: tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    assert nb.read_file(path, lambda: tokenizer) == "<user>a<assistant>b\n\n<user>a<assistant>b"
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(nb.UserError, match="chat in row 1 of .* cannot be written out .roles must alternate"):
+        nb.read_file(path, lambda: tokenizer)
+
+
+def test_a_part_is_cut_near_its_place_also_where_lines_are_long():
+    text = "word " * 2000 + "\n"
+    head, tail = nb.cut_tail(text, 0.1)
+    assert head + tail == text and len(tail) / len(text) == pytest.approx(0.1, abs=0.011) and head.endswith(" ")
+    assert [len(part) for part in nb.cut_tail("x" * 1000, 0.1)] == [900, 100]
+
+
+def test_an_empty_text_is_found_before_anything_is_made_of_it(tmp_path):
+    settings = nb.Settings(model="demo", train_file=write(tmp_path / "empty.txt", ""))
+    with pytest.raises(nb.UserError, match="train text has 0 bytes, but one block of 512 tokens is needed"):
+        nb.load_text(settings)
+
+
+class Spaced:
+    """A tokenizer that puts a space before every text, as some do: no text can be cut without changing its ids."""
+
+    def __call__(self, text, **options):
+        return {"input_ids": [ord(letter) for letter in " " + text]}
+
+
+def test_a_text_in_pieces_gives_the_ids_of_the_whole_text(monkeypatch):
+    text = nb.python_docs()[:200_000] + "ends here. " * 1000
+    tokenizer, sizes = nb.demo_tokenizer(text), []
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def ids_of(part):
+        sizes.append(len(part))
+        return torch.tensor(tokenizer(part, add_special_tokens=False)["input_ids"])
+
+    pieces = list(nb.in_pieces(text, ids_of, size=20_000))
+    assert "".join(pieces) == text and 5 < len(pieces) < 15 and max(sizes) <= 400, "tried on a few letters"
+    assert torch.cat([ids_of(piece) for piece in pieces]).tolist() == whole
+    spaced = list(nb.in_pieces(text, lambda part: torch.tensor(Spaced()(part)["input_ids"]), size=20_000))
+    assert spaced == [text], "and where that cannot be, the text stays whole"
+
+
+# --- model folders that are something else
+
+
+def test_folders_that_hold_something_else_are_named(tmp_path):
+    (tmp_path / "lora").mkdir()
+    write(tmp_path / "lora" / "adapter_config.json", json.dumps({"base_model_name_or_path": "org/base"}))
+    for step in (5, 50, 100):
+        make("gpt2").save_pretrained(tmp_path / "trainer" / f"checkpoint-{step}")
+    make("gpt2").save_pretrained(tmp_path / "bare")
+    for folder, message in {
+        "lora": "is a LoRA adapter of 'org/base': merge the two first",
+        "trainer": "output folder of a training: take its newest checkpoint, '.*checkpoint-100'",
+        "bare": "the tokenizer of model .* cannot be had .*copy the tokenizer's files into the folder",
+    }.items():
+        with pytest.raises(nb.UserError, match=message):
+            nb.load_model(str(tmp_path / folder), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_attention_that_is_not_here_is_not_needed(key, tmp_path):
+    make("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    write(tmp_path / "config.json", json.dumps(config | {key: "flash_attention_2"}))
+    _, model = nb.load_model(str(tmp_path), torch.device("cpu"))
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_tokenizer_that_refuses_other_options_writes_a_sample():
+    words = tiny_tokenizer()
+
+    class Strict:
+        eos_token_id, decode = 1, words.decode
+
+        def __call__(self, text, return_tensors):
+            return {"input_ids": words(text, return_tensors=return_tensors)["input_ids"]}
+
+    assert nb.sample(make("gpt2"), Strict(), "a a", new_tokens=3).startswith("a a")
+
+
+@pytest.mark.parametrize(
+    "name, folder", [("org/Llama-3.2-1B", "Llama-3.2-1B"), ("/x/SmolLM2.Q4_1.gguf", "SmolLM2.Q4_1")]
+)
+def test_the_results_folder_has_the_whole_name_of_the_model(name, folder, tmp_path):
+    assert nb.make_folder(tmp_path, name).name.split("_", 2)[2] == folder

@@ -1,0 +1,189 @@
+"""Numbers that are no numbers are noticed where they first appear; what is saved is as wide as what came."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make, tiny_tokenizer
+from packaging.requirements import Requirement
+
+import PruningAndFineTuningColab as nb
+
+SCRIPT = Path(nb.__file__)
+BLOCKS = torch.randint(3, 97, (4, 16), generator=torch.Generator().manual_seed(1))
+
+
+def overflowing(where: str = "model.layers.0.mlp.up_proj"):
+    """A model that computes more than float16 can hold, and what float32 can hold."""
+    model = make("llama")
+    with torch.no_grad():
+        model.get_submodule(where).weight.mul_(1e5)
+        model.get_submodule(where.replace("up_proj", "down_proj")).weight.mul_(1e-5)
+    nb.add_gates(model)
+    return model
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(bad, tmp_path):
+    model = make("gpt2")
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[0, 0] = bad
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(nb.UserError, match="not finite in transformer.h.1.mlp.c_fc.weight: download it again"):
+        nb.load_model(str(tmp_path), torch.device("cpu"))
+
+
+def test_float16_that_is_too_narrow_is_computed_again_in_float32(capsys):
+    model = overflowing()
+    exact = nb.perplexity(model, BLOCKS)
+    for name in ("fisher", "gradient", "entropy"):
+        nb.COMPUTING.dtype = torch.float16
+        assert nb.get_strategy(name).score(model, BLOCKS).isfinite().all()
+        assert nb.COMPUTING.dtype == torch.float32
+        assert "float16 is too narrow (first in model.layers.0.mlp.up_proj)" in capsys.readouterr().out
+    nb.COMPUTING.dtype = torch.float16
+    assert nb.perplexity(model, BLOCKS) == exact
+    nb.set_gates(model, torch.tensor([[1.0, 0, 1, 1], [1, 1, 0, 1]]))
+    nb.COMPUTING.dtype = torch.float16
+    fixed = nb.repair(model, BLOCKS)
+    assert all(parameter.isfinite().all() for parameter in fixed.parameters())
+    assert math.isfinite(nb.perplexity(fixed, BLOCKS))
+    nb.COMPUTING.dtype = torch.float16
+    fitting = nb.perplexity(make("llama"), BLOCKS)
+    assert nb.COMPUTING.dtype == torch.float16 and math.isfinite(fitting), "what fits stays as it is"
+
+
+def test_what_no_format_can_hold_ends_with_the_name_of_the_layer():
+    model = make("llama")
+    model.model.layers[1].self_attn.q_proj.weight.data.fill_(float("nan"))
+    with pytest.raises(nb.RunError, match="perplexity gives numbers that are not finite .first in model.layers.1.self"):
+        nb.perplexity(model, BLOCKS)
+    nb.add_gates(model)
+    nb.set_gates(model, torch.tensor([[1.0, 0, 1, 1], [1, 1, 0, 1]]))
+    for work in (lambda: nb.repair(model, BLOCKS), lambda: nb.get_strategy("fisher").score(model, BLOCKS)):
+        with pytest.raises(nb.RunError, match="not finite .first in model.layers.1.self_attn"):
+            work()
+
+
+def test_the_record_says_from_where_on_float32_was_needed(tmp_path):
+    settings = nb.Settings(output_dir=str(tmp_path), resume="no")
+    run = nb.Run(settings, torch.device("cpu"), torch.float16)
+    with run.step("importance"):
+        nb.get_strategy("fisher").score(overflowing(), BLOCKS)
+    assert run.metrics["float32_from"] == "scoring by gradient" and run.metrics["precision"] == "float16"
+    run.metrics["blocks"] = {"train": 1, "validation": 1, "test": 1, "tested": 1}
+    assert "float16 (float32 from 'scoring by gradient' on)" in nb.conditions(run.metrics)
+    nb.COMPUTING.dtype = torch.float16
+    again = nb.Run(dataclasses.replace(settings, resume=str(run.folder)), torch.device("cpu"), torch.float16)
+    assert again.folder == run.folder and nb.COMPUTING.dtype == torch.float32, "it goes on as it left off"
+
+
+# --- as wide as it came
+
+
+def saved(folder, dtype):
+    make("llama").to(dtype).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_are_saved_in_the_format_they_came_in(dtype, tmp_path):
+    name = saved(tmp_path / "came", dtype)
+    tokenizer, model = nb.load_model(name, torch.device("cpu"))
+    assert model.came_in == dtype and model.dtype == torch.float32
+    described = nb.describe_model(model, nb.Settings(model=name))
+    assert described["saved_in"] == described["came_in"] == str(dtype).removeprefix("torch.")
+    assert described["file_bytes"] == (tmp_path / "came" / "model.safetensors").stat().st_size
+    nb.set_gates(model, torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 1]]))
+    small = nb.compact(model)
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.add_(torch.randn_like(parameter) * 1e-4)  # as training does
+    nb.rounded(small, dtype)
+    for form, save, made in (("compact", nb.save_compact, small), ("zeroed", nb.save_gated, nb.expand(small, model))):
+        save(made, tokenizer, tmp_path / form, dtype)
+        assert nb.largest_difference(made, nb.reopen(tmp_path / form), BLOCKS) == 0, (
+            "what was measured is what is saved"
+        )
+        assert json.loads((tmp_path / form / "config.json").read_text())["dtype"] == described["saved_in"]
+        size = (tmp_path / form / "model.safetensors").stat().st_size
+        assert size < 1.1 * made.num_parameters() * dtype.itemsize + 6000
+    assert (tmp_path / "compact" / "model.safetensors").stat().st_size < described["file_bytes"]
+
+
+def test_the_format_can_be_chosen_and_must_be_wide_enough(tmp_path):
+    model = nb.load_model(saved(tmp_path, torch.bfloat16), torch.device("cpu"))[1]
+    for choice, dtype in (("fp32", "float32"), ("fp16", "float16"), ("bf16", "bfloat16"), ("auto", "bfloat16")):
+        assert nb.describe_model(model, nb.Settings(model=str(tmp_path), save_format=choice))["saved_in"] == dtype
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = 1e5
+    with pytest.raises(nb.RunError, match="lm_head.weight does not fit into torch.float16: take --save-format bf16"):
+        nb.rounded(model, torch.float16)
+
+
+# --- found out at once
+
+
+def test_the_oldest_versions_are_those_of_the_requirements(monkeypatch):
+    lines = [line for line in (SCRIPT.parent / "requirements.txt").read_text().splitlines() if line[:1].isalpha()]
+    oldest = {}
+    for requirement in map(Requirement, lines):
+        oldest[requirement.name] = next(s.version for s in requirement.specifier if s.operator == ">=")
+    assert {name: oldest[name] for name in nb.NEEDED} == nb.NEEDED
+    real = nb.importlib.metadata.version
+    monkeypatch.setattr(
+        nb.importlib.metadata, "version", lambda name: "4.57.1" if name == "transformers" else real(name)
+    )
+    with pytest.raises(ImportError, match="transformers is 4.57.1, but must be at least 5.9: pip install --upgrade"):
+        nb.check_versions()
+
+
+def test_a_cache_that_cannot_be_written_is_said_before_anything_is_downloaded(monkeypatch):
+    monkeypatch.setattr(nb.huggingface_hub.constants, "HF_HUB_CACHE", "/proc/nothing")
+    monkeypatch.setattr(nb.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(nb, "hub_is_reachable", lambda: True)
+    with pytest.raises(nb.UserError, match="cache is '/proc/nothing', but nothing can be written there .*set HF_HOME"):
+        nb.choose_sources(nb.Settings())
+
+
+def test_a_level_out_of_reach_is_said_before_the_first_perplexity():
+    cells = [cell for cell in SCRIPT.read_text().split("\n# %%") if "__main__" in cell]
+    (plan,) = (number for number, cell in enumerate(cells) if "plan_closing(model, settings)" in cell)
+    (dense,) = (number for number, cell in enumerate(cells) if 'measure(run, "dense"' in cell)
+    assert plan < dense
+    model = make("gpt2")
+    nb.add_gates(model)
+    for settings in (nb.Settings(pruning_level=0.9), nb.Settings(sweep=True, sweep_levels="0.1 0.9")):
+        with pytest.raises(nb.UserError, match="pruning_level is 0.9 with min_heads 1, but at most 6 of 8 heads"):
+            nb.plan_closing(model, settings)
+
+
+def test_a_console_that_cannot_show_a_sign_ends_nothing(tmp_path):
+    code = "import PruningAndFineTuningColab as nb, sys; sys.argv = ['x', '--model', 'demo', '--prompt', 'a\\u2192b']; "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "nb.start_settings(''); print('\\u2192', 'went on')"],
+        capture_output=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONPATH": str(SCRIPT.parent), "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0 and b"? went on" in done.stdout, done.stderr[-500:]
+
+
+def test_an_unforeseen_error_says_what_is_kept_and_how_to_go_on(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    run = nb.Run(nb.Settings(output_dir="out"), torch.device("cpu"), torch.float32)
+    run.metrics["perplexity"]["dense"] = 7.0
+    monkeypatch.setattr(nb, "run", run, raising=False)
+    with pytest.raises(SystemExit) as stop:
+        nb.stop_without_traceback(KeyError, KeyError("unforeseen"), None)
+    said = capfd.readouterr().err
+    assert stop.value.code == 1 and "KeyError: 'unforeseen'" in said
+    assert f"What is there is in {run.folder} (perplexity: dense 7.00); the same command goes on from it" in said
