@@ -3954,8 +3954,8 @@ def source_of(thing) -> str:
     return next(ast.get_source_segment(text, node) for node in ast.parse(text).body
                 if getattr(node, "name", "") == thing.__name__)
 
-def modeling_code(name: str) -> str:
-    """The text of modeling_pruned.py: the class Pruned<name>, derived from the class <name> of transformers."""
+def modeling_code(name: str, kind: str) -> str:
+    """The text of modeling_pruned.py: the class Pruned<name>, derived from <name>; `kind` is its model_type."""
     pieces = (inputs_first, find_rows, norm_over_heads, head_parameters, slice_projection, cut_attention, cut_heads,
               tell_attention, in_order, pick_bias, find_cache, repeat_keys, NoHeads, LayerConfig)
     return f'''"""{name} with some of its attention heads removed; `kept_heads` in config.json lists those that stay.
@@ -3972,7 +3972,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.pytorch_utils import Conv1D
 
 # Some weights have another name in files than in models; the class here has the same ones as the class it derives from.
-renamed = get_checkpoint_conversion_mapping("{name}")
+renamed = get_checkpoint_conversion_mapping("{name}") or get_checkpoint_conversion_mapping("{kind}")
 if renamed:
     register_checkpoint_conversion_mapping("Pruned{name}", renamed, overwrite=True)
 
@@ -4016,7 +4016,7 @@ def save_compact(model, tokenizer, folder: Path, dtype: torch.dtype = torch.floa
         config, name = copy.deepcopy(model.config), native_class(model).__name__
         config.architectures = [f"Pruned{name}"]
         config.auto_map = {"AutoModelForCausalLM": f"modeling_pruned.Pruned{name}"}
-        (folder / "modeling_pruned.py").write_text(modeling_code(name), encoding="utf-8")
+        (folder / "modeling_pruned.py").write_text(modeling_code(name, config.model_type), encoding="utf-8")
     config.save_pretrained(folder)
 
 

@@ -182,8 +182,8 @@ CATALOGUE = {
 # what cannot be cut, and the words of the reason
 KEEP_THEIR_GATES = {
     "StableLM, a norm for every head": "its logits differ",  # a list of norms, one for each head
-    "CodeGen": "its logits differ",  # the code takes heads in four equal parts
-    "GPTBigCode, no shared keys": "its logits differ",  # heads stand in another order than with shared keys
+    "CodeGen": "cut, it",  # the code takes heads in four equal parts
+    "GPTBigCode, no shared keys": "cut, it",  # heads stand in another order than with shared keys
     "BitNet": "fails",  # one norm over all heads stands before the output projection
     "DiffLlama": "its logits differ",  # two heads are subtracted from each other
     "MiniMax": "fails",  # linear attention, whose output is normalised over all heads

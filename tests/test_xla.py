@@ -96,8 +96,9 @@ def test_more_steps_compile_nothing_new_and_wait_for_nothing(work):
     few, many = (count(lambda n=n: WORK[work](model, n)) for n in (2, 4))
     assert few[0] == many[0] == 0, "compiled anew"
     # One number is read back in every forward pass, by transformers: it looks whether several texts are packed into
-    # one. Learned gates take two passes in each of their 12 steps more: one with open gates, one with their own.
-    assert many[1] - few[1] <= (24 if work == "learned" else 2), "numbers are read back in every step"
+    # one. Learned gates take two passes in each of their 12 steps more: one with open gates, one with their own,
+    # and what comes out is looked at, whether it is finite.
+    assert many[1] - few[1] <= (36 if work == "learned" else 2), "numbers are read back in every step"
 
 
 def test_tied_embeddings_stay_tied():
