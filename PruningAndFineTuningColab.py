@@ -50,9 +50,11 @@
 # <a name="1.-Settings"></a>
 # ## 1. Settings
 #
-# These ten matter. As they are, you get GPT-2 on WikiText-2, or, without a network, a small demo model
+# These eleven matter. As they are, you get GPT-2 on WikiText-2, or, without a network, a small demo model
 # that is trained here. `MODEL` takes any hub id (`HuggingFaceTB/SmolLM2-135M`), a folder or a `.gguf`
-# file. Change `STRATEGY` and `PRUNING_LEVEL` first: 0.3 closes 30 % of the heads.
+# file. Change `PRUNE`, `STRATEGY` and `PRUNING_LEVEL` first: as they are, 30 % of
+# the heads are closed. `neurons` closes neurons of the MLPs, which hold most of a model's parameters; `both` closes
+# whichever is worth least for its size.
 # `MORE` takes every other setting as a shell would, for example `--block-length 256 --no-repair`;
 # `--help` lists them. The same file is a script: `python PruningAndFineTuningColab.py --help`.
 
@@ -61,6 +63,7 @@
 MODEL = "auto"  # @param ["auto", "demo", "gpt2", "facebook/opt-125m", "EleutherAI/pythia-160m"] {allow-input: true}
 DATASET = "auto"  # @param ["auto", "Salesforce/wikitext", "python-docs"] {allow-input: true}
 TRAIN_FILE = ""  # @param {type: "string"}
+PRUNE = "heads"  # @param ["heads", "neurons", "both"]
 STRATEGY = "learned"  # @param ["learned", "fisher", "gradient", "entropy", "magnitude", "random", "entropy-literal"]
 PRUNING_LEVEL = 0.3  # @param {type: "slider", min: 0, max: 0.9, step: 0.05}
 MAX_STEPS = 200  # @param {type: "integer"}
@@ -256,8 +259,11 @@ SETTINGS = {
         ("model", MODEL, None, "hub id, local folder, .gguf file, 'demo' (trained here), or 'auto': gpt2, or the demo"),
         ("revision", "", None, "branch, tag or commit of a model on the hub"),
         ("strategy", STRATEGY, STRATEGY_NAMES, "how heads are scored"),
-        ("pruning_level", PRUNING_LEVEL, at_least(0, 1), "share of all heads to close"),
+        ("prune", PRUNE, ("heads", "neurons", "both"), "what is closed: heads, neurons of the MLPs, or both together"),
+        ("pruning_level", PRUNING_LEVEL, at_least(0, 1), "share to close of all heads, neurons, or parameters of both"),
+        ("max_loss", 0.0, at_least(0), "find the largest level at which validation perplexity rises no more"),
         ("min_heads", 1, at_least(0), "heads that stay open in every layer"),
+        ("round_neurons", 1, at_least(1), "multiple that numbers of neurons stay at: 32 suits kernels, 256 k-quants"),
         ("gate_steps", 240, at_least(1), "steps that the strategy 'learned' trains the gates for"),
         ("repair", True, None, "after pruning, refit the output projections by least squares, without training"),
         ("repair_blocks", 64, at_least(1), "blocks of training text that the repair is solved on"),
@@ -332,6 +338,10 @@ class CheckedSettings:
                 self.check("dataset", self.dataset == "auto", "left alone where files are given", "drop one of the two")
         one, in_colab = "drop one of the two", "google.colab" in sys.modules
         self.check("uniform", not (self.uniform and self.reopen_heads), "off where reopen_heads is on", one)
+        for name in ("uniform", "reopen_heads"):
+            self.check(name, self.prune == "heads" or not getattr(self, name), "off where neurons are pruned", one)
+        self.check("strategy", self.prune == "heads" or self.strategy != "entropy-literal", "another one where neurons "
+                   "are pruned, which have no attention", "take entropy")
         self.check("sweep", not (self.sweep and self.uniform), "off where uniform is on", one)
         self.check("save_to_drive", in_colab or not self.save_to_drive, "off outside of Colab", "choose an output_dir")
         self.check("output_dir", not Path(self.output_dir).is_file(), "a folder", "choose another name")
@@ -1580,7 +1590,9 @@ if __name__ == "__main__":
 #
 # $$\text{attention}(x) = W_O\,[\,g_1 h_1(x),\; g_2 h_2(x),\; \dots\,] + b,\qquad g_i \in \{0, 1\}.$$
 #
-# The numbers $g_i$ are the **gates**. First, the heads have to be found.
+# The numbers $g_i$ are the **gates**. The same holds for the **neurons** of the MLP: they stand side by
+# side in the input of *its* output projection, each one number wide. So heads and neurons are two kinds of
+# **units**, and everything below works on both. First, the heads have to be found.
 
 # %%
 def inputs_first(projection) -> torch.Tensor:
@@ -1588,32 +1600,33 @@ def inputs_first(projection) -> torch.Tensor:
     return projection.weight if isinstance(projection, Conv1D) else projection.weight.T
 
 @dataclasses.dataclass
-class HeadLayer:
-    """Where one layer keeps its heads."""
+class Units:
+    """Where one layer keeps units that can be closed: slices of the input of a projection into the stream."""
 
-    path: str  # of the output projection, within the model
+    path: str  # of the projection, within the model
     block: torch.nn.Module  # the whole transformer layer
-    attention: torch.nn.Module  # its attention module
+    module: torch.nn.Module  # the attention module, or the MLP
     projection: torch.nn.Module  # the output projection, a Linear or Conv1D
-    heads: int
+    number: int  # of units
+    kind: str = "heads"  # or "neurons", each one number wide
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.heads} heads of {self.head_dim} numbers"
+        return f"{self.path}: {self.number} {self.kind} of {self.size} numbers"
 
     @property
-    def head_dim(self) -> int:
+    def size(self) -> int:
         return self.output_weight.shape[1]
 
     @property
     def output_weight(self) -> torch.Tensor:
-        """The projection's weight as (heads, head_dim, hidden), a view."""
-        return inputs_first(self.projection).unflatten(0, (self.heads, -1))
+        """The projection's weight as (units, size, hidden), a view."""
+        return inputs_first(self.projection).unflatten(0, (self.number, -1))
 
 
 # %%
 OUTPUTS = ("c_proj", "out_proj", "o_proj", "dense")  # names of attention output projections
 
-def find_heads(model) -> list[HeadLayer]:
+def find_heads(model) -> list[Units]:
     """The layers of a causal language model that have heads, in order. Raises UserError where they cannot be found."""
     config, layers, modules = model.config.get_text_config(), [], dict(model.named_modules())
     heads = getattr(config, "num_attention_heads", 0)
@@ -1625,7 +1638,7 @@ def find_heads(model) -> list[HeadLayer]:
         block = re.match(r".*?\.\d+(?=\.)", path)
         is_output = block and name in OUTPUTS and isinstance(projection, (torch.nn.Linear, Conv1D))
         if heads and is_output and parent in attentions and inputs_first(projection).shape[0] % heads == 0:
-            layers.append(HeadLayer(path, modules[block[0]], modules[parent], projection, heads))
+            layers.append(Units(path, modules[block[0]], modules[parent], projection, heads))
     unknown = [path for path in attentions
                if not any(layer.path.startswith(f"{path}.") or path.startswith(layer.path.rpartition(".")[0])
                           for layer in layers)]
@@ -1635,6 +1648,43 @@ def find_heads(model) -> list[HeadLayer]:
                         f"with an output projection {', '.join(OUTPUTS)}): take a transformer such as GPT-2, "
                         "Llama or Qwen.")
     return layers
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Neurons are units too: one number wide, in the input of the MLP's output projection
+def find_mlp_output(layer: Units):
+    """The projection with which a layer's MLP writes into the stream, or None where there is not exactly one."""
+    attention, names = set(layer.module.modules()), ("c_proj", "fc2", "fc_out", "down_proj", "dense_4h_to_h")
+    found = [module for path, module in layer.block.named_modules() if path.rpartition(".")[2] in names
+             and module not in attention and isinstance(module, (torch.nn.Linear, Conv1D))]
+    return found[0] if len(found) == 1 else None
+
+def find_neurons(model) -> list[Units]:
+    """The MLPs of a model, layer by layer. Raises UserError where a layer has not exactly one."""
+    layers, paths = [], {module: path for path, module in model.named_modules()}
+    for layer in find_heads(model):
+        output = find_mlp_output(layer)
+        if output is None:
+            raise UserError(f"the neurons of {type(model).__name__} cannot be found in {paths[layer.block]}, which has "
+                            "no MLP, or several (a mixture of experts keeps its experts): take --prune heads.")
+        parent = model.get_submodule(paths[output].rpartition(".")[0])
+        layers.append(Units(paths[output], layer.block, parent, output, inputs_first(output).shape[0], "neurons"))
+    if len({units.number for units in layers}) > 1:
+        raise UserError(f"the layers of {type(model).__name__} have different numbers of neurons: take --prune heads.")
+    return layers
+
+def find_units(model) -> list[tuple[Units, ...]]:
+    """Layer by layer the units that are pruned in this model: its heads, its neurons, or both (`model.prunes`)."""
+    kinds = {"heads": (find_heads,), "neurons": (find_neurons,), "both": (find_heads, find_neurons)}
+    return list(zip(*(find(model) for find in kinds[getattr(model, "prunes", "heads")])))
+
+def number_of_heads(model) -> int:
+    """The number of heads in a row of the gates (layers, units), where they come before the neurons."""
+    return sum(units.number for units in find_units(model)[0] if units.kind == "heads")
+
+def all_units(model) -> list[Units]:
+    """find_units() in one list."""
+    return [units for layer in find_units(model) for units in layer]
 
 
 # %%
@@ -1649,45 +1699,49 @@ if __name__ == "__main__":
 
 # %%
 def apply_gates(projection, inputs):
-    """Forward pre-hook of an output projection: scales every head's slice of its input (batch, time, heads x head_dim).
+    """Forward pre-hook of an output projection: scales every unit's slice of its input (batch, time, units x size).
 
-    Gates are (heads,), or (batch, 1, heads) where every text has its own.
+    Gates are (units,), or (batch, 1, units) where every text has its own.
     """
     x, *rest = inputs
     gates = projection.gates.to(x.dtype)
+    if x.dim() == 2 and gates.dim() == 3:  # (the MLP of OPT sees all tokens of a batch in one row)
+        gates = gates.flatten(0, 1).repeat_interleave(len(x) // len(gates), dim=0)
     return (x * gates.repeat_interleave(x.shape[-1] // gates.shape[-1], dim=-1), *rest)
 
 def add_gates(model) -> None:
-    """Gives every head an open gate: a buffer of the output projection, saved and moved with the model."""
-    for layer in find_heads(model):
-        if not hasattr(layer.projection, "gates"):
-            layer.projection.register_buffer("gates", torch.ones(layer.heads, device=model.device))
-            layer.projection.gate_hook = layer.projection.register_forward_pre_hook(apply_gates)
+    """Gives every unit an open gate: a buffer of the output projection, saved and moved with the model."""
+    for units in all_units(model):
+        if not hasattr(units.projection, "gates"):
+            units.projection.register_buffer("gates", torch.ones(units.number, device=model.device))
+            units.projection.gate_hook = units.projection.register_forward_pre_hook(apply_gates)
 
 @torch.no_grad()
 def set_gates(model, gates: torch.Tensor) -> None:
-    """Sets the gates (layers, heads) of a model: 1 is open, 0 is closed."""
+    """Sets the gates (layers, units) of a model: 1 is open, 0 is closed. Where both are pruned heads come first."""
     add_gates(model)
-    for layer, row in zip(find_heads(model), gates, strict=True):
-        layer.projection.gates.copy_(row)
+    for layer, row in zip(find_units(model), gates, strict=True):
+        for units, values in zip(layer, row.split([units.number for units in layer])):
+            units.projection.gates.copy_(values)
 
 def get_gates(model) -> torch.Tensor:
-    """The gates of a model, (layers, heads), on the processor."""
-    return torch.stack([layer.projection.gates.detach().float().cpu() for layer in find_heads(model)])
+    """The gates of a model, (layers, units), on the processor."""
+    return torch.stack([torch.cat([units.projection.gates.detach().float().cpu() for units in layer])
+                        for layer in find_units(model)])
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Gates for a while: all open, none at all, or tensors that gradients flow to
+# @title Gates for a while: all open, or none at all
 def sharing_copy(model):
     """A copy of a gated model that shares its weights and has gates of its own."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 def remove_gates(model) -> None:
     """Takes all gates away: the model is again as the library made it."""
-    for layer in find_heads(model):
-        if hasattr(layer.projection, "gates"):
-            layer.projection.gate_hook.remove()
-            del layer.projection.gates, layer.projection.gate_hook
+    for units in all_units(model):
+        if hasattr(units.projection, "gates"):
+            units.projection.gate_hook.remove()
+            del units.projection.gates, units.projection.gate_hook
 
 @contextlib.contextmanager
 def all_open(model):
@@ -1709,6 +1763,9 @@ def without_gates(model):
     finally:
         set_gates(model, before)
 
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Gates that gradients flow to, with frozen weights
 @contextlib.contextmanager
 def frozen(model):
     """Within it no parameter asks for a gradient."""
@@ -1725,18 +1782,20 @@ def frozen(model):
 def movable_gates(model):
     """Within it weights are frozen; `substitute(rows)` puts tensors in the place of the gates, one for each layer."""
     add_gates(model)
-    projections = [layer.projection for layer in find_heads(model)]
-    before = [projection.gates for projection in projections]
+    layers = find_units(model)
+    before = [(units.projection, units.projection.gates) for layer in layers for units in layer]
 
-    def substitute(rows):
-        for projection, row in zip(projections, rows, strict=True):
-            projection.gates = row
+    def substitute(rows):  # each (..., units)
+        for layer, row in zip(layers, rows, strict=True):
+            for units, part in zip(layer, row.split([units.number for units in layer], dim=-1)):
+                units.projection.gates = part
 
     with frozen(model):
         try:
             yield substitute
         finally:
-            substitute(before)
+            for projection, gates in before:
+                projection.gates = gates
 
 
 # %% [markdown]
@@ -1827,6 +1886,19 @@ def cut_attention(attention, output: str, kept: list[int], heads: int):
         setattr(attention.get_submodule(owner), name, torch.nn.Parameter(part, parameter.requires_grad))
     tell_attention(attention, kept, heads, parts)
     return attention
+
+def cut_neurons(model, kept_neurons: dict[str, list[int]]) -> None:
+    """Cuts a model in place. `kept_neurons`: path of an MLP's output projection -> the neurons that stay."""
+    for path, kept in kept_neurons.items():
+        parent, _, output = path.rpartition(".")
+        parts, rows = dict(model.get_submodule(parent).named_children()), torch.tensor(list(kept), device="cpu")
+        number = inputs_first(parts[output]).shape[0]
+        for name, part in parts.items():  # one projection, or gate and up, or both of them in one
+            if name != output and isinstance(part, (torch.nn.Linear, Conv1D)):
+                outputs = inputs_first(part).shape[1]
+                if outputs in (number, 2 * number):
+                    slice_projection(part, torch.cat([rows + number * i for i in range(outputs // number)]))
+        slice_projection(parts[output], rows, inputs=True)
 
 def cut_heads(model, kept_heads: dict[str, list[int]]) -> None:
     """Cuts a model in place. `kept_heads`: path of an attention output projection -> the heads that stay."""
@@ -1950,18 +2022,25 @@ class LayerConfig:
 # %%
 @torch.no_grad()
 def cut_closed(model):
-    """The gated model, without gates and without the heads that they close; its config lists `kept_heads`."""
-    layers, gates = find_heads(model), get_gates(model)
-    kept = {layer.path: row.nonzero().flatten().tolist() for layer, row in zip(layers, gates)}
-    if getattr(model, "needs_heads", False):  # one that is closed stays, and writes zeros
-        kept = {path: heads or [0] for path, heads in kept.items()}
+    """The gated model without gates and without the units that they close; its config lists what stays.
+
+    `kept_heads` has the heads of each layer, `kept_neurons` their number; which neurons is in `model.neurons_kept`.
+    """
+    kept, values = {"heads": {}, "neurons": {}}, {}
+    for units in all_units(model):
+        gates = values[units.path] = units.projection.gates.cpu()
+        needed = units.kind == "neurons" or getattr(model, "needs_heads", False)  # one stays, and writes zeros
+        kept[units.kind][units.path] = gates.nonzero().flatten().tolist() or [0] * needed
     remove_gates(model)
-    cut_heads(model, kept)
-    for (path, heads), row in zip(kept.items(), gates):
-        if heads:  # a gate that was trained may be any number
+    cut_heads(model, kept["heads"])
+    cut_neurons(model, kept["neurons"])
+    for path, stay in (kept["heads"] | kept["neurons"]).items():
+        if stay:  # a gate that was trained may be any number
             weight = inputs_first(model.get_submodule(path))
-            weight.mul_(row[heads].to(weight).repeat_interleave(len(weight) // len(heads))[:, None])
-    model.config.kept_heads = kept
+            weight.mul_(values[path][stay].to(weight).repeat_interleave(len(weight) // len(stay))[:, None])
+    model.config.kept_heads, model.neurons_kept = kept["heads"], kept["neurons"]
+    if kept["neurons"]:
+        model.config.kept_neurons = {path: len(stay) for path, stay in kept["neurons"].items()}
     return model
 
 def compact(model):
@@ -2011,16 +2090,18 @@ def try_cutting(model, gates: torch.Tensor) -> str:
 
 def why_not_compact(model) -> str:
     """Why the heads of a gated model cannot be cut out, or "" where they can; tried once, and then known."""
-    if not hasattr(model, "not_compact"):
+    prunes = getattr(model, "prunes", "heads")
+    if getattr(model, "tried", "") != prunes:
         plain = move(copy.deepcopy(model), "cpu") if model.device.type == "xla" else model
-        layers = find_heads(model)
-        gates = torch.rand(len(layers), layers[0].heads, generator=torch.Generator().manual_seed(0)).gt(0.5).float()
-        gates[:, 0], gates[:, 1:2], gates[0, -1:] = 1, 0, 0.5
-        model.not_compact = "its class brings its own code"
+        layers, heads = find_units(model), number_of_heads(model)
+        number = sum(units.number for units in layers[0])
+        gates = torch.rand(len(layers), number, generator=torch.Generator().manual_seed(0)).gt(0.5).float()
+        gates[:, 0], gates[:, 1:2], gates[0, heads - 1] = 1, 0, 0.5
+        model.tried, model.not_compact, model.needs_heads = prunes, "its class brings its own code", False
         if type(model).__module__.startswith("transformers.models."):
             model.not_compact = try_cutting(plain, gates)
-        gates[-1] = 0
-        model.needs_heads = not model.not_compact and bool(try_cutting(plain, gates))
+        gates[-1, :heads] = 0
+        model.needs_heads = not model.not_compact and heads > 0 and bool(try_cutting(plain, gates))
     return model.not_compact
 
 def can_compact(model) -> bool:
@@ -2052,6 +2133,13 @@ def native_class(model) -> type:
     """The class of transformers that a model has, or is derived from."""
     return next(base for base in type(model).__mro__ if base.__module__.startswith("transformers.models."))
 
+def why_not_shaped(small, config) -> str:
+    """Why a cut model's class, built from a config without weights, has other shapes; "" where it has the same."""
+    with torch.device("meta"):
+        built = native_class(small)(config)
+    shapes = [{name: tuple(part.shape) for name, part in model.named_parameters()} for model in (built, small)]
+    return "" if shapes[0] == shapes[1] else "the shapes of its weights differ then"
+
 def config_with_fewer(small, heads: int, key_value_heads: int, head_dim: int):
     """The config of a cut model in the words of its family. Raises UserError where the family has no words for it.
 
@@ -2067,10 +2155,7 @@ def config_with_fewer(small, heads: int, key_value_heads: int, head_dim: int):
             config = changed
         else:
             setattr(config, next(key for key in config.sub_configs if getattr(config, key) is text), changed)
-        with torch.device("meta"):
-            built = native_class(small)(config)
-        shapes = [{name: tuple(part.shape) for name, part in m.named_parameters()} for m in (built, small)]
-        reason = "" if shapes[0] == shapes[1] else "the shapes of its weights differ then"
+        reason = why_not_shaped(small, config)
     except Exception as error:  # a config of numbers that nobody foresaw fails in every way; the sentence says how
         reason = first_sentence(str(error).strip().rpartition("\n")[2] or error)
     if reason:
@@ -2088,8 +2173,8 @@ def plan_uniform(model, level: float, min_heads: int) -> tuple[int, int]:
     Heads that share a key/value head are a group, and stay or go together.
     """
     layer, config = find_heads(model)[0], model.config.get_text_config()
-    groups = getattr(config, "num_key_value_heads", None) or layer.heads
-    size, close = layer.heads // groups, round(level * groups)
+    groups = getattr(config, "num_key_value_heads", None) or layer.number
+    size, close = layer.number // groups, round(level * groups)
     if (level and not close) or (groups - close) * size < max(min_heads, 1):
         possible = [f"{n / groups:.2f}" for n in range(1, groups) if (groups - n) * size >= min_heads]
         raise UserError(f"pruning_level is {level:g} with uniform and min_heads {min_heads}, but every layer has "
@@ -2099,26 +2184,44 @@ def plan_uniform(model, level: float, min_heads: int) -> tuple[int, int]:
     stay, small = (groups - close) * size, without_weights(model)
     remove_gates(small)
     cut_heads(small, {layer.path: list(range(stay)) for layer in find_heads(model)})
-    config_with_fewer(small, stay, groups - close, layer.head_dim)
+    config_with_fewer(small, stay, groups - close, layer.size)
     return size, close
 
+def check_reach(model, settings: Settings) -> None:
+    """Raises UserError where so much cannot be closed, because every layer keeps some heads and some neurons."""
+    layer, heads, costs = find_units(model)[0], number_of_heads(model), unit_costs(model)
+    if len(layer) == 1 and heads:
+        heads_to_close(len(costs), heads, settings.pruning_level, settings.min_heads)
+        return
+    kept = {"heads": min(settings.min_heads, heads), "neurons": settings.round_neurons}
+    spare = sum(max(units.number - kept[units.kind], 0) * costs[:, 0 if units.kind == "heads" else -1].sum().item()
+                for units in layer) / costs.sum().item()
+    if settings.pruning_level > spare:
+        raise UserError(f"pruning_level is {settings.pruning_level:g} with min_heads {settings.min_heads} and "
+                        f"round_neurons {settings.round_neurons}, but at most {spare:.2f} can be closed so: lower one "
+                        "of the three.")
+
 def plan_closing(model, settings: Settings) -> str:
-    """How many gates the settings will close, in words. Raises UserError where they cannot."""
-    layers, heads = get_gates(model).shape
-    wanted = heads_to_close(layers, heads, settings.pruning_level, settings.min_heads)
-    if settings.uniform:
-        wanted = layers * math.prod(plan_uniform(model, settings.pruning_level, settings.min_heads))
-    if settings.sweep:
-        for level in settings.sweep_levels.split():
-            heads_to_close(layers, heads, float(level), settings.min_heads)
-    cut = f"no head can be cut out, because {why_not_compact(model)}: the model keeps its gates, and its size"
-    cut = "tried: a closed head can be cut out" if can_compact(model) else cut
-    return f"{layers * heads} gates, {wanted} of which will be closed\n{cut}"
+    """What the settings will close, in words; the model is told. Raises UserError where they cannot."""
+    remove_gates(model)
+    model.prunes = settings.prune
+    add_gates(model)
+    layers, heads = len(find_units(model)), number_of_heads(model)
+    neurons, level = sum(units.number for units in find_units(model)[0]) - heads, settings.pruning_level
+    wanted, words = 0, f"{layers * heads} heads and {layers * neurons} neurons, {level:.0%} of whose parameters will go"
+    if not neurons:
+        wanted = heads_to_close(layers, heads, level, settings.min_heads)
+        if settings.uniform:
+            wanted = layers * math.prod(plan_uniform(model, level, settings.min_heads))
+        words = f"{layers * heads} gates, {wanted} of which will be closed"
+    for other in {level, *map(float, settings.sweep_levels.split() if settings.sweep else ())}:
+        check_reach(model, dataclasses.replace(settings, pruning_level=other))
+    cut = f"nothing can be cut out, because {why_not_compact(model)}: the model keeps its gates, and its size"
+    return f"{words}\n{'tried: what is closed can be cut out' if can_compact(model) else cut}"
 
 
 # %%
 if __name__ == "__main__":
-    add_gates(model)
     print(plan_closing(model, settings))
 
 # %% [markdown]
@@ -2199,6 +2302,7 @@ def conditions(metrics: dict) -> str:
     text = s["train_file"] and ", ".join(bare_name(file) if file else f"{split} cut from it" for split, file in files)
     by_hand = metrics.get("heads", {}).get("by_hand")
     how = " in every layer alike" if s["uniform"] else ""
+    how += f" of {'the neurons' if s['prune'] == 'neurons' else 'parameters'}" if s["prune"] != "heads" else ""
     how += f", {by_hand} gates set by hand" if by_hand else ""
     how += f", {s['gate_steps']} gate steps" if s["strategy"] == "learned" else ""
     how += f", repaired on {min(s['repair_blocks'], blocks['train'])} training blocks" if s["repair"] else ""
@@ -2240,8 +2344,10 @@ if __name__ == "__main__":
 # ## 8. Importance
 #
 # Which heads matter? A **strategy** gives every head a number, its importance. All strategies share one
-# interface: `get_strategy(name).score(model, blocks)` returns a table (layers, heads), higher meaning
-# more important. A new strategy is one small class and one line in `STRATEGIES`.
+# interface: `get_strategy(name).score(model, blocks)` returns a table (layers, units), higher meaning
+# more important. Where neurons are pruned they stand in the table behind the heads, and a score is divided
+# by the number of parameters that go with the unit, so that the two can be compared. A new strategy is one
+# small class and one line in `STRATEGIES`.
 #
 # **Random** is the yardstick: a strategy that is no better knows nothing.
 
@@ -2253,12 +2359,32 @@ class Random:
     seed: int = 0
 
     def score(self, model, blocks=None) -> torch.Tensor:
-        """Importance (layers, heads)."""
-        layers = find_heads(model)
-        return torch.rand(len(layers), layers[0].heads, generator=torch.Generator().manual_seed(self.seed))
+        """Importance (layers, units)."""
+        layers = find_units(model)
+        number = sum(units.number for units in layers[0])
+        return torch.rand(len(layers), number, generator=torch.Generator().manual_seed(self.seed))
 
 if __name__ == "__main__":
     print("the first layer's heads, at random:", Random().score(model)[0].numpy().round(2))
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title What a unit costs: the parameters that go with it
+def unit_costs(model) -> torch.Tensor:
+    """Parameters (layers, units) that go with each unit: a head's with its share of shared keys and values."""
+    def cost(units):
+        if units.kind == "heads":
+            parts = [part for part in units.module.modules() if isinstance(part, (torch.nn.Linear, Conv1D))]
+            return sum(part.weight.numel() for part in parts) / units.number
+        return sum(weight[0].numel() for weight in [*own_weights(units), units.output_weight])
+
+    return torch.stack([torch.cat([torch.full((units.number,), float(cost(units))) for units in layer])
+                        for layer in find_units(model)])
+
+def relative_costs(model) -> torch.Tensor:
+    """Costs (layers, units) as shares of the largest: importance is divided by them, so that kinds can be compared."""
+    costs = unit_costs(model)
+    return costs / costs.max()
 
 
 # %% [markdown]
@@ -2266,10 +2392,16 @@ if __name__ == "__main__":
 # and value projections and its columns of the output projection.
 
 # %%
-def query_key_value_weights(layer: HeadLayer) -> list[torch.Tensor]:
-    """[query, key, value] weights of a layer, each (heads, size, hidden), shared key/value heads repeated."""
-    return [inputs_first(getattr(layer.attention, name)).T[rows].repeat_interleave(layer.heads // len(rows), dim=0)
-            for name, rows in find_rows(layer.attention, layer.heads, layer.head_dim)]
+def own_weights(units: Units) -> list[torch.Tensor]:
+    """What computes a layer's units: [query, key, value] weights, each (heads, size, hidden), shared key/value heads
+    repeated; or the weights of an MLP's first projections, each (neurons, 1, hidden).
+    """
+    if units.kind == "heads":
+        return [inputs_first(getattr(units.module, name)).T[rows].repeat_interleave(units.number // len(rows), dim=0)
+                for name, rows in find_rows(units.module, units.number, units.size)]
+    weights = [inputs_first(part).T for part in units.module.children() if isinstance(part, (torch.nn.Linear, Conv1D))
+               and part is not units.projection]
+    return [part[:, None] for weight in weights for part in weight.split(units.number) if len(part) == units.number]
 
 @dataclasses.dataclass
 class Magnitude:
@@ -2279,14 +2411,15 @@ class Magnitude:
     def score(self, model, blocks=None) -> torch.Tensor:
         """Importance (layers, heads). Raises UserError where a family keeps its weights in an unknown way."""
         scores = []
-        for layer in find_heads(model):
+        for layer in find_units(model):
             try:
-                weights = [*query_key_value_weights(layer), layer.output_weight]
+                own = [[*own_weights(units), units.output_weight] for units in layer]
             except ValueError as error:
                 raise UserError(f"strategy 'magnitude' cannot find the weights of a head ({error}): take another "
                                 "strategy.") from None
-            scores.append(sum(weight.float().flatten(1).square().sum(1) for weight in weights).sqrt().cpu())
-        return torch.stack(scores)
+            scores.append(torch.cat([sum(weight.float().flatten(1).square().sum(1) for weight in weights).sqrt().cpu()
+                                     for weights in own]))
+        return torch.stack(scores) / relative_costs(model)
 
 
 # %% [markdown]
@@ -2351,14 +2484,7 @@ def maps_in(output, heads: int) -> torch.Tensor | None:
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Watching a layer: what comes in, what heads and MLP write, what goes out
-def find_mlp_output(layer: HeadLayer):
-    """The projection with which a layer's MLP writes into the stream, or None where there is not exactly one."""
-    attention, names = set(layer.attention.modules()), ("c_proj", "fc2", "fc_out", "down_proj", "dense_4h_to_h")
-    found = [module for path, module in layer.block.named_modules() if path.rpartition(".")[2] in names
-             and module not in attention and isinstance(module, (torch.nn.Linear, Conv1D))]
-    return found[0] if len(found) == 1 else None
-
-def watch_layer(layer: HeadLayer, seen: dict):
+def watch_layer(layer: Units, seen: dict):
     """Hooks that note in `seen`, and yield their handles:
 
     "in" and "out", the stream before and after the layer; "heads", the output projection's input; "attention" and
@@ -2370,7 +2496,7 @@ def watch_layer(layer: HeadLayer, seen: dict):
         return hook
 
     def keep_maps(attention, args, output):
-        seen["maps"] = maps_in(output, layer.heads)
+        seen["maps"] = maps_in(output, layer.number)
 
     def enter(block, args, kwargs):
         seen["in"] = args[0] if args else kwargs["hidden_states"]
@@ -2378,14 +2504,15 @@ def watch_layer(layer: HeadLayer, seen: dict):
     yield layer.block.register_forward_pre_hook(enter, with_kwargs=True)
     yield layer.projection.register_forward_pre_hook(lambda projection, args: seen.update(heads=args[0]))
     yield layer.projection.register_forward_hook(keep("attention"))
-    yield layer.attention.register_forward_hook(keep_maps)
+    yield layer.module.register_forward_hook(keep_maps)
     if find_mlp_output(layer) is not None:
+        yield find_mlp_output(layer).register_forward_pre_hook(lambda projection, args: seen.update(neurons=args[0]))
         yield find_mlp_output(layer).register_forward_hook(keep("mlp"))
     yield layer.block.register_forward_hook(keep("out"))
 
-def head_norms(layer: HeadLayer, heads: torch.Tensor) -> torch.Tensor:
+def head_norms(layer: Units, heads: torch.Tensor) -> torch.Tensor:
     """Norms of what each head writes, (batch, heads, time), from the output projection's input (batch, time, width)."""
-    weight, parts = layer.output_weight.float(), heads.float().unflatten(-1, (layer.heads, layer.head_dim))
+    weight, parts = layer.output_weight.float(), heads.float().unflatten(-1, (layer.number, layer.size))
     gram = weight @ weight.mT  # |W h|^2 = h' W W' h, so that what a head writes (hidden wide) is never built
     power = (torch.einsum("bthd,hde->bthe", parts, gram) * parts).sum(-1)
     return power.clamp_min(0).sqrt().transpose(1, 2)
@@ -2400,20 +2527,26 @@ class Entropy:
 
     @torch.no_grad()
     def score(self, model, blocks: torch.Tensor) -> torch.Tensor:
-        """Importance (layers, heads) on blocks (n, time). Raises UserError where a model gives no attention weights."""
-        scores, layers = [], find_heads(model)
+        """Importance (layers, units) on blocks (n, time). Raises UserError where a model gives no attention weights."""
+        scores = []
 
-        def watch(layer):
+        def score_unit(units, seen, stream):  # (batch, units, time), of the norm of the stream (batch, 1, time)
+            if units.kind == "neurons":
+                inputs = seen["neurons"].float().view(*seen["in"].shape[:2], -1).abs()
+                return (inputs * units.output_weight.float().norm(dim=-1)[:, 0]).transpose(1, 2) / stream
+            if seen["maps"] is None:
+                raise UserError("strategy 'entropy' needs attention weights, which "
+                                f"{type(units.module).__name__} does not give: take another strategy.")
+            written = head_norms(units, seen["heads"]) / stream
+            return -entropy(seen["maps"]) if self.literal else written * (1 + focus(seen["maps"]))
+
+        def watch(layer, row):
             seen = {}
 
             def leave(*_):  # attention maps are large, so each layer's are reduced before the next one runs
-                if seen["maps"] is None:
-                    raise UserError("strategy 'entropy' needs attention weights, which "
-                                    f"{type(layer.attention).__name__} does not give: take another strategy.")
-                stream = (seen["in"] + seen["attention"]).float()
-                written = head_norms(layer, seen["heads"]) / stream.norm(dim=-1)[:, None]
-                score = -entropy(seen["maps"]) if self.literal else written * (1 + focus(seen["maps"]))
-                scores.append(score[..., 1:].mean(-1))  # (batch, heads)
+                stream = (seen["in"] + seen["attention"]).float().norm(dim=-1)[:, None]
+                each = [score_unit(units, seen, stream)[..., 1:].mean(-1) for units in row]
+                scores.append(torch.cat(each, dim=1))  # (batch, units)
                 seen.clear()
 
             yield from watch_layer(layer, seen)
@@ -2422,10 +2555,12 @@ class Entropy:
         def per_block(batch):
             scores.clear()
             model.base_model(batch, use_cache=False)
-            return torch.stack(scores, 1)  # (batch, layers, heads)
+            return torch.stack(scores, 1)  # (batch, layers, units)
 
-        with eager_attention(model), hooks(handle for layer in layers for handle in watch(layer)):
-            return over_blocks(model, blocks, per_block, "scoring by entropy", memory="maps").mean(0).cpu()
+        watched = zip(find_heads(model), find_units(model))
+        with eager_attention(model), hooks(handle for pair in watched for handle in watch(*pair)):
+            scored = over_blocks(model, blocks, per_block, "scoring by entropy", memory="maps")
+        return scored.mean(0).cpu() / relative_costs(model)
 
 
 # %% [markdown]
@@ -2447,7 +2582,7 @@ class Gradient:
     def score(self, model, blocks: torch.Tensor) -> torch.Tensor:
         """Importance (layers, heads) on blocks (n, time), at the gates that the model has."""
         with movable_gates(model) as substitute:
-            gates = torch.stack([layer.projection.gates for layer in find_heads(model)])
+            gates = get_gates(model).to(model.device)
 
             def per_block(batch):
                 own = gates[:, None, None].repeat(1, len(batch), 1, 1).requires_grad_()  # (layers, batch, 1, heads)
@@ -2457,7 +2592,7 @@ class Gradient:
                 return slope[:, :, 0].transpose(0, 1) / SCALE  # (batch, layers, heads)
 
             slopes = over_blocks(model, blocks, per_block, "scoring by gradient", memory="backward")
-        return (slopes.square() if self.squared else slopes.abs()).mean(0).cpu()
+        return (slopes.square() if self.squared else slopes.abs()).mean(0).cpu() / relative_costs(model)
 
 
 # %% [markdown]
@@ -2473,23 +2608,27 @@ class Gradient:
 #   dense model, and says more per token than the one token that happened to come next.
 # - The temperature $T$ falls: gates are soft at first and nearly decided in the end. They start from Fisher.
 #
+# Of neurons there are too many to learn each one from so little text: Fisher ranks the neurons of a layer, and
+# one number for each layer is learned, which moves all of them up or down.
+#
 # It takes minutes where Fisher takes half a minute, and costs the least perplexity on most models that we
 # measured, because whether a head can go depends on which others go.
 
 # %%
-def soft_gates(scores: torch.Tensor, open_gates: float, temperature: float) -> torch.Tensor:
-    """sigmoid((scores - threshold) / temperature) of scores (..., layers, heads), in the same shape.
+def soft_gates(scores: torch.Tensor, budget: float, temperature: float, costs: torch.Tensor | float = 1.0):
+    """sigmoid((scores - threshold) / temperature) of scores (..., layers, units), in the same shape.
 
-    The thresholds are such that each table of gates sums to `open_gates`, and the gradient knows that they move along.
+    The thresholds are such that costs x gates, (layers, units), sum to `budget`; the gradient knows that they move.
     """
+    costs = costs.flatten() if isinstance(costs, torch.Tensor) else costs
     values = scores.detach().flatten(-2)
     low, high = values.amin(-1, keepdim=True) - 20 * temperature, values.amax(-1, keepdim=True) + 20 * temperature
     for _ in range(40):
         middle = (low + high) / 2
-        too_many = torch.sigmoid((values - middle) / temperature).sum(-1, keepdim=True) > open_gates
+        too_many = (costs * torch.sigmoid((values - middle) / temperature)).sum(-1, keepdim=True) > budget
         low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
     slope = torch.sigmoid((values - low) / temperature)
-    slope = slope * (1 - slope)
+    slope = costs * slope * (1 - slope)
     moves = (slope * scores.flatten(-2)).sum(-1, keepdim=True) / slope.sum(-1, keepdim=True).clamp_min(1e-12)
     return torch.sigmoid((scores.flatten(-2) - low - (moves - moves.detach())) / temperature).view_as(scores)
 
@@ -2525,30 +2664,37 @@ class Learned:
     noise: float = 0.5  # scale of the logistic noise, in temperatures
 
     def score(self, model, blocks: torch.Tensor) -> torch.Tensor:
-        """Importance (layers, heads) from blocks (n, time), 256 tokens in a step. Raises RunError for overflows."""
-        start = Gradient(squared=True).score(model, blocks).clamp_min(1e-20).log()
-        open_gates = start.numel() - round(self.level * start.numel())
-        if open_gates == start.numel():
+        """Importance (layers, units) from blocks (n, time), 256 tokens in a step. Raises RunError for overflows."""
+        start, costs = Gradient(squared=True).score(model, blocks).clamp_min(1e-20).log(), relative_costs(model)
+        budget = costs.sum() - (round(self.level * costs.numel()) if costs.min() == 1 else self.level * costs.sum())
+        if budget == costs.sum():
             return start
-        texts = cut_shorter(blocks)
-        scores = ((start - start.mean()) / start.std().clamp_min(1e-6)).to(model.device).requires_grad_()
-        optimizer, generator = torch.optim.Adam([scores], betas=(0.9, 0.98)), torch.Generator().manual_seed(self.seed)
+        texts, heads, costs = cut_shorter(blocks), number_of_heads(model), costs.to(model.device)
+        start = ((start - start.mean()) / start.std().clamp_min(1e-6)).to(model.device)
+        # Forty thousand neurons cannot be learned from some thousand tokens: Fisher ranks those of a layer, and one
+        # number is learned that moves all of them up or down.
+        own, moved = start[:, :heads].clone().requires_grad_(), torch.zeros_like(start[:, :1]).requires_grad_()
+        learned = [part for part, used in ((own, heads), (moved, heads < start.shape[1])) if used]
+        optimizer, generator = torch.optim.Adam(learned, betas=(0.9, 0.98)), torch.Generator().manual_seed(self.seed)
         with movable_gates(model) as substitute:
             per_text = functools.partial(self.slope, model, substitute)
             for step, chosen in enumerate(long_loop(self.draw(*texts.shape, generator), "learning gates")):
                 done = step / max(self.steps - 1, 1)
                 optimizer.param_groups[0]["lr"] = self.rate * (1 - 0.9 * done)
                 temperature = self.first_temperature * (self.last_temperature / self.first_temperature) ** done
-                chance = torch.rand(len(chosen), *scores.shape, generator=generator).clamp(1e-4, 1 - 1e-4).logit()
+                chance = torch.rand(len(chosen), *own.shape, generator=generator).clamp(1e-4, 1 - 1e-4).logit()
                 noise = self.noise * temperature * chance.to(model.device)  # every text has its own
-                gates = soft_gates(scores + noise, open_gates, temperature)  # (texts, layers, heads)
+                scores = torch.cat([own + noise, (start[:, heads:] + moved).expand(len(chosen), -1, -1)], dim=-1)
+                gates = soft_gates(scores, budget, temperature, costs)  # (texts, layers, units)
                 slopes = over_blocks(model, (texts[chosen], gates.detach()), per_text, "learning gates", "backward")
-                (scores.grad,) = torch.autograd.grad(gates, scores, slopes / len(chosen))
+                for part, slope in zip(learned, torch.autograd.grad(gates, learned, slopes / len(chosen))):
+                    part.grad = slope
                 optimizer.step()
-                if (step % 24 == 23 or step + 1 == self.steps) and not scores.isfinite().all():  # to look is to wait
+                look = step % 24 == 23 or step + 1 == self.steps  # not in every step: to look is to wait
+                if look and not learned[0].isfinite().all():
                     raise RunError(f"the gates are not finite after step {step + 1} of {self.steps}: take --precision "
                                    "fp32, or another strategy.")
-        return scores.detach().cpu()
+        return torch.cat([own, start[:, heads:] + moved], dim=1).detach().cpu()
 
     def draw(self, texts: int, length: int, generator) -> list[torch.Tensor]:
         """For each step the numbers of the texts that it learns from."""
@@ -2602,7 +2748,7 @@ def score_heads(run: Run, model, calibration: torch.Tensor, settings: Settings) 
 
     with run.step("importance"), all_open(model):
         stored, _ = run.load_or_compute("importance", (model, calibration, settings.strategy, options), compute)
-    run.metrics["importance"] = stored["importance"].tolist()
+    run.metrics["importance"] = heads_part(model, stored["importance"]).tolist()
     return stored["importance"]
 
 if __name__ == "__main__":
@@ -2616,7 +2762,8 @@ if __name__ == "__main__":
 # ## 9. Prune
 #
 # The least important share of all heads is closed, wherever they are, but every layer keeps at least
-# `min_heads`. No weight is touched, so this cell can be run again with another level.
+# `min_heads`. With `PRUNE = "both"` heads and neurons share one budget: the level is the share of all their
+# parameters. No weight is touched, so this cell can be run again with another level.
 #
 # What to expect: a model of a hundred million parameters loses a few percent of its perplexity with a
 # tenth of its heads, a quarter with a third of them, and falls apart somewhere beyond a half; larger
@@ -2642,21 +2789,61 @@ def choose_uniform_gates(importance: torch.Tensor, size: int, close: int) -> tor
     lowest = groups.argsort(dim=1, stable=True)[:, :close]
     return torch.ones_like(groups).scatter(1, lowest, 0).repeat_interleave(size, 1)
 
+def choose_units(model, importance: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """Gates (layers, units): the least important of a table (layers, units) are 0, `level` of all parameters' worth.
+
+    Every layer keeps `min_heads` heads, and a multiple of `round_neurons` neurons, at least one. Raises UserError where
+    so many cannot be closed.
+    """
+    check_reach(model, settings)
+    costs, heads, multiple = unit_costs(model), number_of_heads(model), settings.round_neurons
+    gates, left, number = torch.ones_like(importance), settings.pruning_level * costs.sum().item(), importance.shape[1]
+    stay = torch.tensor([settings.min_heads, multiple]).repeat(len(importance), 1)
+    spare = torch.tensor([heads, number - heads]) - stay
+    for index in importance.flatten().argsort(stable=True).tolist():
+        layer, unit = divmod(index, number)
+        kind = int(unit >= heads)
+        if costs[layer, unit] / 2 <= left and spare[layer, kind] > 0:
+            gates[layer, unit], spare[layer, kind] = 0, spare[layer, kind] - 1
+            left -= costs[layer, unit].item()
+    for row, scores in zip(gates[:, heads:], importance[:, heads:]):
+        if multiple > 1 and len(row):
+            keep = min(max(round(int(row.sum()) / multiple), 1) * multiple, len(row))
+            row.zero_()[scores.argsort(descending=True, stable=True)[:keep]] = 1
+    return gates
+
 def gates_for(model, importance: torch.Tensor, settings: Settings) -> torch.Tensor:
-    """Gates (layers, heads) as the settings want them, from importance (layers, heads)."""
+    """Gates (layers, units) as the settings want them, from importance (layers, units)."""
     if settings.uniform:
         return choose_uniform_gates(importance, *plan_uniform(model, settings.pruning_level, settings.min_heads))
-    return choose_gates(importance, settings.pruning_level, settings.min_heads)
+    if number_of_heads(model) == importance.shape[1]:
+        return choose_gates(importance, settings.pruning_level, settings.min_heads)
+    return choose_units(model, importance, settings)
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title The heat map of heads, and the record of what was closed
+# @title The record of what was closed
+def heads_part(model, table: torch.Tensor) -> torch.Tensor:
+    """The heads' columns of a table (layers, units); ones (layers, heads) where only neurons are pruned."""
+    heads, layers = number_of_heads(model), find_heads(model)
+    return table[:, :heads] if heads else torch.ones(len(layers), layers[0].number)
+
+def describe_neurons(model, gates: torch.Tensor) -> dict | None:
+    """Counts for the record, of gates (layers, units); None where neurons are not pruned."""
+    part = gates[:, number_of_heads(model):] != 0
+    if not part.numel():
+        return None
+    return {"total": part.numel(), "closed": int((~part).sum()), "open_per_layer": part.sum(1).tolist()}
+
 def describe_heads(gates: torch.Tensor) -> dict:
     """Counts for the record, of gates (layers, heads); closed_list has [layer, head] pairs."""
     closed = gates == 0
     return {"total": gates.numel(), "closed": int(closed.sum()), "open_per_layer": (~closed).sum(1).tolist(),
             "closed_per_layer": closed.sum(1).tolist(), "closed_list": closed.nonzero().tolist()}
 
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title The picture of what was closed
 def plot_heads(axes, importance: torch.Tensor, gates: torch.Tensor) -> None:
     """Heat map of (layers, heads), layers from left to right: colour is the rank of importance, × a closed gate."""
     layers, heads = importance.shape
@@ -2668,23 +2855,40 @@ def plot_heads(axes, importance: torch.Tensor, gates: torch.Tensor) -> None:
     bar = axes.figure.colorbar(image, ax=axes, label="importance (rank)", ticks=[0, 1], pad=0.01)
     bar.ax.set_yticklabels(["least", "most"])
 
-def draw_heads(run: Run, importance: torch.Tensor, gates: torch.Tensor) -> Figure:
-    """plot_heads() of (layers, heads) as a figure of its own; its title says what closing the heads did."""
-    (layers, heads), closed, perplexities = importance.shape, run.metrics["heads"], run.metrics["perplexity"]
-    figure = new_figure(max(5, 0.3 * layers + 2), max(2.6, 0.24 * heads + 1.2))
-    plot_heads(figure.subplots(), importance, gates)
-    figure.axes[0].set_title(f"{closed['closed']} of {closed['total']} heads closed (×) by "
-                             f"{run.metrics['settings']['strategy']}: perplexity {perplexities['dense']:.1f} → "
-                             f"{perplexities['pruned']:.1f}")
+def words_for_closed(metrics: dict) -> str:
+    """What was closed, in words: heads, neurons, or both."""
+    counts = [f"{counts['closed']:,} of {counts['total']:,} {kind}"
+              for kind in ("heads", "neurons") if (counts := metrics.get(kind)) and counts["closed"]]
+    return " and ".join(counts) or "nothing"
+
+def draw_units(run: Run, model, importance: torch.Tensor) -> Figure:
+    """The heads of importance (layers, units) as a heat map, and the neurons that are left; the title says the cost."""
+    gates, perplexities, neurons = get_gates(model), run.metrics["perplexity"], run.metrics["neurons"]
+    layers, heads = heads_part(model, gates).shape
+    drawn = [name for name, there in (("heads", number_of_heads(model)), ("neurons", neurons)) if there]
+    height = max(2.6, 0.24 * heads + 1.2) * ("heads" in drawn) + 2 * ("neurons" in drawn)
+    figure = new_figure(max(5, 0.3 * layers + 2), height)
+    for axes, name in zip(figure.subplots(len(drawn), squeeze=False)[:, 0], drawn):
+        if name == "heads":
+            plot_heads(axes, heads_part(model, importance), heads_part(model, gates))
+        else:
+            axes.bar(range(layers), neurons["open_per_layer"], color="#009E73")
+            axes.axhline(neurons["total"] / layers, color="#999999", linestyle="--", linewidth=1)
+            axes.set(xlabel="layer", ylabel="neurons left", xlim=(-0.5, layers - 0.5))
+    figure.axes[0].set_title(f"{words_for_closed(run.metrics)} closed (×) by {run.metrics['settings']['strategy']}: "
+                             f"perplexity {perplexities['dense']:.1f} → {perplexities['pruned']:.1f}")
     return figure
 
 def close_heads(run: Run, model, tokenizer, gates: torch.Tensor, blocks: torch.Tensor, taken: dict | None = None):
-    """Sets a model's gates (layers, heads), and measures it on blocks (n, time). `taken` is section 10's choice."""
+    """Sets a model's gates (layers, units), and measures it on blocks (n, time). `taken` is section 10's choice."""
     set_gates(model, gates)
-    run.metrics["heads"] = describe_heads(gates) | {"by_hand": taken["by_hand"] if taken else 0}
+    run.metrics["heads"] = describe_heads(heads_part(model, gates)) | {"by_hand": taken["by_hand"] if taken else 0}
+    run.metrics["neurons"] = describe_neurons(model, gates)
     run.metrics["taken"] = taken or run.taken
     measure(run, "pruned", model, tokenizer, blocks)
     print(f"heads lost, layer by layer: {' '.join(map(str, run.metrics['heads']['closed_per_layer']))}")
+    if run.metrics["neurons"]:
+        print(f"neurons left, layer by layer: {' '.join(map(str, run.metrics['neurons']['open_per_layer']))}")
 
 
 # %%
@@ -2692,7 +2896,7 @@ if __name__ == "__main__":
     run.settings = settings
     pruned = model  # until it is repaired
     close_heads(run, model, tokenizer, gates_for(model, importance, settings), test_blocks)
-    run.show(draw_heads(run, importance, get_gates(model)), "heads.png")
+    run.show(draw_units(run, model, importance), "heads.png")
     print(run.metrics["samples"]["pruned"])
 
 # %% [markdown]
@@ -2706,18 +2910,18 @@ if __name__ == "__main__":
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title What a choice of heads saves, by arithmetic
-def lost_weights(layer: HeadLayer, row: torch.Tensor) -> tuple[int, int]:
+def lost_weights(layer: Units, row: torch.Tensor) -> tuple[int, int]:
     """(parameters, weights of matrix products) that go where a layer keeps the heads that `row` (heads,) says."""
     freed, biases = int((~row).sum()) * layer.output_weight[0].numel(), 0
-    parts = find_rows(layer.attention, layer.heads, layer.head_dim)
+    parts = find_rows(layer.module, layer.number, layer.size)
     for name, rows in parts:
-        if norm_over_heads(layer.attention, name) is None:
-            projection = getattr(layer.attention, name)
+        if norm_over_heads(layer.module, name) is None:
+            projection = getattr(layer.module, name)
             closed = int((~row.view(len(rows), -1).any(1)).sum()) * rows.shape[1]  # outputs that nobody reads
             freed += closed * inputs_first(projection).shape[0]
             biases += closed * (projection.bias is not None)
     shared = len(parts[1][1])
-    for _, parameter, of_queries in head_parameters(layer.attention, layer.heads, shared, layer.head_dim):
+    for _, parameter, of_queries in head_parameters(layer.module, layer.number, shared, layer.size):
         open_rows = row if of_queries else row.view(shared, -1).any(1)
         biases += int((~open_rows).sum()) * parameter[0].numel()
     return freed + biases, freed
@@ -2729,17 +2933,26 @@ def predict_cost(model, gates: torch.Tensor, tokens: int) -> dict[str, float]:
     head is free when no open head reads it any more. FLOPs are those of matrix products in texts of `tokens` tokens.
     """
     products = sum(m.weight.numel() for m in model.modules() if isinstance(m, (torch.nn.Linear, Conv1D)))
-    layers, parameters = find_heads(model), model.num_parameters()
-    for layer, row in zip(layers, gates != 0):
+    layers, parameters, heads = find_heads(model), model.num_parameters(), number_of_heads(model)
+    for (*_, units), row in zip(find_units(model), gates == 0):
+        if units.kind == "neurons":
+            inputs = [part for part in units.module.children() if isinstance(part, (torch.nn.Linear, Conv1D))
+                      and inputs_first(part).shape[1] in (units.number, 2 * units.number)]
+            closed, weights = int(row[heads:].sum()), [*own_weights(units), units.output_weight]
+            biases = sum(inputs_first(part).shape[1] // units.number for part in inputs if part.bias is not None)
+            freed = closed * sum(weight[0].numel() for weight in weights)
+            parameters, products = parameters - freed - closed * biases, products - freed
+    open_heads = gates[:, :heads] != 0 if heads else torch.ones(len(layers), layers[0].number, dtype=torch.bool)
+    for layer, row in zip(layers, open_heads):
         if row.any() or getattr(model, "needs_heads", False):
-            row = row if row.any() else torch.arange(layer.heads) == 0
+            row = row if row.any() else torch.arange(layer.number) == 0
             fewer, freed = lost_weights(layer, row)
         else:  # all goes but the output projection's bias
-            freed = sum(m.weight.numel() for m in layer.attention.modules() if isinstance(m, (torch.nn.Linear, Conv1D)))
+            freed = sum(m.weight.numel() for m in layer.module.modules() if isinstance(m, (torch.nn.Linear, Conv1D)))
             bias = layer.projection.bias
-            fewer = sum(p.numel() for p in layer.attention.parameters()) - (0 if bias is None else bias.numel())
+            fewer = sum(p.numel() for p in layer.module.parameters()) - (0 if bias is None else bias.numel())
         parameters, products = parameters - fewer, products - freed
-    attention = 4 * tokens * layers[0].head_dim * int((gates != 0).sum())
+    attention = 4 * tokens * layers[0].size * int(open_heads.sum())
     return {"parameters": parameters, "flops_per_token": 2 * products + attention}
 
 
@@ -2844,17 +3057,17 @@ class ExplorerView(Panel):
     def __init__(self, model, settings: Settings, importance: torch.Tensor):
         super().__init__()
         self.model, self.settings, self.importance = sharing_copy(model), settings, {settings.strategy: importance}
-        self.gates, self.chosen = get_gates(model), get_gates(model)
+        self.gates, self.chosen, self.heads = get_gates(model), get_gates(model), number_of_heads(model)
         wide, names = {"style": {"description_width": "70px"}}, ("Measure", "Take it", "Write")
         slider = {"min": 0, "max": 0.95, "step": 0.01, "readout_format": ".0%"}
         self.strategy = widgets.Dropdown(options=STRATEGY_NAMES, description="strategy", **wide)
         self.strategy.value = settings.strategy
         self.level = widgets.FloatSlider(settings.pruning_level, description="level", **slider, **wide)
-        self.min_heads = widgets.BoundedIntText(settings.min_heads, min=0, max=importance.shape[1],
+        self.min_heads = widgets.BoundedIntText(settings.min_heads, min=0, max=self.heads,
                                                 description="min heads", **wide)
         self.prompt = widgets.Text(settings.prompt, description="prompt", layout=widgets.Layout(width="480px"), **wide)
         self.measure, self.taking, self.write = (widgets.Button(description=name) for name in names)
-        self.counts, self.grid = widgets.HTML(), HeadGrid(*importance.shape, self.toggle)
+        self.counts, self.grid = widgets.HTML(), HeadGrid(len(importance), self.heads, self.toggle)
         rows = ([self.strategy, self.level, self.min_heads], [self.grid.box], [self.counts],
                 [self.measure, self.taking], [self.prompt, self.write])
         self.box = widgets.VBox([widgets.HTML(STYLE), *map(widgets.HBox, rows), self.busy, self.text])
@@ -2866,9 +3079,12 @@ class ExplorerView(Panel):
 
     def refresh(self):
         """Grid and counts as the gates are."""
-        self.grid.show(self.importance.get(self.strategy.value, self.gates), self.gates)
-        closed, total = int((self.gates == 0).sum()), self.gates.numel()
+        scores, gates = self.importance.get(self.strategy.value, self.gates), self.gates[:, :self.heads]
+        self.grid.show(scores[:, :self.heads], gates)
+        closed, total = int((gates == 0).sum()), gates.numel()
         words = f"<b>{total - closed} heads open, {closed} closed</b> ({closed / total:.0%})"
+        if neurons := describe_neurons(self.model, self.gates):
+            words += f" · {neurons['closed']:,} of {neurons['total']:,} neurons closed"
         if can_compact(self.model):
             before, after = (predict_cost(self.model, gates, self.settings.block_length)
                              for gates in (torch.ones_like(self.gates), self.gates))
@@ -2900,7 +3116,9 @@ class Explorer(ExplorerView):
             self.start(self.score)
 
     def close(self):
-        self.gates = choose_gates(self.importance[self.strategy.value], self.level.value, self.min_heads.value)
+        settings = dataclasses.replace(self.settings, pruning_level=self.level.value, min_heads=self.min_heads.value,
+                                       uniform=False)
+        self.gates = gates_for(self.model, self.importance[self.strategy.value], settings)
         self.chosen = self.gates.clone()
         self.refresh()
 
@@ -2940,22 +3158,25 @@ def take_heads(run: Run, model, tokenizer, blocks: torch.Tensor, taken: dict) ->
     """Closes heads that were chosen in the explorer; the perplexity of blocks (n, time). `taken` is recorded."""
     gates, scores = torch.tensor(taken["gates"]), torch.tensor(taken["scores"])
     run.settings = dataclasses.replace(run.settings, strategy=taken["strategy"], pruning_level=taken["level"],
-                                       uniform=False, min_heads=int(gates.sum(1).min()))
-    run.metrics["importance"] = taken["scores"]
+                                       uniform=False, min_heads=int(heads_part(model, gates).sum(1).min()))
+    run.metrics["importance"] = heads_part(model, scores).tolist()
     close_heads(run, model, tokenizer, gates, blocks, taken)
-    run.keep(draw_heads(run, scores, gates), "heads.png")
+    run.keep(draw_units(run, model, scores), "heads.png")
     return run.metrics["perplexity"]["pruned"]
 
-def show_explorer(run: Run, model, tokenizer, blocks: dict[str, torch.Tensor], test_blocks: torch.Tensor):
-    """The Explorer, shown; None in a script, where there is nobody to press a button. Blocks are (n, time)."""
-    take = functools.partial(take_heads, run, model, tokenizer, test_blocks)
+def show_explorer(run: Run, model, tokenizer, blocks: dict[str, torch.Tensor], importance: torch.Tensor):
+    """The Explorer, shown; None in a script, where there is nobody to press a button, and where no heads are pruned.
+
+    Blocks are (n, time), importance is (layers, units).
+    """
+    tested = blocks["test"][: run.settings.eval_blocks or None]
+    take = functools.partial(take_heads, run, model, tokenizer, tested)
     if run.taken:
         take(run.taken)
         print("These are the heads that were taken before the run was interrupted (section 9, run again, goes back to "
               "the strategy's).")
     run.taken = None
-    if in_notebook():
-        importance = torch.tensor(run.metrics["importance"])
+    if in_notebook() and number_of_heads(model):
         explorer = Explorer(model, tokenizer, blocks["validation"], run.settings, importance, take)
         show_widget(explorer.box, run.folder / "heads.png")
         return explorer
@@ -2963,7 +3184,7 @@ def show_explorer(run: Run, model, tokenizer, blocks: dict[str, torch.Tensor], t
 
 # %%
 if __name__ == "__main__":
-    explorer = show_explorer(run, model, tokenizer, blocks, test_blocks)
+    explorer = show_explorer(run, model, tokenizer, blocks, importance)
 
 # %% [markdown]
 # What does a head look at? The map of a head has a row for every token: how it spreads its attention over
@@ -2983,8 +3204,8 @@ def attention_maps(model, tokenizer, sentence: str, longest: int = 40) -> tuple[
     if ids.shape[1] < 2:
         raise UserError(f"the sentence {sentence!r} has {ids.shape[1]} tokens, but two are needed: write a few words.")
     maps, layers = [], find_heads(model)
-    look = (layer.attention.register_forward_hook(lambda module, args, output: maps.append(
-        maps_in(output, layers[0].heads))) for layer in layers)
+    look = (layer.module.register_forward_hook(lambda module, args, output: maps.append(
+        maps_in(output, layers[0].number))) for layer in layers)
     with eager_attention(model), all_open(model), hooks(look):
         model.eval().base_model(ids.to(model.device), use_cache=False)
     if any(weights is None for weights in maps):
@@ -3020,7 +3241,7 @@ def attention_viewer(model, tokenizer, sentence: str, importance: dict[str, torc
     """Sliders for layer and head, a sentence, and the map; `importance` holds scores (layers, heads), and may grow."""
     from IPython.display import Image, display
 
-    model, (layers, heads) = sharing_copy(model), get_gates(model).shape
+    model, (layers, heads) = sharing_copy(model), heads_part(model, get_gates(model)).shape
     maps_of = functools.lru_cache(1)(lambda sentence: attention_maps(model, tokenizer, sentence))
 
     def look(sentence, layer, head):
@@ -3046,6 +3267,8 @@ def attention_viewer(model, tokenizer, sentence: str, importance: dict[str, torc
 def show_attention(run: Run, model, tokenizer, explorer: Explorer | None) -> None:
     """The maps of the most and the least important head, and in a notebook the viewer."""
     importance, strategy = torch.tensor(run.metrics["importance"]), run.settings.strategy
+    if not number_of_heads(model):
+        return print("No heads are pruned: no map is drawn.")
     sentence = f"{run.settings.prompt}. The city was old, and the river was older than the city."
     try:
         maps, tokens = attention_maps(model, tokenizer, sentence)
@@ -3073,11 +3296,11 @@ if __name__ == "__main__":
 #
 # It is solved layer by layer from the bottom, on what the *pruned* model computes: $Y$ is what the stream
 # has to receive to be where the dense model's is, so a layer also corrects what was lost below it. The
-# MLP's output projection is refitted too, more carefully, because it lost nothing. (Relatives:
+# MLP's output projection is refitted too, more carefully where it lost no neuron. (Relatives:
 # [FLAP](https://arxiv.org/abs/2312.11983), [SlimGPT](https://arxiv.org/abs/2412.18110).)
 
 # %%
-RIDGE = {"attention": 0.1, "mlp": 1.0}  # lambda, as a share of the mean diagonal of X'X
+RIDGE = {"attention": 0.1, "mlp": 1.0, "mlp that lost neurons": 0.1}  # lambda, as a share of X'X's mean diagonal
 
 @torch.no_grad()
 def refit(projection, inputs: torch.Tensor, target: torch.Tensor, ridge: float, kept=slice(None)) -> None:
@@ -3099,7 +3322,7 @@ def refit(projection, inputs: torch.Tensor, target: torch.Tensor, ridge: float, 
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Where the dense model's stream is, and hooks that refit a layer when its turn comes
+# @title Where the dense model's stream is
 @torch.no_grad()
 def dense_streams(model, blocks: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
     """The dense model's stream on blocks (n, time) after each attention and each layer, (n, layers, 2, time, hidden).
@@ -3138,12 +3361,16 @@ def dense_streams(model, blocks: torch.Tensor) -> tuple[torch.Tensor, list[bool]
         adds_up = over_blocks(model, numbered, per_block, "looking at the dense model", share=False)
     return streams, adds_up.bool().all(0).tolist()
 
-def refit_layer(layer: HeadLayer, stream: torch.Tensor, adds_up: bool):
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Hooks that refit a layer when its turn comes
+def refit_layer(layer: Units, stream: torch.Tensor, adds_up: bool):
     """Hooks that refit a layer to the dense stream (n, 2, time, hidden) when its turn comes; yields their handles."""
     seen = {}
 
     def before_projection(projection, args):
-        kept = (projection.gates != 0).repeat_interleave(layer.head_dim)
+        gates = getattr(projection, "gates", torch.ones(layer.number, device=projection.weight.device))
+        kept = (gates != 0).repeat_interleave(layer.size)
         wanted = stream[:, 0].to(args[0].device) - (seen["in"].float() if adds_up else 0)
         if kept.any():
             with torch.autocast(args[0].device.type, enabled=False):  # a solution needs all of float32
@@ -3151,8 +3378,10 @@ def refit_layer(layer: HeadLayer, stream: torch.Tensor, adds_up: bool):
 
     def before_mlp_output(projection, args):
         wanted = stream[:, 1].to(args[0].device) - seen["in"].float() - seen["attention"]
+        kept = projection.gates != 0 if hasattr(projection, "gates") else slice(None)
+        lost = hasattr(projection, "gates") and not kept.all()
         with torch.autocast(args[0].device.type, enabled=False):
-            refit(projection, args[0], wanted, RIDGE["mlp"])
+            refit(projection, args[0], wanted, RIDGE["mlp that lost neurons" if lost else "mlp"], kept)
 
     yield from watch_layer(layer, seen)
     yield layer.projection.register_forward_pre_hook(before_projection)  # after the gates' own hook, which is older
@@ -3195,7 +3424,7 @@ def evenly_spaced(blocks: torch.Tensor, number: int) -> torch.Tensor:
 
 def repaired(run: Run, model, text: torch.Tensor):
     """repair() on blocks (n, time), kept with the run; the model itself where nothing is to be repaired."""
-    if not run.settings.repair or not run.metrics["heads"]["closed"]:
+    if not run.settings.repair or get_gates(model).all():
         return model
 
     def compute():
@@ -3229,10 +3458,15 @@ if __name__ == "__main__":
 # @title Strategies x levels: the points, kept one by one
 def sweep_file(run: Run, settings: Settings, texts: tuple[torch.Tensor, ...]) -> Path:
     """Where the points of a sweep are kept: one file for each model, blocks (n, time) and settings."""
-    names = ("model", "seed", "min_heads", "gate_steps", "repair")
+    names = ("model", "seed", "prune", "round_neurons", "min_heads", "gate_steps", "repair")
     depends = [run.metrics["perplexity"]["dense"], run.metrics["versions"], run.metrics["precision"],
                [getattr(settings, name) for name in names]]
     return run.folder.parent / f"sweep-{fingerprint(*depends, *texts)}.json"
+
+def closed_share(model, gates: torch.Tensor) -> float:
+    """The share of what is pruned that gates (layers, units) close, in parameters: with heads only, of all heads."""
+    costs = unit_costs(model)
+    return ((costs * (gates == 0)).sum() / costs.sum()).item()
 
 def sweep(model, texts: tuple[torch.Tensor, ...], settings: Settings, file: Path, known=()) -> list[dict]:
     """Prunes with every strategy at every level: a list of {strategy, level, closed, pruned, repaired}.
@@ -3240,10 +3474,10 @@ def sweep(model, texts: tuple[torch.Tensor, ...], settings: Settings, file: Path
     `texts` are the blocks (n, time) to score on, to repair on and to test on. Points that are in `file` or `known` are
     not computed again. Raises UserError, before anything is computed, for a level that is out of reach.
     """
-    (layers, heads), (calibration, repair_text, test) = get_gates(model).shape, texts
+    calibration, repair_text, test = texts
     names, levels = settings.sweep_strategies.split(), [float(level) for level in settings.sweep_levels.split()]
     for level in levels:
-        heads_to_close(layers, heads, level, settings.min_heads)
+        check_reach(model, dataclasses.replace(settings, pruning_level=level))
     before = from_all_processes(json.loads(file.read_text()) if file.exists() else [])[0]
     points = {(point["strategy"], point["level"]): point for point in [*before, *known]}
     wanted, last = [(name, level) for name in names for level in levels], None
@@ -3251,11 +3485,12 @@ def sweep(model, texts: tuple[torch.Tensor, ...], settings: Settings, file: Path
         for name, level in long_loop([pair for pair in wanted if pair not in points], "sweep"):
             options = options_for(dataclasses.replace(settings, strategy=name, pruning_level=level))
             if last != name or "level" in options:  # else the score of the last level serves this one too
-                set_gates(model, torch.ones(layers, heads))
+                set_gates(model, torch.ones_like(get_gates(model)))
                 importance, last = get_strategy(name, **options).score(model, calibration), name
-            gates = choose_gates(importance, level, settings.min_heads)
+            gates = gates_for(model, importance, dataclasses.replace(settings, pruning_level=level))
             set_gates(model, gates)
             point = {"strategy": name, "level": level, "closed": int((gates == 0).sum()),
+                     "share": closed_share(model, gates),
                      "pruned": perplexity(model, test), "repaired": None}
             if settings.repair:
                 point["repaired"] = perplexity(repair(model, repair_text) if point["closed"] else model, test)
@@ -3280,21 +3515,22 @@ def sweep_table(points: list[dict], dense: float) -> str:
     after = " → after repair" if points[0]["repaired"] else ""
     return "\n".join([*rows, "", f"Test perplexity after pruning{after}; dense: {dense:.2f}."])
 
-def draw_sweep(points: list[dict], dense: float, total: int) -> Figure:
-    """Perplexity (log axis) against the share of `total` heads closed: a line a strategy, dotted before repair."""
+def draw_sweep(points: list[dict], dense: float, kind: str = "heads") -> Figure:
+    """Perplexity (log axis) against the share that is closed of a kind: a line a strategy, dotted before repair."""
     figure = new_figure(8, 4.6)
     axes, end = figure.subplots(), lambda point: point["repaired"] or point["pruned"]
     axes.axhline(dense, color="#555555", linestyle="--", linewidth=1.2, label="dense")
     colors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
     for name, color, marker in zip(STRATEGY_NAMES, colors, "os^Dv<>"):
         if mine := sorted((point for point in points if point["strategy"] == name), key=lambda point: point["closed"]):
-            shares = [point["closed"] / total for point in mine]
+            shares = [point["share"] for point in mine]
             if mine[0]["repaired"]:
                 axes.plot(shares, [point["pruned"] for point in mine], color=color, linestyle=":", linewidth=1)
             axes.plot(shares, [end(point) for point in mine], color=color, marker=marker, markersize=5, label=name)
     best = min(points, key=lambda point: (-point["level"], end(point)))
-    axes.set(yscale="log", xlabel="share of heads closed", ylabel="test perplexity (log scale)",
-             title=f"Closing {best['level']:.0%} of the heads: {best['strategy']} leaves perplexity {end(best):.1f} "
+    what = "parameters of heads and neurons" if kind == "both" else kind
+    axes.set(yscale="log", xlabel=f"share of {what} closed", ylabel="test perplexity (log scale)",
+             title=f"Closing {best['level']:.0%} of the {what}: {best['strategy']} leaves perplexity {end(best):.1f} "
                    f"(dense {dense:.1f})")
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.yaxis.set_major_formatter("{x:g}")
@@ -3311,10 +3547,12 @@ def draw_sweep(points: list[dict], dense: float, total: int) -> Figure:
 def run_sweep(run: Run, model, texts: tuple[torch.Tensor, ...]) -> None:
     """sweep() on blocks (n, time), recorded, as a CSV file, and shown; what sections 9 and 11 measured is known."""
     heads, values, settings = run.metrics["heads"], run.metrics["perplexity"], run.settings
-    own = {"strategy": settings.strategy, "level": settings.pruning_level, "closed": heads["closed"],
+    own = {"strategy": settings.strategy, "level": settings.pruning_level,
+           "closed": heads["closed"] + (run.metrics["neurons"] or {"closed": 0})["closed"],
+           "share": closed_share(model, get_gates(model)),
            "pruned": values["pruned"], "repaired": values.get("repaired")}
     with run.step("sweep"):
-        known = [own] if heads["closed"] and not heads["by_hand"] else []
+        known = [own] if own["closed"] and not heads["by_hand"] else []
         points = run.metrics["sweep"] = sweep(model, texts, settings, sweep_file(run, settings, texts), known)
         if run.writes:
             with (run.folder / "sweep.csv").open("w", newline="") as file:
@@ -3322,7 +3560,7 @@ def run_sweep(run: Run, model, texts: tuple[torch.Tensor, ...]) -> None:
                 table.writeheader()
                 table.writerows(points)
     show_markdown(sweep_table(points, values["dense"]) + "\n\n" + conditions(run.metrics))
-    run.show(draw_sweep(points, values["dense"], heads["total"]), "sweep.png")
+    run.show(draw_sweep(points, values["dense"], settings.prune), "sweep.png")
     if not in_notebook():
         if run.writes:
             print(f"results: {run.finish()}")
@@ -3332,6 +3570,70 @@ def run_sweep(run: Run, model, texts: tuple[torch.Tensor, ...]) -> None:
 # %%
 if __name__ == "__main__" and settings.sweep:
     run_sweep(run, model, (calibration, repair_text, test_blocks))
+
+# %% [markdown]
+# **How far may it go?** With `--max-loss 0.05` the level is found: the largest one whose repaired model is at
+# most 5 % worse than the dense one, on validation text. The units are scored once; the level is halved in, six
+# times, and every point is recorded. Then the model is pruned and repaired at that level.
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Halving in on the level
+def find_level(run: Run, model, importance: torch.Tensor, texts: tuple[torch.Tensor, ...]) -> float:
+    """The largest level within settings.max_loss, by importance (layers, units); recorded, with all points.
+
+    `texts` are blocks (n, time) to repair on and to look at. The gates stay as they were.
+    """
+    repair_text, seen = texts
+    with all_open(model):
+        dense = perplexity(model, seen)
+        low, high, points = 0.0, 1.0, []
+        for _ in range(6):
+            level = (low + high) / 2
+            try:
+                gates = gates_for(model, importance, dataclasses.replace(run.settings, pruning_level=level))
+            except UserError:  # out of reach: every layer keeps some
+                high = level
+                continue
+            set_gates(model, gates)
+            value = perplexity(repair(model, repair_text) if run.settings.repair else model, seen)
+            points.append({"level": level, "perplexity": value, "within": value <= dense * (1 + run.settings.max_loss)})
+            low, high = (level, high) if points[-1]["within"] else (low, level)
+            print(f"level {level:.3f}: validation perplexity {value:.2f}, {value / dense - 1:+.1%}")
+    run.metrics["level"] = {"dense": dense, "found": low, "points": points}
+    return low
+
+def draw_levels(record: dict, max_loss: float) -> Figure:
+    """Validation perplexity against the level, every point that was tried, and the line that it may not cross."""
+    figure, points = new_figure(6, 3.6), sorted(record["points"], key=lambda point: point["level"])
+    axes, levels = figure.subplots(), [point["level"] for point in points]
+    axes.plot([0, *levels], [record["dense"], *(point["perplexity"] for point in points)], "o-", color="#0072B2")
+    axes.axhline(record["dense"] * (1 + max_loss), color="#D55E00", linestyle="--", label=f"dense + {max_loss:.0%}")
+    axes.axvline(record["found"], color="#009E73", linewidth=1, label=f"level {record['found']:.2f}")
+    axes.set(xlabel="level", ylabel="validation perplexity, repaired", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+def prune_as_far(run: Run, model, tokenizer, importance: torch.Tensor, blocks: dict[str, torch.Tensor]):
+    """The model pruned and repaired at the level of find_level(); blocks are (n, time), importance (layers, units)."""
+    text, tested = evenly_spaced(blocks["train"], run.settings.repair_blocks), blocks["test"]
+    tested = tested[: run.settings.eval_blocks or None]
+    with run.step("level"):
+        level = find_level(run, model, importance, (text, blocks["validation"][-16:]))
+    run.settings = dataclasses.replace(run.settings, pruning_level=level)
+    run.show(draw_levels(run.metrics["level"], run.settings.max_loss), "level.png", width=500)
+    close_heads(run, model, tokenizer, gates_for(model, importance, run.settings), tested)
+    run.keep(draw_units(run, model, importance), "heads.png")
+    pruned = repaired(run, model, text)
+    if pruned is not model:
+        measure(run, "repaired", pruned, tokenizer, tested)
+    return pruned
+
+
+# %%
+if __name__ == "__main__" and settings.max_loss:
+    pruned = prune_as_far(run, model, tokenizer, importance, blocks)
 
 # %% [markdown]
 # <a name="13.-Compact"></a>
@@ -3821,10 +4123,15 @@ def comparison(metrics: dict) -> str:
     after = metrics.get("heads_after_fine_tuning", heads)
     closed = {"pruned": heads["closed"], "repaired": heads["closed"], "fine_tuned": after["closed"]}
     model, bits = metrics["model"], getattr(torch, metrics["model"]["saved_in"]).itemsize
-    rows = ["| model | heads | parameters | file, MB | test perplexity | against dense |", "|---|---|---|---|---|---|"]
+    neurons = metrics.get("neurons")
+    more = " neurons |" if neurons else ""
+    rows = [f"| model | heads |{more} parameters | file, MB | test perplexity | against dense |",
+            "|---|---|---|---|---|---|" + ("---|" if neurons else "")]
     for stage, value in metrics["perplexity"].items():
+        left = neurons["total"] - (neurons["closed"] if stage in closed else 0) if neurons else 0
         size = model["file_bytes"] if stage == "dense" and model["file_bytes"] else metrics["parameters"][stage] * bits
         rows.append(f"| {STAGES[stage]} | {heads['total'] - closed.get(stage, 0)} / {heads['total']} | "
+                    + (f"{left:,} / {neurons['total']:,} | " if neurons else "") +
                     f"{metrics['parameters'][stage] / 1e6:,.2f} M | {size / 1e6:,.1f} | {value:.2f} | "
                     f"{value / dense - 1:+.1%} |")
     return "\n".join(rows)
@@ -3834,7 +4141,9 @@ def finding(metrics: dict) -> str:
     values, heads = metrics["perplexity"], metrics["heads"]
     names = {"dense": "", "pruned": "", "repaired": " repaired", "fine_tuned": " fine-tuned"}
     words = " → ".join(f"{values[stage]:.1f}{name}" for stage, name in names.items() if stage in values)
-    return f"{heads['closed'] / heads['total']:.0%} of heads gone: perplexity {words}"
+    share = f"{heads['closed'] / heads['total']:.0%} of heads"
+    gone = words_for_closed(metrics) if metrics.get("neurons") else share
+    return f"{gone} gone: perplexity {words}"
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -3887,8 +4196,8 @@ def plot_training(axes, training: dict[str, dict]) -> None:
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title The comparison as a picture (2), and the report
 def draw_dashboard(metrics: dict, gates: torch.Tensor) -> Figure:
-    """Heads (layers, heads), perplexities, size and speed, training, and samples; the title states the finding."""
-    figure, heads = new_figure(13, 7.4), metrics["heads"]
+    """Gates of heads (layers, heads), perplexities, size and speed, training, samples; the title states the finding."""
+    figure = new_figure(13, 7.4)
     figure.suptitle(finding(metrics), fontsize=15, fontweight="bold")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 0.95))
     parts = [*top.subplots(1, 2, width_ratios=(1.25, 1)), *bottom.subplots(1, 3, width_ratios=(0.8, 0.9, 1.1))]
@@ -3896,7 +4205,7 @@ def draw_dashboard(metrics: dict, gates: torch.Tensor) -> Figure:
     plot_perplexities(parts[1], metrics["perplexity"])
     plot_sizes(parts[2], metrics["size"])
     plot_training(parts[3], metrics["training"])
-    closed = f"{bare_name(metrics['settings']['model'])}: {heads['closed']} of {heads['total']} heads closed (×) by "
+    closed = f"{bare_name(metrics['settings']['model'])}: {words_for_closed(metrics)} closed (×) by "
     titles = (closed + metrics["settings"]["strategy"], "what it cost, what came back", "size and speed", "fine-tuning",
               "what it writes")
     for axes, title in zip(parts, titles):
@@ -3920,9 +4229,12 @@ def write_report(run: Run) -> None:
     samples = [f"**{STAGES[stage]}**\n\n> " + text.replace("\n", "\n> ") for stage, text in metrics["samples"].items()]
     rows = {"layer": range(len(heads["open_per_layer"])), "---": ["---"] * len(heads["open_per_layer"]),
             "heads open": heads["open_per_layer"], "heads lost": heads["closed_per_layer"]}
+    if metrics["neurons"]:
+        rows["neurons left"] = metrics["neurons"]["open_per_layer"]
     layers = "\n".join(f"| {name} | {' | '.join(map(str, row))} |" for name, row in rows.items())
     name = bare_name(metrics["settings"]["model"])
-    parts = [f"# {name}, {heads['closed']} of {heads['total']} heads closed", comparison(metrics), conditions(metrics),
+    title = f"# {name}, {words_for_closed(metrics)} closed"
+    parts = [title, comparison(metrics), conditions(metrics),
              *([size_table(metrics["size"])] if metrics["size"] else []), "![dashboard](dashboard.png)",
              "![heads](heads.png)", layers, "![fine-tuning](fine_tuned.png)", "## Samples", *samples]
     (run.folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -3933,7 +4245,7 @@ if __name__ == "__main__":
     require_fine_tuned(run.metrics)
     write_report(run)
     show_markdown(comparison(run.metrics) + "\n\n" + conditions(run.metrics))
-    run.show(draw_dashboard(run.metrics, get_gates(model)), "dashboard.png", width=1100)
+    run.show(draw_dashboard(run.metrics, heads_part(model, get_gates(model))), "dashboard.png", width=1100)
 
 # %% [markdown]
 # <a name="16.-Save-and-download"></a>
@@ -3956,8 +4268,8 @@ def source_of(thing) -> str:
 
 def modeling_code(name: str, kind: str) -> str:
     """The text of modeling_pruned.py: the class Pruned<name>, derived from <name>; `kind` is its model_type."""
-    pieces = (inputs_first, find_rows, norm_over_heads, head_parameters, slice_projection, cut_attention, cut_heads,
-              tell_attention, in_order, pick_bias, find_cache, repeat_keys, NoHeads, LayerConfig)
+    pieces = (inputs_first, find_rows, norm_over_heads, head_parameters, slice_projection, cut_attention, cut_neurons,
+              cut_heads, tell_attention, in_order, pick_bias, find_cache, repeat_keys, NoHeads, LayerConfig)
     return f'''"""{name} with some of its attention heads removed; `kept_heads` in config.json lists those that stay.
 
 Written by PruningAndFineTuningColab. Needs torch and transformers, nothing else.
@@ -3985,6 +4297,7 @@ class Pruned{name}({name}):
     def __init__(self, config):
         super().__init__(config)
         cut_heads(self, getattr(config, "kept_heads", {{}}))
+        cut_neurons(self, {{path: range(kept) for path, kept in getattr(config, "kept_neurons", {{}}).items()}})
 
 
 ''' + "\n\n\n".join(source_of(piece) for piece in pieces) + "\n"
@@ -3992,9 +4305,25 @@ class Pruned{name}({name}):
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Saving the compact form, with code or natively
+def native_width(model):
+    """native_config() of a model that lost neurons: the family's word for their number, if all layers have as many."""
+    numbers = set(model.config.kept_neurons.values())
+    if model.config.kept_heads or len(numbers) > 1:
+        return None
+    for word in ("intermediate_size", "n_inner", "ffn_dim"):
+        config = copy.deepcopy(model.config)
+        config.__dict__.pop("kept_heads"), config.__dict__.pop("kept_neurons")
+        if config.get_text_config() is config and hasattr(config, word):
+            setattr(config, word, *numbers)
+            if not why_not_shaped(model, config):
+                return config
+    return None
+
 def native_config(model):
     """A compact model's configuration in the words of its family alone, or None where they do not suffice."""
     config, kept_heads = model.config.get_text_config(), model.config.kept_heads
+    if not kept_heads or hasattr(model.config, "kept_neurons"):
+        return native_width(model)
     sharing = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     groups = {tuple(collections.Counter(head // sharing for head in kept).values()) for kept in kept_heads.values()}
     if len(groups) > 1 or len(set(min(groups))) != 1:
@@ -4030,20 +4359,28 @@ def save_compact(model, tokenizer, folder: Path, dtype: torch.dtype = torch.floa
 @torch.no_grad()
 def expand(small, model):
     """A copy of the gated `model` with the weights of `small`, which was cut from it; closed heads keep their own."""
-    full, weights, heads = copy.deepcopy(model), dict(small.named_parameters()), get_gates(model).shape[1]
-    for path, kept in small.config.kept_heads.items():
+    full, weights = copy.deepcopy(model), dict(small.named_parameters())
+    heads, kept_neurons = find_heads(model)[0].number, getattr(small, "neurons_kept", {})
+    for path, kept in (small.config.kept_heads | kept_neurons).items():
         parent, _, output = path.rpartition(".")
-        origin = copy.deepcopy(model.get_submodule(parent))
+        origin = torch.nn.ModuleDict({"parent": copy.deepcopy(model.get_submodule(parent))})
         for parameter in origin.parameters():  # every number says where it stands, and is then cut with the rest
             places = torch.arange(parameter.numel(), device=parameter.device)
             parameter.requires_grad_(False).data = places.view_as(parameter)
-        for name, position in cut_attention(origin, output, kept, heads).named_parameters():
+        if path in kept_neurons:
+            cut_neurons(origin, {f"parent.{output}": kept})
+        else:
+            origin["parent"] = cut_attention(origin["parent"], output, kept, heads)
+        for name, position in origin["parent"].named_parameters():
             target = full.get_parameter(f"{parent}.{name.replace('output_bias', f'{output}.bias')}")
-            target.view(-1)[position.flatten()] = weights.pop(f"{parent}.{name}").flatten()
+            if f"{parent}.{name}" in weights and weights[f"{parent}.{name}"].shape == position.shape:
+                target.view(-1)[position.flatten()] = weights.pop(f"{parent}.{name}").flatten()
     for name, weight in weights.items():
         full.get_parameter(name).copy_(weight)
-    set_gates(full, torch.tensor([[float(head in kept) for head in range(layer.heads)]
-                                  for layer, kept in zip(find_heads(full), small.config.kept_heads.values())]))
+    kept = small.config.kept_heads | kept_neurons
+    set_gates(full, torch.stack([torch.cat([torch.zeros(units.number).index_fill(0, torch.tensor(kept[units.path]), 1.0)
+                                            if kept[units.path] else torch.zeros(units.number) for units in layer])
+                                 for layer in find_units(full)]))
     return full
 
 @torch.no_grad()
@@ -4051,23 +4388,24 @@ def save_gated(model, tokenizer, folder: Path, dtype: torch.dtype = torch.float3
     """Saves a gated model as a plain checkpoint, with its gates and what they erased in gates.safetensors."""
     plain = move(copy.deepcopy(model), "cpu")
     erased = {"gates": get_gates(plain)}
-    for number, layer in enumerate(find_heads(plain)):
-        gates = layer.projection.gates
-        erased[f"output_weight.{number}"] = layer.output_weight[gates != 1].clone().contiguous()
-        layer.output_weight.mul_(gates[:, None, None])
+    for number, units in enumerate(all_units(plain)):
+        gates = units.projection.gates
+        erased[f"output_weight.{number}"] = units.output_weight[gates != 1].clone().contiguous()
+        units.output_weight.mul_(gates[:, None, None])
     remove_gates(plain)
     plain.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    save_file(erased, folder / "gates.safetensors")
+    save_file(erased, folder / "gates.safetensors", {"prunes": getattr(plain, "prunes", "heads")})
 
 @torch.no_grad()
 def load_gated(folder: Path, device: str | torch.device = "cpu"):
     """Tokenizer and model that save_gated wrote, with its gates, every one of which can be opened again."""
     tokenizer, model = load_model(str(folder), device)
-    erased = load_file(Path(folder) / "gates.safetensors")
-    for number, (layer, gates) in enumerate(zip(find_heads(model), erased["gates"], strict=True)):
-        layer.output_weight[gates != 1] = erased[f"output_weight.{number}"].to(device)
-    set_gates(model, erased["gates"])
+    with safe_open(Path(folder) / "gates.safetensors", "pt") as stored:
+        model.prunes = (stored.metadata() or {}).get("prunes", "heads")
+        set_gates(model, stored.get_tensor("gates"))
+        for number, units in enumerate(all_units(model)):
+            units.output_weight[units.projection.gates != 1] = stored.get_tensor(f"output_weight.{number}").to(device)
     return tokenizer, model
 
 
@@ -4087,14 +4425,20 @@ def model_card(metrics: dict, folder: Path) -> str:
     warning = (f"\n`trust_remote_code=True` runs {' and '.join(f'`{name}`' for name in code)}, which is in this "
                "folder: read it first.\n" if code else "")
     layers = "; ".join(f"{layer}: {', '.join(part)}" for layer, part in lost.items())
+    neurons, kinds = metrics.get("neurons"), {"both": "heads and neurons"}.get(metrics["settings"]["prune"])
+    kinds = kinds or metrics["settings"]["prune"]
+    what = f"{heads['closed']} of {heads['total']} attention heads"
+    if neurons:
+        what += f" and {neurons['closed']:,} of {neurons['total']:,} neurons"
+        layers += f"\n\nNeurons left, by layer: {', '.join(map(str, neurons['open_per_layer']))}"
     return f"""---
 {data.to_yaml()}
 ---
 
-# {name}, {heads["closed"]} of {heads["total"]} attention heads {closed.split()[0]}
+# {name}, {what} {closed.split()[0]}
 
-Made from `{name}` with PruningAndFineTuningColab: heads were scored, the least important ones {closed}, and what is
-left was fine-tuned.
+Made from `{name}` with PruningAndFineTuningColab: {kinds} were scored, the least important ones {closed}, and what
+is left was fine-tuned.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -31,7 +31,7 @@ REOPENED = [
 def gated(name):
     model = families.make(name)
     layers = nb.find_heads(model)
-    gates = torch.ones(len(layers), layers[0].heads)
+    gates = torch.ones(len(layers), layers[0].number)
     gates[0, 1] = gates[-1, 0] = gates[-1, -1] = 0
     nb.set_gates(model, gates)
     return model, gates

@@ -33,7 +33,7 @@ def test_multiplying_returned_attention_weights_is_not_a_gate(tokens, gates):
 
     def close(model, gates):
         for layer, row in zip(nb.find_heads(model), gates):
-            layer.attention.register_forward_hook(
+            layer.module.register_forward_hook(
                 lambda module, args, out, row=row: (out[0], out[1] * row[:, None, None])
             )
 

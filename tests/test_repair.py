@@ -48,8 +48,8 @@ def test_a_head_that_another_one_repeats_is_repaired_exactly(family, text, monke
     nb.add_gates(model)
     with torch.no_grad():
         for layer in nb.find_heads(model):
-            for name, rows in nb.find_rows(layer.attention, layer.heads, layer.head_dim):
-                projection = getattr(layer.attention, name)
+            for name, rows in nb.find_rows(layer.module, layer.number, layer.size):
+                projection = getattr(layer.module, name)
                 weight = projection.weight.T if isinstance(projection, Conv1D) else projection.weight
                 weight[rows[1]] = weight[rows[0]]
                 if projection.bias is not None:

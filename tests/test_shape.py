@@ -98,7 +98,7 @@ def test_the_form_says_nothing_that_the_settings_do_not_know():
     (form,) = (cell.source for cell in CELLS if cell.source.startswith("# @title Settings\n"))
     rows = {name: (default, allowed) for group in nb.SETTINGS.values() for name, default, allowed, _ in group}
     fields = re.findall(r"^([A-Z_]+) = (.*?)  # @param (.*)$", form, re.M)
-    assert len(fields) == 10 and fields[-1][0] == "MORE"
+    assert len(fields) == 11 and fields[-1][0] == "MORE"
     for name, value, field in fields[:-1]:
         default, allowed = rows[name.lower()]
         assert ast.literal_eval(value) == default

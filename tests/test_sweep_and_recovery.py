@@ -83,7 +83,7 @@ def test_the_points_of_a_sweep_are_right(place, blocks):
         table[0] == "| strategy | 0% | 25% | 50% |"
         and f"{points[5]['pruned']:.2f} → {points[5]['repaired']:.2f}" in table[3]
     )
-    figure = nb.draw_sweep(points, dense, 8)
+    figure = nb.draw_sweep(points, dense)
     (axes,) = figure.axes
     assert axes.get_yscale() == "log" and [text.get_text() for text in axes.get_legend().get_texts()] == [
         "dense",

@@ -51,7 +51,7 @@ def row(name: str, folder: str) -> list[str]:
         layers = nb.find_heads(model)
     except nb.UserError as error:
         return [str(error).split(":")[0]] + [""] * 7
-    gates = torch.ones(len(layers), layers[0].heads)
+    gates = torch.ones(len(layers), layers[0].number)
     gates[0, 1] = gates[-1, 0] = gates[-1, -1] = 0
     nb.set_gates(model, gates)
     cells = [f"{gates.numel()}", finite("entropy", model), finite("learned", model)]

@@ -1,0 +1,200 @@
+"""A neuron is a unit like a head, one number wide: the same gates, scores, repair, cut and files."""
+
+import copy
+import json
+
+import families
+import pytest
+import torch
+from conftest import logits, make, tiny_tokenizer
+
+import PruningAndFineTuningColab as nb
+
+BLOCKS = torch.randint(3, 80, (4, 16), generator=torch.Generator().manual_seed(1))
+SOME = [
+    "GPT-2",
+    "OPT",
+    "GPT-NeoX, Pythia",
+    "Llama, SmolLM2",
+    "Gemma 2",
+    "Phi-3",
+    "BLOOM",
+    "GPT-J",
+    "StarCoder2",
+    "GLM-4",
+    "MPT",
+    "XGLM",
+]
+KINDS = ("neurons", "both")
+
+
+def gated(name, prunes, level=0.3, **changes):
+    """A model of the catalogue, the importance of its units by Fisher, and gates chosen by it and set."""
+    model = families.make(name)
+    model.prunes = prunes
+    nb.add_gates(model)
+    importance = nb.get_strategy("fisher").score(model, BLOCKS)
+    settings = nb.Settings(prune=prunes, pruning_level=level, **changes)
+    gates = nb.gates_for(model, importance, settings)
+    nb.set_gates(model, gates)
+    return model, importance, gates
+
+
+def zero_neurons(model, path: str, gates: torch.Tensor):
+    """The independent reference: closed neurons' columns of the output projection are zero, by path."""
+    for number, row in enumerate(gates):
+        projection = model.get_submodule(path.format(number))
+        weight = projection.weight if path.endswith("c_proj") else projection.weight.T
+        with torch.no_grad():
+            weight[row == 0] = 0
+    return model
+
+
+@pytest.mark.parametrize(
+    "family, path",
+    [
+        ("gpt2", "transformer.h.{}.mlp.c_proj"),
+        ("opt", "model.decoder.layers.{}.fc2"),
+        ("gpt_neox", "gpt_neox.layers.{}.mlp.dense_4h_to_h"),
+        ("llama", "model.layers.{}.mlp.down_proj"),
+        ("phi3", "model.layers.{}.mlp.down_proj"),
+    ],
+)
+def test_a_closed_neuron_contributes_nothing_and_an_open_one_everything(family, path, tokens):
+    model, plain = make(family), make(family)
+    model.prunes = "neurons"
+    nb.add_gates(model)
+    assert torch.equal(logits(model, tokens), logits(plain, tokens))
+    gates = torch.rand(nb.get_gates(model).shape).gt(0.4).float()
+    nb.set_gates(model, gates)
+    assert torch.allclose(logits(model, tokens), logits(zero_neurons(plain, path, gates), tokens), atol=1e-5)
+    assert not torch.allclose(logits(model, tokens), logits(make(family), tokens), atol=1e-2)
+
+
+@pytest.mark.parametrize("prunes", KINDS)
+@pytest.mark.parametrize("name", SOME)
+def test_it_is_cut_saved_and_opened_again(name, prunes, tmp_path):
+    model, _, gates = gated(name, prunes)
+    small = nb.compact(model)
+    assert nb.largest_difference(model, small, BLOCKS) < 1e-5
+    assert nb.predict_cost(model, gates, 16)["parameters"] == small.num_parameters() < model.num_parameters()
+    assert nb.count_flops(small, BLOCKS[:1]) == pytest.approx(
+        nb.predict_cost(model, gates, 16)["flops_per_token"], rel=0.01
+    )
+    assert nb.largest_difference(model, nb.expand(small, model), BLOCKS) < 1e-6
+    if name in SOME[:4]:
+        nb.save_compact(small, tiny_tokenizer(), tmp_path / "small")
+        assert nb.largest_difference(small, nb.reopen(tmp_path / "small"), BLOCKS) < 1e-6
+        nb.save_gated(model, tiny_tokenizer(), tmp_path / "gated")
+        _, again = nb.load_gated(tmp_path / "gated")
+        assert again.prunes == prunes and torch.equal(nb.get_gates(again), gates)
+        nb.set_gates(again, torch.ones_like(gates))
+        assert nb.largest_difference(families.make(name), again, BLOCKS) < 1e-6, "all of it can be opened again"
+
+
+@pytest.mark.parametrize("level", [0.1, 0.3, 0.6])
+def test_both_kinds_share_one_budget_of_parameters(level):
+    model, importance, gates = gated("Llama, SmolLM2", "both", level)
+    costs = nb.unit_costs(model)
+    assert ((costs * (gates == 0)).sum() / costs.sum()).item() == pytest.approx(
+        level, abs=(costs.max() / costs.sum()).item()
+    )
+    assert nb.closed_share(model, gates) == pytest.approx(level, abs=0.03)
+    open_heads, open_neurons = gates[:, :4], gates[:, 4:]
+    assert open_heads.sum(1).min() >= 1 and open_neurons.sum(1).min() >= 1
+    closed, still = importance[gates == 0], importance[:, 4:][open_neurons == 1]
+    assert closed.max() <= still.max(), "the least important for what they cost go first"
+
+
+def test_a_unit_costs_what_goes_with_it():
+    model = families.make("Llama, SmolLM2")
+    model.prunes = "both"
+    head, neuron = nb.unit_costs(model)[0, [0, -1]].tolist()
+    assert head == 2 * 8 * 32 + 2 * 8 * 32 / 2 and neuron == 3 * 32, "keys and values are shared by two heads"
+
+
+@pytest.mark.parametrize("multiple", [8, 32])
+def test_numbers_of_neurons_stay_at_multiples(multiple):
+    _, _, gates = gated("GPT-2", "neurons", 0.4, round_neurons=multiple)
+    assert (gates.sum(1) % multiple == 0).all() and gates.sum(1).min() >= multiple
+
+
+@pytest.mark.parametrize("prunes", KINDS)
+@pytest.mark.parametrize("name", ["learned", "fisher", "gradient", "entropy", "magnitude", "random"])
+def test_every_strategy_scores_every_unit(name, prunes):
+    model = make("llama")
+    model.prunes = prunes
+    nb.add_gates(model)
+    options = {"level": 0.3, "steps": 4} if name == "learned" else {}
+    before = copy.deepcopy(model.state_dict())
+    scores = nb.get_strategy(name, **options).score(model, BLOCKS)
+    assert scores.shape == nb.get_gates(model).shape and scores.isfinite().all()
+    assert scores[:, -8:].std() > 0
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_learned_gates_move_a_layers_neurons_together():
+    model = make("llama")
+    model.prunes = "both"
+    nb.add_gates(model)
+    fisher = nb.get_strategy("fisher").score(model, BLOCKS)
+    learned = nb.get_strategy("learned", level=0.3, steps=6).score(model, BLOCKS)
+    assert torch.equal(learned[:, 4:].argsort(1), fisher[:, 4:].log().argsort(1)), "ranked by Fisher within a layer"
+    moved = learned[:, 4:] - (fisher.log() - fisher.log().mean())[:, 4:] / fisher.log().std()
+    assert torch.allclose(moved, moved[:, :1].expand_as(moved), atol=1e-4) and moved.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("prunes", KINDS)
+def test_repair_brings_a_model_nearer_to_the_dense_one(prunes):
+    torch.manual_seed(0)
+    model, _, gates = gated("Llama, SmolLM2", prunes, 0.3)
+    blocks = torch.randint(3, 80, (24, 16))
+    wanted = logits(families.make("Llama, SmolLM2"), blocks)
+    fixed = nb.repair(model, blocks)
+    far, near = ((logits(each, blocks) - wanted).square().mean() for each in (model, fixed))
+    assert near < 0.8 * far and torch.equal(nb.get_gates(fixed), gates)
+
+
+def test_equal_numbers_of_neurons_need_no_code(tmp_path):
+    for name in ("GPT-2", "Llama, SmolLM2"):
+        model = families.make(name)
+        model.prunes = "neurons"
+        gates = torch.ones_like((nb.add_gates(model), nb.get_gates(model))[1])
+        gates[:, ::4] = 0
+        nb.set_gates(model, gates)
+        small = nb.compact(model)
+        folder = tmp_path / name.split(",")[0]
+        nb.save_compact(small, tiny_tokenizer(), folder)
+        assert not list(folder.glob("*.py")) and "kept_neurons" not in json.loads((folder / "config.json").read_text())
+        assert nb.largest_difference(small, nb.reopen(folder), BLOCKS) < 1e-6
+
+
+def test_what_has_no_neurons_to_prune_is_said():
+    for name in ("Mixtral", "LFM2"):
+        model = families.make(name)
+        with pytest.raises(nb.UserError, match="neurons of .* cannot be found in .*experts.*take --prune heads"):
+            nb.plan_closing(model, nb.Settings(prune="both"))
+    with pytest.raises(nb.UserError, match="different numbers of neurons: take --prune heads"):
+        nb.plan_closing(families.make("DeepSeek V3"), nb.Settings(prune="neurons"))
+    for changes in (dict(uniform=True), dict(reopen_heads=True), dict(strategy="entropy-literal")):
+        with pytest.raises(nb.UserError, match="neurons are pruned"):
+            nb.Settings(prune="both", **changes)
+
+
+def test_the_plan_says_what_will_go():
+    model = make("llama")
+    said = nb.plan_closing(model, nb.Settings(prune="both", pruning_level=0.2))
+    assert said == (
+        "8 heads and 128 neurons, 20% of whose parameters will go\ntried: what is closed can be cut out"
+    ) and nb.get_gates(model).shape == (2, 68)
+    assert nb.plan_closing(model, nb.Settings(pruning_level=0.25)).startswith("8 gates, 2 of which will be closed")
+    assert nb.get_gates(model).shape == (2, 4), "another setting, and the cell run again"
+
+
+def test_a_level_out_of_reach_is_said_with_what_can_be_reached():
+    for prunes in KINDS:
+        with pytest.raises(
+            nb.UserError, match="pruning_level is 0.95 with min_heads 1 and round_neurons 32, but at most"
+        ):
+            nb.plan_closing(make("llama"), nb.Settings(prune=prunes, pruning_level=0.95, round_neurons=32))
+        nb.plan_closing(make("llama"), nb.Settings(prune=prunes, pruning_level=0.4, round_neurons=32))
