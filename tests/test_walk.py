@@ -326,6 +326,40 @@ def test_a_family_that_cannot_be_compacted_keeps_its_gates_and_says_so(short_run
     assert "2 of 8 attention heads closed" in (folder / "model-zeroed" / "README.md").read_text()
 
 
+def test_heads_and_neurons_are_pruned_as_far_as_the_loss_allows(short_run):
+    """--prune both and --max-loss, from the command to the files: the level is found, and what is closed is gone."""
+    config = transformers.LlamaConfig(
+        vocab_size=1024,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    words = (
+        "--prune both --max-loss 0.5 --strategy fisher --repair-blocks 4 --round-neurons 8 --save-model both".split()
+    )
+    folder, said = short_run(transformers.LlamaForCausalLM(config), *words)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    level, neurons = metrics["level"], metrics["neurons"]
+    assert metrics["settings"]["pruning_level"] == level["found"] > 0 and (folder / "level.png").exists()
+    for point in level["points"]:
+        assert point["within"] == (point["perplexity"] <= 1.5 * level["dense"]) == (point["level"] <= level["found"])
+    assert neurons["closed"] > 0 and all(number % 8 == 0 for number in neurons["open_per_layer"])
+    report = (folder / "report.md").read_text()
+    assert f"| {neurons['total'] - neurons['closed']} / {neurons['total']} |" in report and "neurons left" in report
+    assert metrics["size"]["pruned"]["parameters"] < metrics["size"]["dense"]["parameters"]
+    assert max(metrics["reopened_difference"].values()) < 1e-6 and set(metrics["reopened_difference"]) == {
+        "compact",
+        "zeroed",
+    }
+    kept = json.loads((folder / "model-compact" / "config.json").read_text())["kept_neurons"]
+    assert list(kept.values()) == neurons["open_per_layer"]
+    assert f"and {neurons['closed']} of {neurons['total']} neurons" in (
+        (folder / "model-compact" / "README.md").read_text()
+    )
+
+
 def test_a_uniform_run_saves_an_ordinary_smaller_checkpoint(short_run):
     config = transformers.LlamaConfig(
         vocab_size=1024,
