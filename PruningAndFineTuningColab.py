@@ -2797,15 +2797,17 @@ def choose_units(model, importance: torch.Tensor, settings: Settings) -> torch.T
     """
     check_reach(model, settings)
     costs, heads, multiple = unit_costs(model), number_of_heads(model), settings.round_neurons
-    gates, left, number = torch.ones_like(importance), settings.pruning_level * costs.sum().item(), importance.shape[1]
-    stay = torch.tensor([settings.min_heads, multiple]).repeat(len(importance), 1)
-    spare = torch.tensor([heads, number - heads]) - stay
+    number, each, left = importance.shape[1], costs.flatten().tolist(), settings.pruning_level * costs.sum().item()
+    spare = [[heads - settings.min_heads, number - heads - multiple] for _ in importance]
+    closed = []
     for index in importance.flatten().argsort(stable=True).tolist():
-        layer, unit = divmod(index, number)
-        kind = int(unit >= heads)
-        if costs[layer, unit] / 2 <= left and spare[layer, kind] > 0:
-            gates[layer, unit], spare[layer, kind] = 0, spare[layer, kind] - 1
-            left -= costs[layer, unit].item()
+        layer, kind = index // number, int(index % number >= heads)
+        if each[index] / 2 <= left and spare[layer][kind] > 0:
+            closed.append(index)
+            spare[layer][kind] -= 1
+            left -= each[index]
+    gates = torch.ones_like(importance)
+    gates.view(-1)[closed] = 0
     for row, scores in zip(gates[:, heads:], importance[:, heads:]):
         if multiple > 1 and len(row):
             keep = min(max(round(int(row.sum()) / multiple), 1) * multiple, len(row))
