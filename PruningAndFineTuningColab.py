@@ -1682,6 +1682,11 @@ def number_of_heads(model) -> int:
     """The number of heads in a row of the gates (layers, units), where they come before the neurons."""
     return sum(units.number for units in find_units(model)[0] if units.kind == "heads")
 
+def heads_part(model, table: torch.Tensor) -> torch.Tensor:
+    """The heads' columns of a table (layers, units); ones (layers, heads) where only neurons are pruned."""
+    heads, layers = number_of_heads(model), find_heads(model)
+    return table[:, :heads] if heads else torch.ones(len(layers), layers[0].number)
+
 def all_units(model) -> list[Units]:
     """find_units() in one list."""
     return [units for layer in find_units(model) for units in layer]
@@ -2166,6 +2171,36 @@ def config_with_fewer(small, heads: int, key_value_heads: int, head_dim: int):
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
+# @title What a unit costs: the parameters that go with it
+def own_weights(units: Units) -> list[torch.Tensor]:
+    """What computes a layer's units: [query, key, value] weights, each (heads, size, hidden), shared key/value heads
+    repeated; or the weights of an MLP's first projections, each (neurons, 1, hidden).
+    """
+    if units.kind == "heads":
+        return [inputs_first(getattr(units.module, name)).T[rows].repeat_interleave(units.number // len(rows), dim=0)
+                for name, rows in find_rows(units.module, units.number, units.size)]
+    weights = [inputs_first(part).T for part in units.module.children() if isinstance(part, (torch.nn.Linear, Conv1D))
+               and part is not units.projection]
+    return [part[:, None] for weight in weights for part in weight.split(units.number) if len(part) == units.number]
+
+def unit_costs(model) -> torch.Tensor:
+    """Parameters (layers, units) that go with each unit: a head's with its share of shared keys and values."""
+    def cost(units):
+        if units.kind == "heads":
+            parts = [part for part in units.module.modules() if isinstance(part, (torch.nn.Linear, Conv1D))]
+            return sum(part.weight.numel() for part in parts) / units.number
+        return sum(weight[0].numel() for weight in [*own_weights(units), units.output_weight])
+
+    return torch.stack([torch.cat([torch.full((units.number,), float(cost(units))) for units in layer])
+                        for layer in find_units(model)])
+
+def relative_costs(model) -> torch.Tensor:
+    """Costs (layers, units) as shares of the largest: importance is divided by them, so that kinds can be compared."""
+    costs = unit_costs(model)
+    return costs / costs.max()
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
 # @title How many heads the settings will close, before anything is computed
 def plan_uniform(model, level: float, min_heads: int) -> tuple[int, int]:
     """(query heads in a group, groups to close in every layer). Raises UserError where level or family do not allow it.
@@ -2368,41 +2403,11 @@ if __name__ == "__main__":
     print("the first layer's heads, at random:", Random().score(model)[0].numpy().round(2))
 
 
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title What a unit costs: the parameters that go with it
-def unit_costs(model) -> torch.Tensor:
-    """Parameters (layers, units) that go with each unit: a head's with its share of shared keys and values."""
-    def cost(units):
-        if units.kind == "heads":
-            parts = [part for part in units.module.modules() if isinstance(part, (torch.nn.Linear, Conv1D))]
-            return sum(part.weight.numel() for part in parts) / units.number
-        return sum(weight[0].numel() for weight in [*own_weights(units), units.output_weight])
-
-    return torch.stack([torch.cat([torch.full((units.number,), float(cost(units))) for units in layer])
-                        for layer in find_units(model)])
-
-def relative_costs(model) -> torch.Tensor:
-    """Costs (layers, units) as shares of the largest: importance is divided by them, so that kinds can be compared."""
-    costs = unit_costs(model)
-    return costs / costs.max()
-
-
 # %% [markdown]
 # **Magnitude** looks at no text: it is the L2 norm of everything a head owns, its rows of the query, key
 # and value projections and its columns of the output projection.
 
 # %%
-def own_weights(units: Units) -> list[torch.Tensor]:
-    """What computes a layer's units: [query, key, value] weights, each (heads, size, hidden), shared key/value heads
-    repeated; or the weights of an MLP's first projections, each (neurons, 1, hidden).
-    """
-    if units.kind == "heads":
-        return [inputs_first(getattr(units.module, name)).T[rows].repeat_interleave(units.number // len(rows), dim=0)
-                for name, rows in find_rows(units.module, units.number, units.size)]
-    weights = [inputs_first(part).T for part in units.module.children() if isinstance(part, (torch.nn.Linear, Conv1D))
-               and part is not units.projection]
-    return [part[:, None] for weight in weights for part in weight.split(units.number) if len(part) == units.number]
-
 @dataclasses.dataclass
 class Magnitude:
     """L2 norm of a head's query, key, value and output weights."""
@@ -2825,11 +2830,6 @@ def gates_for(model, importance: torch.Tensor, settings: Settings) -> torch.Tens
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title The record of what was closed
-def heads_part(model, table: torch.Tensor) -> torch.Tensor:
-    """The heads' columns of a table (layers, units); ones (layers, heads) where only neurons are pruned."""
-    heads, layers = number_of_heads(model), find_heads(model)
-    return table[:, :heads] if heads else torch.ones(len(layers), layers[0].number)
-
 def describe_neurons(model, gates: torch.Tensor) -> dict | None:
     """Counts for the record, of gates (layers, units); None where neurons are not pruned."""
     part = gates[:, number_of_heads(model):] != 0

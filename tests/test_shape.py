@@ -83,6 +83,26 @@ def test_a_run_cell_leaves_no_name_that_no_later_cell_uses():
         assert left <= later, left - later
 
 
+def test_what_a_cell_runs_is_defined_above_it():
+    """Through all functions that are called: a script defines nothing before its line is reached."""
+    defined = {node.name: node for node in TREE.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    defined |= {
+        name.id: node
+        for node in TREE.body
+        if isinstance(node, ast.Assign)
+        for name in ast.walk(node)
+        if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+    }
+    for cell in TREE.body:
+        if isinstance(cell, ast.If) and "__main__" in ast.unparse(cell.test):
+            seen, todo = set(), [cell]
+            while todo:
+                used = {name.id for name in ast.walk(todo.pop()) if isinstance(name, ast.Name)} & defined.keys() - seen
+                seen |= used
+                todo += [defined[name] for name in used]
+            assert not [name for name in seen if defined[name].lineno > cell.lineno], ast.unparse(cell)[:80]
+
+
 def test_functions_that_take_or_give_tensors_say_their_shapes():
     silent = []
     for node in FUNCTIONS:
