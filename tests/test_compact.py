@@ -275,7 +275,7 @@ def test_a_stranger_gets_the_same_logits_bit_for_bit(strangers, family, mask):
 def test_the_code_that_travels_is_short_and_needs_two_packages(strangers):
     root, *_ = strangers
     code = (root / "gpt2 uneven" / "modeling_pruned.py").read_text()
-    assert len(code.splitlines()) < 230
+    assert len(code.splitlines()) < 250
     assert {line.split()[1].split(".")[0] for line in code.splitlines() if line.startswith(("import ", "from "))} == {
         "inspect",
         "torch",
@@ -290,6 +290,7 @@ def test_the_code_that_travels_is_short_and_needs_two_packages(strangers):
         "def head_parameters",
         "def slice_projection",
         "def cut_attention",
+        "def cut_neurons",
         "def cut_heads",
         "def tell_attention",
         "def in_order",

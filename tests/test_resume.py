@@ -158,7 +158,7 @@ def test_heads_that_were_taken_in_the_explorer_are_taken_again(tmp_path, capsys,
             "model": model,
             "tokenizer": tiny_tokenizer(),
             "test_blocks": test_blocks,
-            "blocks": {},
+            "blocks": {"test": test_blocks},
             "importance": torch.arange(8.0).view(2, 4),
         }
         run.metrics["importance"] = room["importance"].tolist()

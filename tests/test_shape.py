@@ -90,8 +90,8 @@ def test_what_a_cell_runs_is_defined_above_it():
         name.id: node
         for node in TREE.body
         if isinstance(node, ast.Assign)
-        for name in ast.walk(node)
-        if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+        for name in node.targets
+        if isinstance(name, ast.Name)
     }
     for cell in TREE.body:
         if isinstance(cell, ast.If) and "__main__" in ast.unparse(cell.test):
