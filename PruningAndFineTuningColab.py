@@ -52,9 +52,9 @@
 #
 # These eleven matter. As they are, you get GPT-2 on WikiText-2, or, without a network, a small demo model
 # that is trained here. `MODEL` takes any hub id (`HuggingFaceTB/SmolLM2-135M`), a folder or a `.gguf`
-# file. Change `PRUNE`, `STRATEGY` and `PRUNING_LEVEL` first: as they are, 30 % of
-# the heads are closed. `neurons` closes neurons of the MLPs, which hold most of a model's parameters; `both` closes
-# whichever is worth least for its size.
+# file. Change `PRUNE`, `STRATEGY` and `PRUNING_LEVEL` first: as they are, 30 % of the heads are closed.
+# `neurons` closes neurons of the MLPs, which hold most of a model's parameters; `both` closes whichever
+# is worth least for its size.
 # `MORE` takes every other setting as a shell would, for example `--block-length 256 --no-repair`;
 # `--help` lists them. The same file is a script: `python PruningAndFineTuningColab.py --help`.
 
@@ -2238,7 +2238,8 @@ def check_reach(model, settings: Settings) -> None:
 
 def plan_closing(model, settings: Settings) -> str:
     """What the settings will close, in words; the model is told. Raises UserError where they cannot."""
-    remove_gates(model)
+    if getattr(model, "prunes", "heads") != settings.prune:  # else closed gates stay closed, where the cell runs again
+        remove_gates(model)
     model.prunes = settings.prune
     add_gates(model)
     layers, heads = len(find_units(model)), number_of_heads(model)
@@ -2369,7 +2370,8 @@ def try_head(model, blocks: torch.Tensor, layer: int, head: int) -> str:
             gates[layer, head] = gate
             set_gates(model, gates)
             values.append(f"{perplexity(model, blocks):.3f}")
-    return f"layer {layer}, head {head}: perplexity {values[0]}, closed {values[1]}, open again {values[2]}"
+    kind = "head" if head < number_of_heads(model) else "neuron"
+    return f"layer {layer}, {kind} {head}: perplexity {values[0]}, closed {values[1]}, open again {values[2]}"
 
 if __name__ == "__main__":
     print(try_head(model, blocks["validation"][:2], layer=0, head=0))

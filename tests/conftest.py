@@ -8,22 +8,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 import transformers
+from families import CATALOGUE, GPT
+from families import SIZES as SMALL
+from families import WIDE as LLAMA
 
 import PruningAndFineTuningColab as nb
-
-SMALL = dict(
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    vocab_size=97,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-LLAMA = SMALL | dict(num_key_value_heads=2, head_dim=8)
-GPT = dict(n_embd=32, n_layer=2, n_head=4, vocab_size=97, n_positions=64, bos_token_id=1, eos_token_id=2)
 
 # family -> (config class, its arguments, path of the output projection)
 FAMILIES = {
@@ -43,26 +32,8 @@ FAMILIES = {
     "phi": ("PhiConfig", SMALL, "model.layers.{}.self_attn.dense"),
     "phi3": ("Phi3Config", SMALL | dict(num_key_value_heads=2), "model.layers.{}.self_attn.o_proj"),
     "gptj": ("GPTJConfig", GPT | dict(rotary_dim=4), "transformer.h.{}.attn.out_proj"),
-    "gpt_neo": (
-        "GPTNeoConfig",
-        dict(
-            hidden_size=32,
-            num_layers=2,
-            num_heads=4,
-            vocab_size=97,
-            max_position_embeddings=64,
-            attention_types=[[["global", "local"], 1]],
-            window_size=16,
-            bos_token_id=1,
-            eos_token_id=2,
-        ),
-        "transformer.h.{}.attn.attention.out_proj",
-    ),
-    "bloom": (
-        "BloomConfig",
-        dict(hidden_size=32, n_layer=2, n_head=4, vocab_size=97, bos_token_id=1, eos_token_id=2),
-        "transformer.h.{}.self_attention.dense",
-    ),
+    "gpt_neo": (*CATALOGUE["GPT-Neo"], "transformer.h.{}.attn.attention.out_proj"),
+    "bloom": (*CATALOGUE["BLOOM"], "transformer.h.{}.self_attention.dense"),
     "falcon": (
         "FalconConfig",
         SMALL | dict(num_kv_heads=2, new_decoder_architecture=True),

@@ -188,6 +188,10 @@ def test_the_plan_says_what_will_go():
         "8 heads and 128 neurons, 20% of whose parameters will go\ntried: what is closed can be cut out"
     ) and nb.get_gates(model).shape == (2, 68)
     assert nb.plan_closing(model, nb.Settings(pruning_level=0.25)).startswith("8 gates, 2 of which will be closed")
+    closed = torch.tensor([[1.0, 0, 1, 1], [1, 1, 0, 1]])
+    nb.set_gates(model, closed)
+    nb.plan_closing(model, nb.Settings(pruning_level=0.5))
+    assert torch.equal(nb.get_gates(model), closed), "its cell, run again, opens nothing"
     assert nb.get_gates(model).shape == (2, 4), "another setting, and the cell run again"
 
 

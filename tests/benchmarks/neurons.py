@@ -9,6 +9,7 @@ to the level that removes as many parameters as `both` does.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import sys
@@ -64,7 +65,8 @@ def total_cost(model, kind):
 def fine_tuned(folder, settings, model, blocks, test):
     """(test perplexity of the model after fine-tuning, tokens/s of it)"""
     run = nb.Run(dataclasses.replace(settings, output_dir=folder, resume="no"), torch.device("cpu"), nb.COMPUTING.dtype)
-    tuned = nb.fine_tune(run, "fine_tuned", lambda: copy.deepcopy(model), blocks, settings)
+    with contextlib.redirect_stdout(sys.stderr):  # where the Trainer prints its log
+        tuned = nb.fine_tune(run, "fine_tuned", lambda: copy.deepcopy(model), blocks, settings)
     return nb.perplexity(tuned, test), run.metrics["training"]["fine_tuned"]["train_tokens_per_second"]
 
 
