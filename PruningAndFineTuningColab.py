@@ -2865,6 +2865,14 @@ def words_for_closed(metrics: dict) -> str:
               for kind in ("heads", "neurons") if (counts := metrics.get(kind)) and counts["closed"]]
     return " and ".join(counts) or "nothing"
 
+def plot_neurons(axes, neurons: dict) -> None:
+    """How many neurons each layer has left, beside how many it had."""
+    left, layers = neurons["open_per_layer"], len(neurons["open_per_layer"])
+    axes.bar(range(layers), left, color="#009E73")
+    axes.axhline(neurons["total"] / layers, color="#999999", linestyle="--", linewidth=1)
+    axes.set(xlabel="layer", ylabel="neurons left", xlim=(-0.5, layers - 0.5),
+             xticks=range(0, layers, math.ceil(layers / 20)))
+
 def draw_units(run: Run, model, importance: torch.Tensor) -> Figure:
     """The heads of importance (layers, units) as a heat map, and the neurons that are left; the title says the cost."""
     gates, perplexities, neurons = get_gates(model), run.metrics["perplexity"], run.metrics["neurons"]
@@ -2876,9 +2884,7 @@ def draw_units(run: Run, model, importance: torch.Tensor) -> Figure:
         if name == "heads":
             plot_heads(axes, heads_part(model, importance), heads_part(model, gates))
         else:
-            axes.bar(range(layers), neurons["open_per_layer"], color="#009E73")
-            axes.axhline(neurons["total"] / layers, color="#999999", linestyle="--", linewidth=1)
-            axes.set(xlabel="layer", ylabel="neurons left", xlim=(-0.5, layers - 0.5))
+            plot_neurons(axes, neurons)
     figure.axes[0].set_title(f"{words_for_closed(run.metrics)} closed (×) by {run.metrics['settings']['strategy']}: "
                              f"perplexity {perplexities['dense']:.1f} → {perplexities['pruned']:.1f}")
     return figure
@@ -4205,7 +4211,10 @@ def draw_dashboard(metrics: dict, gates: torch.Tensor) -> Figure:
     figure.suptitle(finding(metrics), fontsize=15, fontweight="bold")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 0.95))
     parts = [*top.subplots(1, 2, width_ratios=(1.25, 1)), *bottom.subplots(1, 3, width_ratios=(0.8, 0.9, 1.1))]
-    plot_heads(parts[0], torch.tensor(metrics["importance"]), gates)
+    if metrics.get("neurons") and gates.all():  # no head was closed
+        plot_neurons(parts[0], metrics["neurons"])
+    else:
+        plot_heads(parts[0], torch.tensor(metrics["importance"]), gates)
     plot_perplexities(parts[1], metrics["perplexity"])
     plot_sizes(parts[2], metrics["size"])
     plot_training(parts[3], metrics["training"])
