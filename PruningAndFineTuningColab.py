@@ -2673,11 +2673,11 @@ class Learned:
     def score(self, model, blocks: torch.Tensor) -> torch.Tensor:
         """Importance (layers, units) from blocks (n, time), 256 tokens in a step. Raises RunError for overflows."""
         start, costs = Gradient(squared=True).score(model, blocks).clamp_min(1e-20).log(), relative_costs(model)
-        budget = costs.sum() - (round(self.level * costs.numel()) if costs.min() == 1 else self.level * costs.sum())
-        if budget == costs.sum():
+        closed = round(self.level * costs.numel()) if costs.min() == 1 else self.level * costs.sum().item()
+        if not closed:
             return start
-        texts, heads, costs = cut_shorter(blocks), number_of_heads(model), costs.to(model.device)
-        start = ((start - start.mean()) / start.std().clamp_min(1e-6)).to(model.device)
+        texts, heads, budget = cut_shorter(blocks), number_of_heads(model), costs.sum().item() - closed
+        costs, start = (part.to(model.device) for part in (costs, (start - start.mean()) / start.std().clamp_min(1e-6)))
         # Forty thousand neurons cannot be learned from some thousand tokens: Fisher ranks those of a layer, and one
         # number is learned that moves all of them up or down.
         own, moved = start[:, :heads].clone().requires_grad_(), torch.zeros_like(start[:, :1]).requires_grad_()
@@ -3248,7 +3248,7 @@ def draw_attention(maps: list[torch.Tensor], titles: list[str], tokens: list[str
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title The viewer: any head, any sentence
 def attention_viewer(model, tokenizer, sentence: str, importance: dict[str, torch.Tensor]):
-    """Sliders for layer and head, a sentence, and the map; `importance` holds scores (layers, heads), and may grow."""
+    """Sliders for layer and head, a sentence, and the map; `importance` holds scores (layers, units), and may grow."""
     from IPython.display import Image, display
 
     model, (layers, heads) = sharing_copy(model), heads_part(model, get_gates(model)).shape
@@ -3260,7 +3260,8 @@ def attention_viewer(model, tokenizer, sentence: str, importance: dict[str, torc
         except UserError as error:
             print(error)
             return str(error)
-        title = describe_head(maps[layer, head], importance, layer, head)
+        of_heads = {name: heads_part(model, scores) for name, scores in importance.items()}
+        title = describe_head(maps[layer, head], of_heads, layer, head)
         picture = png(draw_attention([maps[layer, head]], [title], tokens))
         display(Image(picture))
         return picture
