@@ -66,7 +66,7 @@ TRAIN_FILE = ""  # @param {type: "string"}
 PRUNE = "heads"  # @param ["heads", "neurons", "both"]
 STRATEGY = "learned"  # @param ["learned", "fisher", "gradient", "entropy", "magnitude", "random", "entropy-literal"]
 PRUNING_LEVEL = 0.3  # @param {type: "slider", min: 0, max: 0.9, step: 0.05}
-MAX_STEPS = 200  # @param {type: "integer"}
+MAX_STEPS = "auto"  # @param ["auto", "200", "1000", "5000"] {allow-input: true}
 SWEEP = False  # @param {type: "boolean"}
 SAVE_MODEL = "compact"  # @param ["compact", "zeroed", "both", "no"]
 SAVE_TO_DRIVE = False  # @param {type: "boolean"}
@@ -226,6 +226,8 @@ def at_least(low: float, below: float = math.inf) -> Rule:
 ABOVE_ZERO = Rule("above 0", lambda value: 0 < value < math.inf)
 SHARE = Rule("from 0 to 1", lambda value: 0 <= value <= 1)
 WORDS = Rule("some words", lambda text: bool(text.strip()))
+STEPS = Rule("'auto' or a number of steps, at least 1",
+             lambda steps: str(steps) == "auto" or (str(steps).isdecimal() and int(steps) > 0))
 LEVELS = Rule("numbers from 0 to below 1, separated by spaces",
               lambda levels: bool(re.fullmatch(r"\s*((0?\.\d+|0)(\s+|$))+", levels)))
 STRATEGY_NAMES = ("learned", "fisher", "gradient", "entropy", "magnitude", "random", "entropy-literal")
@@ -253,7 +255,7 @@ def find_files(path: str) -> list[Path]:
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title All settings: name, default, what it may be, and what it means
+# @title All settings (1): name, default, what it may be, and what it means
 SETTINGS = {
     "model and pruning": [
         ("model", MODEL, None, "hub id, local folder, .gguf file, 'demo' (trained here), or 'auto': gpt2, or the demo"),
@@ -282,8 +284,9 @@ SETTINGS = {
         ("eval_blocks", 64, at_least(0), "test blocks that perplexity is measured on, 0 = all"),
         ("prompt", "The history of the city began", WORDS, "the start of the sample texts")],
     "fine-tuning": [
-        ("max_steps", MAX_STEPS, at_least(0), "optimizer steps, 0 = as many as --epochs needs"),
-        ("epochs", 1.0, ABOVE_ZERO, "passes over the training text where --max-steps is 0"),
+        ("max_steps", MAX_STEPS, STEPS, "optimizer steps; auto: as many as --epochs needs, where that is not given one "
+         "pass over the training text with an accelerator, 200 steps without"),
+        ("epochs", 0.0, at_least(0), "passes over the training text instead of --max-steps"),
         ("learning_rate", 1e-4, ABOVE_ZERO, "peak learning rate"),
         ("warmup", 0.1, SHARE, "share of the steps in which the learning rate rises to its peak"),
         ("weight_decay", 0.01, at_least(0), "AdamW's weight decay"),
@@ -293,6 +296,12 @@ SETTINGS = {
         ("gradient_checkpointing", False, None, "keep only each layer's input: slower, in much less memory"),
         ("control", "auto", ("auto", "yes", "no"), "fine-tune the dense model with the same budget, to compare; auto: "
          "yes, unless the model is large and the machine has no accelerator")],
+}
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title All settings (2): the sweep, the machine, the results
+SETTINGS |= {
     "sweep": [
         ("sweep", SWEEP, None, "prune with every strategy at every level below, and compare; a script stops after it"),
         ("sweep_strategies", "learned fisher gradient entropy magnitude random", STRATEGY_LIST, "separated by spaces"),
@@ -337,6 +346,7 @@ class CheckedSettings:
                 self.check(name, bool(self.train_file), "given together with train_file", "name that file too")
                 self.check("dataset", self.dataset == "auto", "left alone where files are given", "drop one of the two")
         one, in_colab = "drop one of the two", "google.colab" in sys.modules
+        self.check("epochs", not self.epochs or self.max_steps == "auto", "left alone where max_steps is given", one)
         self.check("uniform", not (self.uniform and self.reopen_heads), "off where reopen_heads is on", one)
         for name in ("uniform", "reopen_heads"):
             self.check(name, self.prune == "heads" or not getattr(self, name), "off where neurons are pruned", one)
@@ -393,6 +403,7 @@ def read_settings(arguments: list[str]) -> Settings:
     if values["resume"] not in ("auto", "no"):  # its settings, but for what is said now
         parser.set_defaults(**settings_of(values["resume"]))
         values = vars(parser.parse_args(arguments))
+    values["max_steps"] = str(values["max_steps"])  # somebody may write a number into the form
     values["control"] = {True: "yes", False: "no"}.get(values["control"], values["control"])
     return Settings(**values)
 
@@ -634,7 +645,7 @@ def free_bytes(device: torch.device) -> float:
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Batches that fit: a step that runs out of memory goes on with fewer blocks at once
+# @title How it is computed: the number format, and what was found to fit into memory
 @dataclasses.dataclass
 class Computing:
     """How over_blocks() computes, for all of the story: set once, in section 3."""
@@ -651,17 +662,22 @@ def autocast(device: torch.device):
     exact = COMPUTING.dtype == torch.float32
     return contextlib.nullcontext() if exact else torch.autocast(device.type, dtype=COMPUTING.dtype)
 
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Batches that fit: a step that runs out of memory goes on with fewer blocks at once
 def room_for_blocks(model, tokens: int, kind: str = "forward", bytes_beside: float = 0) -> int:
     """Roughly how many blocks of so many tokens have room in the memory that is free now; at least 1.
 
     A layer holds 34 bytes per token and width in 16 bits (Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198);
-    for a "backward" pass every layer does. Beside that come logits and their copies, or attention "maps".
+    for a "backward" pass every layer does. Beside that come logits and their copies, attention "maps", or two "streams"
+    of each layer in 16 bits with one layer's inputs and targets in float32.
     """
     config, backward = model.config.get_text_config(), kind == "backward"
     each = 34 * torch.finfo(COMPUTING.dtype).bits // 16 * tokens * config.hidden_size
     each *= config.num_hidden_layers if backward else 1
-    each += (12 * config.num_attention_heads * tokens**2 if kind == "maps"
-             else (24 if backward else 12) * tokens * config.vocab_size)
+    each += {"maps": 12 * config.num_attention_heads * tokens**2, "backward": 24 * tokens * config.vocab_size,
+             "forward": 12 * tokens * config.vocab_size,
+             "streams": (4 * config.num_hidden_layers + 60) * tokens * config.hidden_size}[kind]
     return max(1, int(min((free_bytes(model.device) - bytes_beside) / each, 1e9)))
 
 def fit_batch_size(function, largest: int, what: str, room: int | None = None, in_step: bool = False):
@@ -789,10 +805,10 @@ def all_at_once(model, blocks, function, what: str):
             return function(blocks[:number].to(model.device))
 
     try:
-        made = fit_batch_size(attempt, len(blocks), what, room_for_blocks(model, blocks.shape[1]))
+        made = fit_batch_size(attempt, len(blocks), what, room_for_blocks(model, blocks.shape[1], "streams"))
     except FloatingPointError:
         compute_wider(model, blocks[:1], what)
-        made = fit_batch_size(attempt, len(blocks), what, room_for_blocks(model, blocks.shape[1]))
+        made = fit_batch_size(attempt, len(blocks), what, room_for_blocks(model, blocks.shape[1], "streams"))
     return same_everywhere(made)
 
 
@@ -1097,6 +1113,9 @@ def start_settings(more: str) -> Settings:
     except ValueError as error:
         raise UserError(f"MORE is {more!r}, but must be options as in a shell ({error}): correct it.") from None
     settings = choose_sources(read_settings(words))
+    if settings.max_steps == "auto" and not settings.epochs:
+        slow = find_device(settings.device).type == "cpu"
+        settings = dataclasses.replace(settings, **({"max_steps": "200"} if slow else {"epochs": 1.0}))
     print("\n".join(f"{name:>22}  {value}" for name, value in dataclasses.asdict(settings).items() if value != ""))
     return settings
 
@@ -1546,9 +1565,10 @@ def pack_all(text: dict[str, str], tokenizer, model, settings: Settings) -> dict
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title The number format of the saved weights: that of the weights as they came, or the one that was chosen
 def describe_model(model, settings: Settings) -> dict:
-    """What the record says of a model that was just loaded."""
+    """What the record says of a model that was just loaded; the model is told the format that it will be saved in."""
     formats = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     saved = formats.get(settings.save_format, model.came_in if model.came_in in formats.values() else torch.float32)
+    model.saved_in = saved
     return {"class": type(model).__name__, "parameters": model.num_parameters(),
             "came_in": str(model.came_in).removeprefix("torch."), "saved_in": str(saved).removeprefix("torch."),
             "file_bytes": None if settings.model == "demo" else weights_on_disk(settings.model, settings.revision)}
@@ -1673,10 +1693,10 @@ def find_neurons(model) -> list[Units]:
         raise UserError(f"the layers of {type(model).__name__} have different numbers of neurons: take --prune heads.")
     return layers
 
-def find_units(model) -> list[tuple[Units, ...]]:
-    """Layer by layer the units that are pruned in this model: its heads, its neurons, or both (`model.prunes`)."""
+def find_units(model, kind: str = "") -> list[tuple[Units, ...]]:
+    """Layer by layer the units of a kind ("heads", "neurons", "both"), without one of the kind that is pruned here."""
     kinds = {"heads": (find_heads,), "neurons": (find_neurons,), "both": (find_heads, find_neurons)}
-    return list(zip(*(find(model) for find in kinds[getattr(model, "prunes", "heads")])))
+    return list(zip(*(find(model) for find in kinds[kind or getattr(model, "prunes", "heads")])))
 
 def number_of_heads(model) -> int:
     """The number of heads in a row of the gates (layers, units), where they come before the neurons."""
@@ -1747,6 +1767,16 @@ def remove_gates(model) -> None:
         if hasattr(units.projection, "gates"):
             units.projection.gate_hook.remove()
             del units.projection.gates, units.projection.gate_hook
+
+def prune_only(model, kind: str) -> None:
+    """Tells a model what is pruned in it: "heads", "neurons" or "both". Closed gates of the same kind stay closed.
+
+    Raises UserError, before anything is changed, where the model has not what is to be pruned.
+    """
+    if find_units(model, kind) and getattr(model, "prunes", "heads") != kind:
+        remove_gates(model)
+    model.prunes = kind
+    add_gates(model)
 
 @contextlib.contextmanager
 def all_open(model):
@@ -2238,10 +2268,7 @@ def check_reach(model, settings: Settings) -> None:
 
 def plan_closing(model, settings: Settings) -> str:
     """What the settings will close, in words; the model is told. Raises UserError where they cannot."""
-    if getattr(model, "prunes", "heads") != settings.prune:  # else closed gates stay closed, where the cell runs again
-        remove_gates(model)
-    model.prunes = settings.prune
-    add_gates(model)
+    prune_only(model, settings.prune)
     layers, heads = len(find_units(model)), number_of_heads(model)
     neurons, level = sum(units.number for units in find_units(model)[0]) - heads, settings.pruning_level
     wanted, words = 0, f"{layers * heads} heads and {layers * neurons} neurons, {level:.0%} of whose parameters will go"
@@ -2293,7 +2320,8 @@ def perplexity(model, blocks: torch.Tensor) -> float:
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Recording a stage: its test perplexity, a sample, and the conditions that belong to the numbers
 STAGES = {"dense": "dense, untouched", "pruned": "pruned", "repaired": "pruned + repaired",
-          "fine_tuned": "pruned + fine-tuned", "dense_fine_tuned": "dense + fine-tuned"}
+          "fine_tuned": "pruned + fine-tuned", "dense_fine_tuned": "dense + fine-tuned",
+          "fine_tuned_as_long": "pruned + fine-tuned for the same time"}
 
 @torch.no_grad()
 def sample(model, tokenizer, prompt: str, new_tokens: int = 40) -> str:
@@ -2831,6 +2859,62 @@ def gates_for(model, importance: torch.Tensor, settings: Settings) -> torch.Tens
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
+# @title What gates save, by arithmetic: parameters, bytes, FLOPs
+def lost_weights(layer: Units, row: torch.Tensor) -> tuple[int, int]:
+    """(parameters, weights of matrix products) that go where a layer keeps the heads that `row` (heads,) says."""
+    freed, biases = int((~row).sum()) * layer.output_weight[0].numel(), 0
+    parts = find_rows(layer.module, layer.number, layer.size)
+    for name, rows in parts:
+        if norm_over_heads(layer.module, name) is None:
+            projection = getattr(layer.module, name)
+            closed = int((~row.view(len(rows), -1).any(1)).sum()) * rows.shape[1]  # outputs that nobody reads
+            freed += closed * inputs_first(projection).shape[0]
+            biases += closed * (projection.bias is not None)
+    shared = len(parts[1][1])
+    for _, parameter, of_queries in head_parameters(layer.module, layer.number, shared, layer.size):
+        open_rows = row if of_queries else row.view(shared, -1).any(1)
+        biases += int((~open_rows).sum()) * parameter[0].numel()
+    return freed + biases, freed
+
+def predict_cost(model, gates: torch.Tensor, tokens: int) -> dict[str, float]:
+    """`parameters` and `flops_per_token` of the model with only the heads that gates (layers, heads) leave.
+
+    A closed query head frees its rows of the query projection and its columns of the output projection; a key/value
+    head is free when no open head reads it any more. FLOPs are those of matrix products in texts of `tokens` tokens.
+    """
+    products = sum(m.weight.numel() for m in model.modules() if isinstance(m, (torch.nn.Linear, Conv1D)))
+    layers, parameters, heads = find_heads(model), model.num_parameters(), number_of_heads(model)
+    for (*_, units), row in zip(find_units(model), gates == 0):
+        if units.kind == "neurons":
+            inputs = [part for part in units.module.children() if isinstance(part, (torch.nn.Linear, Conv1D))
+                      and inputs_first(part).shape[1] in (units.number, 2 * units.number)]
+            closed, weights = int(row[heads:].sum()), [*own_weights(units), units.output_weight]
+            biases = sum(inputs_first(part).shape[1] // units.number for part in inputs if part.bias is not None)
+            freed = closed * sum(weight[0].numel() for weight in weights)
+            parameters, products = parameters - freed - closed * biases, products - freed
+    open_heads = gates[:, :heads] != 0 if heads else torch.ones(len(layers), layers[0].number, dtype=torch.bool)
+    for layer, row in zip(layers, open_heads):
+        if row.any() or getattr(model, "needs_heads", False):
+            row = row if row.any() else torch.arange(layer.number) == 0
+            fewer, freed = lost_weights(layer, row)
+        else:  # all goes but the output projection's bias
+            freed = sum(m.weight.numel() for m in layer.module.modules() if isinstance(m, (torch.nn.Linear, Conv1D)))
+            bias = layer.projection.bias
+            fewer = sum(p.numel() for p in layer.module.parameters()) - (0 if bias is None else bias.numel())
+        parameters, products = parameters - fewer, products - freed
+    attention = 4 * tokens * layers[0].size * int(open_heads.sum())
+    return {"parameters": parameters, "flops_per_token": 2 * products + attention}
+
+def words_for_size(model, gates: torch.Tensor, tokens: int) -> str:
+    """predict_cost() of gates (layers, units) in words, beside the dense model's."""
+    before, after = (predict_cost(model, table, tokens) for table in (torch.ones_like(gates), gates))
+    fewer, less = (f"{after[name] / before[name] - 1:+.1%}" for name in ("parameters", "flops_per_token"))
+    saved = after["parameters"] * getattr(model, "saved_in", torch.float32).itemsize
+    return (f"{after['parameters'] / 1e6:,.2f} M parameters ({fewer}), {saved / 1e6:,.1f} MB as saved, "
+            f"{after['flops_per_token'] / 1e6:,.1f} MFLOP a token ({less})")
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
 # @title The record of what was closed
 def describe_neurons(model, gates: torch.Tensor) -> dict | None:
     """Counts for the record, of gates (layers, units); None where neurons are not pruned."""
@@ -2899,6 +2983,8 @@ def close_heads(run: Run, model, tokenizer, gates: torch.Tensor, blocks: torch.T
     print(f"heads lost, layer by layer: {' '.join(map(str, run.metrics['heads']['closed_per_layer']))}")
     if run.metrics["neurons"]:
         print(f"neurons left, layer by layer: {' '.join(map(str, run.metrics['neurons']['open_per_layer']))}")
+    if can_compact(model):
+        print(f"when that is cut out: {words_for_size(model, gates, blocks.shape[1])}")
 
 
 # %%
@@ -2917,54 +3003,6 @@ if __name__ == "__main__":
 # where it matters least, × where its gate is closed. Drag the level, change the strategy, click single
 # heads; see what the smaller model would weigh, measure it on validation text, let it write. Nothing of
 # that touches the run, until you press *Take it*: then go on from section 11.
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title What a choice of heads saves, by arithmetic
-def lost_weights(layer: Units, row: torch.Tensor) -> tuple[int, int]:
-    """(parameters, weights of matrix products) that go where a layer keeps the heads that `row` (heads,) says."""
-    freed, biases = int((~row).sum()) * layer.output_weight[0].numel(), 0
-    parts = find_rows(layer.module, layer.number, layer.size)
-    for name, rows in parts:
-        if norm_over_heads(layer.module, name) is None:
-            projection = getattr(layer.module, name)
-            closed = int((~row.view(len(rows), -1).any(1)).sum()) * rows.shape[1]  # outputs that nobody reads
-            freed += closed * inputs_first(projection).shape[0]
-            biases += closed * (projection.bias is not None)
-    shared = len(parts[1][1])
-    for _, parameter, of_queries in head_parameters(layer.module, layer.number, shared, layer.size):
-        open_rows = row if of_queries else row.view(shared, -1).any(1)
-        biases += int((~open_rows).sum()) * parameter[0].numel()
-    return freed + biases, freed
-
-def predict_cost(model, gates: torch.Tensor, tokens: int) -> dict[str, float]:
-    """`parameters` and `flops_per_token` of the model with only the heads that gates (layers, heads) leave.
-
-    A closed query head frees its rows of the query projection and its columns of the output projection; a key/value
-    head is free when no open head reads it any more. FLOPs are those of matrix products in texts of `tokens` tokens.
-    """
-    products = sum(m.weight.numel() for m in model.modules() if isinstance(m, (torch.nn.Linear, Conv1D)))
-    layers, parameters, heads = find_heads(model), model.num_parameters(), number_of_heads(model)
-    for (*_, units), row in zip(find_units(model), gates == 0):
-        if units.kind == "neurons":
-            inputs = [part for part in units.module.children() if isinstance(part, (torch.nn.Linear, Conv1D))
-                      and inputs_first(part).shape[1] in (units.number, 2 * units.number)]
-            closed, weights = int(row[heads:].sum()), [*own_weights(units), units.output_weight]
-            biases = sum(inputs_first(part).shape[1] // units.number for part in inputs if part.bias is not None)
-            freed = closed * sum(weight[0].numel() for weight in weights)
-            parameters, products = parameters - freed - closed * biases, products - freed
-    open_heads = gates[:, :heads] != 0 if heads else torch.ones(len(layers), layers[0].number, dtype=torch.bool)
-    for layer, row in zip(layers, open_heads):
-        if row.any() or getattr(model, "needs_heads", False):
-            row = row if row.any() else torch.arange(layer.number) == 0
-            fewer, freed = lost_weights(layer, row)
-        else:  # all goes but the output projection's bias
-            freed = sum(m.weight.numel() for m in layer.module.modules() if isinstance(m, (torch.nn.Linear, Conv1D)))
-            bias = layer.projection.bias
-            fewer = sum(p.numel() for p in layer.module.parameters()) - (0 if bias is None else bias.numel())
-        parameters, products = parameters - fewer, products - freed
-    attention = 4 * tokens * layers[0].size * int(open_heads.sum())
-    return {"parameters": parameters, "flops_per_token": 2 * products + attention}
-
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title A panel: one long job at a time, in a thread, with a bar, and whatever goes wrong is said in it
@@ -3096,11 +3134,7 @@ class ExplorerView(Panel):
         if neurons := describe_neurons(self.model, self.gates):
             words += f" · {neurons['closed']:,} of {neurons['total']:,} neurons closed"
         if can_compact(self.model):
-            before, after = (predict_cost(self.model, gates, self.settings.block_length)
-                             for gates in (torch.ones_like(self.gates), self.gates))
-            changes = {name: after[name] / before[name] - 1 for name in after}
-            words += (f" · {after['parameters'] / 1e6:.2f} M parameters ({changes['parameters']:+.1%}) · "
-                      f"{after['flops_per_token'] / 1e6:,.1f} MFLOP a token ({changes['flops_per_token']:+.1%})")
+            words += f" · {words_for_size(self.model, self.gates, self.settings.block_length)}"
         self.counts.value = words
 
 
@@ -3480,7 +3514,7 @@ def closed_share(model, gates: torch.Tensor) -> float:
     return ((costs * (gates == 0)).sum() / costs.sum()).item()
 
 def sweep(model, texts: tuple[torch.Tensor, ...], settings: Settings, file: Path, known=()) -> list[dict]:
-    """Prunes with every strategy at every level: a list of {strategy, level, closed, pruned, repaired}.
+    """Prunes with every strategy at every level: a list of {strategy, level, closed, …, pruned, repaired}.
 
     `texts` are the blocks (n, time) to score on, to repair on and to test on. Points that are in `file` or `known` are
     not computed again. Raises UserError, before anything is computed, for a level that is out of reach.
@@ -3501,7 +3535,7 @@ def sweep(model, texts: tuple[torch.Tensor, ...], settings: Settings, file: Path
             gates = gates_for(model, importance, dataclasses.replace(settings, pruning_level=level))
             set_gates(model, gates)
             point = {"strategy": name, "level": level, "closed": int((gates == 0).sum()),
-                     "share": closed_share(model, gates),
+                     "share": closed_share(model, gates), **predict_cost(model, gates, test.shape[1]),
                      "pruned": perplexity(model, test), "repaired": None}
             if settings.repair:
                 point["repaired"] = perplexity(repair(model, repair_text) if point["closed"] else model, test)
@@ -3554,24 +3588,83 @@ def draw_sweep(points: list[dict], dense: float, kind: str = "heads") -> Figure:
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
+# @title Heads, neurons or both? The run's strategy with each of the three, against size and speed
+@contextlib.contextmanager
+def pruning(model, kind: str):
+    """Within it another kind of units is pruned in the model; afterwards its gates are as they were."""
+    before, gates = getattr(model, "prunes", "heads"), get_gates(model)
+    prune_only(model, kind)
+    try:
+        yield
+    finally:
+        prune_only(model, before)
+        set_gates(model, gates)
+
+def sweep_kinds(run: Run, model, texts: tuple[torch.Tensor, ...]) -> dict[str, list[dict]]:
+    """sweep() on blocks (n, time) with the run's strategy for heads, neurons and both, as far as there are such."""
+    found = {}
+    for kind in ("heads", "neurons", "both"):
+        try:
+            settings = dataclasses.replace(run.settings, prune=kind, sweep_strategies=run.settings.strategy)
+            with pruning(model, kind):
+                found[kind] = sweep(model, texts, settings, sweep_file(run, settings, texts))
+        except UserError as error:  # no neurons, or a level that is out of reach there
+            print(f"{kind}: left out, {error}")
+    return found
+
+def draw_frontier(frontier: dict[str, list[dict]], dense: dict, strategy: str) -> Figure:
+    """Perplexity (log axis) against parameters and FLOPs, a line for each kind, repaired; the dense model is a point.
+
+    The title says how small each kind makes the model with at most a tenth more perplexity.
+    """
+    figure, end = new_figure(11, 4.2), lambda point: point["repaired"] or point["pruned"]
+    axes, within = figure.subplots(1, 2, sharey=True), []
+    looks = {"heads": ("#0072B2", "o"), "neurons": ("#009E73", "s"), "both": ("#D55E00", "^")}
+    units = {"parameters": "parameters, million", "flops_per_token": "forward pass, MFLOP per token"}
+    for kind, points in frontier.items():
+        fine = [point["parameters"] for point in points if end(point) <= 1.1 * dense["perplexity"]]
+        within.append(f"{kind} {1 - min([*fine, dense['parameters']]) / dense['parameters']:.0%}")
+        for part, (name, label) in zip(axes, units.items()):
+            line = sorted((point[name] / 1e6, end(point)) for point in points)
+            part.plot(*zip(*line, (dense[name] / 1e6, dense["perplexity"])), color=looks[kind][0],
+                      marker=looks[kind][1], label=kind)
+            part.set(xlabel=label, yscale="log")
+    for part, name in zip(axes, units):
+        part.plot(dense[name] / 1e6, dense["perplexity"], "o", color="#000000", markersize=9, label="dense")
+        part.grid(alpha=0.3, which="both")
+        part.yaxis.set_major_formatter("{x:g}")
+        part.yaxis.set_minor_formatter("{x:g}")
+        part.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("test perplexity (log scale)")
+    axes[1].legend(frameon=False, fontsize=9)
+    figure.suptitle(f"Parameters gone within +10 % perplexity, by {strategy}: {', '.join(within)}", fontsize=11)
+    return figure
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
 # @title The sweep, recorded and shown; a script ends with it
 def run_sweep(run: Run, model, texts: tuple[torch.Tensor, ...]) -> None:
     """sweep() on blocks (n, time), recorded, as a CSV file, and shown; what sections 9 and 11 measured is known."""
-    heads, values, settings = run.metrics["heads"], run.metrics["perplexity"], run.settings
-    own = {"strategy": settings.strategy, "level": settings.pruning_level,
-           "closed": heads["closed"] + (run.metrics["neurons"] or {"closed": 0})["closed"],
-           "share": closed_share(model, get_gates(model)),
+    heads, values, settings, gates = run.metrics["heads"], run.metrics["perplexity"], run.settings, get_gates(model)
+    own = {"strategy": settings.strategy, "level": settings.pruning_level, "closed": int((gates == 0).sum()),
+           "share": closed_share(model, gates), **predict_cost(model, gates, texts[-1].shape[1]),
            "pruned": values["pruned"], "repaired": values.get("repaired")}
     with run.step("sweep"):
         known = [own] if own["closed"] and not heads["by_hand"] else []
         points = run.metrics["sweep"] = sweep(model, texts, settings, sweep_file(run, settings, texts), known)
+        frontier = run.metrics["frontier"] = sweep_kinds(run, model, texts)
         if run.writes:
             with (run.folder / "sweep.csv").open("w", newline="") as file:
-                table = csv.DictWriter(file, points[0])
+                rows = [{"prune": settings.prune} | point for point in points]
+                rows += [{"prune": kind} | point for kind in frontier if kind != settings.prune
+                         for point in frontier[kind]]
+                table = csv.DictWriter(file, rows[0])
                 table.writeheader()
-                table.writerows(points)
+                table.writerows(rows)
     show_markdown(sweep_table(points, values["dense"]) + "\n\n" + conditions(run.metrics))
     run.show(draw_sweep(points, values["dense"], settings.prune), "sweep.png")
+    dense = predict_cost(model, torch.ones_like(gates), texts[-1].shape[1]) | {"perplexity": values["dense"]}
+    run.show(draw_frontier(frontier, dense, settings.strategy), "frontier.png", width=1000)
     if not in_notebook():
         if run.writes:
             print(f"results: {run.finish()}")
@@ -3594,7 +3687,7 @@ def find_level(run: Run, model, importance: torch.Tensor, texts: tuple[torch.Ten
 
     `texts` are blocks (n, time) to repair on and to look at. The gates stay as they were.
     """
-    repair_text, seen = texts
+    (repair_text, seen), length = texts, run.settings.block_length
     with all_open(model):
         dense = perplexity(model, seen)
         low, high, points = 0.0, 1.0, []
@@ -3607,9 +3700,11 @@ def find_level(run: Run, model, importance: torch.Tensor, texts: tuple[torch.Ten
                 continue
             set_gates(model, gates)
             value = perplexity(repair(model, repair_text) if run.settings.repair else model, seen)
-            points.append({"level": level, "perplexity": value, "within": value <= dense * (1 + run.settings.max_loss)})
+            points.append({"level": level, "perplexity": value, **predict_cost(model, gates, length),
+                           "within": value <= dense * (1 + run.settings.max_loss)})
             low, high = (level, high) if points[-1]["within"] else (low, level)
-            print(f"level {level:.3f}: validation perplexity {value:.2f}, {value / dense - 1:+.1%}")
+            size = words_for_size(model, gates, length)
+            print(f"level {level:.3f}: validation perplexity {value:.2f}, {value / dense - 1:+.1%}; {size}")
     run.metrics["level"] = {"dense": dense, "found": low, "points": points}
     return low
 
@@ -3733,11 +3828,15 @@ def check_compact(run: Run, model, pruned, block: torch.Tensor) -> str:
     run.metrics["size"] = {}
     if not can_compact(model):
         return f"{type(model).__name__} keeps its gates, and its size: {why_not_compact(model)}."
+    def compute():
+        with without_gates(model):
+            return {}, measure_sizes({"dense": model, "pruned": small}, block)
+
     with run.step("compact"):
         small = compact(pruned)
         difference = run.metrics["compact_difference"] = largest_difference(pruned, small, block)
-        with without_gates(model):
-            sizes = run.metrics["size"] = measure_sizes({"dense": model, "pruned": small}, block)
+        _, sizes = run.load_or_compute("size", (model, pruned, block), compute)
+        run.metrics["size"] = sizes
         for size in sizes.values():
             size["bytes"] = size["parameters"] * saved_format(run).itemsize
         for stage in {"pruned", "repaired"} & set(run.metrics["parameters"]):
@@ -3772,7 +3871,8 @@ if __name__ == "__main__":
 # %%
 def training_plan(settings: Settings, blocks: torch.Tensor) -> dict:
     """What decides the result of training on blocks (n, time), as TrainingArguments takes it."""
-    steps = settings.max_steps or math.ceil(settings.epochs * len(blocks) / settings.batch_size)
+    passes, given = settings.epochs or 1, settings.max_steps
+    steps = math.ceil(passes * len(blocks) / settings.batch_size) if given == "auto" else int(given)
     return {"max_steps": steps, "learning_rate": settings.learning_rate, "weight_decay": settings.weight_decay,
             "warmup_steps": round(settings.warmup * steps), "lr_scheduler_type": "cosine", "max_grad_norm": 1.0,
             "seed": settings.seed}
@@ -4087,6 +4187,9 @@ def fine_tune_pruned(run: Run, model, pruned, blocks: dict[str, torch.Tensor]):
     tuned = record_reopened(run, model, tuned) if settings.reopen_heads else tuned
     return rounded(tuned, saved_format(run))  # so that what is measured is what is saved
 
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title The controls: the dense model with the same steps, the pruned one for the same time
 def fine_tune_dense(run: Run, model, tokenizer, blocks: dict[str, torch.Tensor], test_blocks: torch.Tensor) -> None:
     """Fine-tunes the dense model on blocks (n, time) with the same budget, where that is wanted, and measures it."""
     run.metrics.get("training", {}).pop("dense_fine_tuned", None)
@@ -4098,6 +4201,28 @@ def fine_tune_dense(run: Run, model, tokenizer, blocks: dict[str, torch.Tensor],
         settings, make = dataclasses.replace(run.settings, reopen_heads=False), functools.partial(copy.deepcopy, model)
         tuned = rounded(fine_tuned(run, "dense_fine_tuned", make, blocks, settings), saved_format(run))
     measure(run, "dense_fine_tuned", tuned, tokenizer, test_blocks)
+
+def steps_in_the_same_time(metrics: dict, steps: int, teaching: bool) -> int:
+    """Steps of the compact model in the time of so many of the dense one, by the speeds that section 13 measured."""
+    dense, small = metrics["size"]["dense"], metrics["size"]["pruned"]
+    teacher = 1 / dense["forward_tokens_per_second"] if teaching else 0.0
+    return round(steps / dense["training_tokens_per_second"] / (1 / small["training_tokens_per_second"] + teacher))
+
+def fine_tune_as_long(run: Run, model, pruned, tokenizer, blocks: dict[str, torch.Tensor], test_blocks: torch.Tensor):
+    """Fine-tunes the compact model on blocks (n, time) for as long as the dense one took, and measures it."""
+    run.metrics.get("training", {}).pop("fine_tuned_as_long", None)
+    if "dense_fine_tuned" not in run.metrics["perplexity"] or not run.metrics["size"] or run.settings.reopen_heads:
+        return
+    same = run.metrics["training"]["fine_tuned"]["planned_steps"]
+    steps = steps_in_the_same_time(run.metrics, same, run.settings.distillation > 0)
+    print(f"The dense model makes {same} steps in the time in which the smaller one makes {steps}.")
+    if steps == same:
+        return
+    settings = dataclasses.replace(run.settings, max_steps=str(max(steps, 1)), epochs=0.0)
+    with run.step("fine-tune for the same time"):
+        make = functools.partial(compact, pruned)
+        tuned = fine_tuned(run, "fine_tuned_as_long", make, blocks, settings, teacher=model)
+    measure(run, "fine_tuned_as_long", rounded(tuned, saved_format(run)), tokenizer, test_blocks)
 
 
 # %%
@@ -4116,10 +4241,19 @@ if __name__ == "__main__":
     fine_tune_dense(run, model, tokenizer, blocks, test_blocks)
 
 # %% [markdown]
+# **The same time.** A smaller model makes more steps in an hour. Who pays for hours wants to know what it
+# reaches in the time in which the dense model made its own.
+
+# %%
+if __name__ == "__main__":
+    fine_tune_as_long(run, model, pruned, tokenizer, blocks, test_blocks)
+
+# %% [markdown]
 # <a name="15.-Compare"></a>
 # ## 15. Compare
 #
-# The numbers side by side. *Pruned + fine-tuned* against *dense + fine-tuned* is what pruning really cost.
+# The numbers side by side. *Pruned + fine-tuned* against *dense + fine-tuned* is what pruning really cost at
+# the same number of steps; *for the same time*, what it cost where time is what you pay for.
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title The comparison as a table
@@ -4132,7 +4266,8 @@ def comparison(metrics: dict) -> str:
     """The comparison as a Markdown table."""
     heads, dense = metrics["heads"], metrics["perplexity"]["dense"]
     after = metrics.get("heads_after_fine_tuning", heads)
-    closed = {"pruned": heads["closed"], "repaired": heads["closed"], "fine_tuned": after["closed"]}
+    closed = {"pruned": heads["closed"], "repaired": heads["closed"], "fine_tuned": after["closed"],
+              "fine_tuned_as_long": heads["closed"]}
     model, bits = metrics["model"], getattr(torch, metrics["model"]["saved_in"]).itemsize
     neurons = metrics.get("neurons")
     more = " neurons |" if neurons else ""
@@ -4160,7 +4295,7 @@ def finding(metrics: dict) -> str:
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title The comparison as a picture (1): its parts
 COLOR = {"dense": "#999999", "pruned": "#D55E00", "repaired": "#E69F00", "fine_tuned": "#0072B2",
-         "dense_fine_tuned": "#56B4E9"}
+         "dense_fine_tuned": "#56B4E9", "fine_tuned_as_long": "#009E73"}
 
 def plot_perplexities(axes, values: dict[str, float]) -> None:
     """Perplexity of every stage, on a log axis, as the distance from the dense model."""

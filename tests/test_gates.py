@@ -33,9 +33,7 @@ def test_multiplying_returned_attention_weights_is_not_a_gate(tokens, gates):
 
     def close(model, gates):
         for layer, row in zip(nb.find_heads(model), gates):
-            layer.module.register_forward_hook(
-                lambda module, args, out, row=row: (out[0], out[1] * row[:, None, None])
-            )
+            layer.module.register_forward_hook(lambda module, args, out, row=row: (out[0], out[1] * row[:, None, None]))
 
     model = make("gpt2")
     model.set_attn_implementation("eager")

@@ -174,6 +174,7 @@ def test_what_has_no_neurons_to_prune_is_said():
         model = families.make(name)
         with pytest.raises(nb.UserError, match="neurons of .* cannot be found in .*experts.*take --prune heads"):
             nb.plan_closing(model, nb.Settings(prune="both"))
+        assert nb.plan_closing(model, nb.Settings(prune="heads")), "and the cell, run again, takes the other setting"
     with pytest.raises(nb.UserError, match="different numbers of neurons: take --prune heads"):
         nb.plan_closing(families.make("DeepSeek V3"), nb.Settings(prune="neurons"))
     for changes in (dict(uniform=True), dict(reopen_heads=True), dict(strategy="entropy-literal")):

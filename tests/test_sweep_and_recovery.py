@@ -3,6 +3,7 @@
 import copy
 import json
 
+import families
 import pytest
 import torch
 from conftest import make
@@ -91,6 +92,67 @@ def test_the_points_of_a_sweep_are_right(place, blocks):
         "gradient",
         "random",
     ]
+
+
+def test_kinds_of_units_are_compared_by_what_they_leave(place, blocks, capsys):
+    settings, run, _ = place
+    settings = run.settings = nb.dataclasses.replace(settings, strategy="gradient", sweep_levels="0.25 0.5")
+    run.metrics["perplexity"]["dense"] = 1.0
+    model = make("llama")
+    nb.add_gates(model)
+    closed = torch.tensor([[1.0, 0, 1, 1], [1, 1, 0, 1]])
+    nb.set_gates(model, closed)
+    found = nb.sweep_kinds(run, model, three(blocks))
+    assert list(found) == ["heads", "neurons", "both"] and all(len(points) == 2 for points in found.values())
+    assert torch.equal(nb.get_gates(model), closed) and model.prunes == "heads", "the model is as it was"
+    other = make("llama")
+    nb.prune_only(other, "both")
+    importance = nb.get_strategy("gradient").score(other, blocks["validation"])
+    wanted = nb.dataclasses.replace(settings, prune="both", pruning_level=0.5)
+    nb.set_gates(other, nb.gates_for(other, importance, wanted))
+    point = found["both"][1]
+    assert point["pruned"] == pytest.approx(nb.perplexity(other, blocks["test"]))
+    small = nb.compact(other)
+    assert point["parameters"] == small.num_parameters()
+    assert point["flops_per_token"] == pytest.approx(nb.count_flops(small, blocks["test"][:1]), rel=0.01)
+    dense = nb.predict_cost(model, torch.ones_like(closed), 16) | {"perplexity": nb.perplexity(small, blocks["test"])}
+    figure = nb.draw_frontier(found, dense, "gradient")
+    drawn = [line.get_label() for line in figure.axes[0].get_lines()]
+    assert drawn == ["heads", "neurons", "both", "dense"] and "within +10 %" in figure.get_suptitle()
+    assert not capsys.readouterr().out
+
+    experts = families.make("Mixtral")
+    nb.add_gates(experts)
+    text = {split: part % 80 for split, part in blocks.items()}
+    assert list(nb.sweep_kinds(run, experts, three(text))) == ["heads"]
+    assert "neurons: left out, the neurons of" in capsys.readouterr().out
+
+
+def test_the_smaller_model_is_trained_for_the_same_time(place, blocks, monkeypatch, capsys):
+    speeds = {
+        "dense": {"training_tokens_per_second": 100, "forward_tokens_per_second": 300},
+        "pruned": {"training_tokens_per_second": 125, "forward_tokens_per_second": 400},
+    }
+    assert nb.steps_in_the_same_time({"size": speeds}, 100, teaching=False) == 125
+    assert nb.steps_in_the_same_time({"size": speeds}, 100, teaching=True) == 88, "0.01 / (0.008 + 0.00333)"
+    _, run, _ = place
+    run.metrics["model"] = {"saved_in": "float32"}
+    model = make("opt")
+    nb.add_gates(model)
+    nb.set_gates(model, torch.tensor([[1.0, 0, 1, 1], [1, 1, 0, 1]]))
+    asked = []
+    monkeypatch.setattr(nb, "measure", lambda run, stage, tuned, *_: asked.append((stage, tuned.num_parameters())))
+    nb.fine_tune_as_long(run, model, model, None, blocks, blocks["test"])
+    assert not asked, "without a control there is nothing to compare with"
+    run.metrics["perplexity"]["dense_fine_tuned"] = 1.0
+    run.metrics["training"] = {"fine_tuned": {"planned_steps": 8}}
+    for speed, steps in ((100, 8), (125, 10)):
+        speeds["pruned"]["training_tokens_per_second"] = speed
+        run.metrics["size"] = speeds
+        nb.fine_tune_as_long(run, model, model, None, blocks, blocks["test"])
+        assert f"in the time in which the smaller one makes {steps}" in capsys.readouterr().out
+    assert asked == [("fine_tuned_as_long", nb.compact(model).num_parameters())]
+    assert run.metrics["training"]["fine_tuned_as_long"]["planned_steps"] == 10
 
 
 def test_a_level_out_of_reach_is_refused_before_anything_is_computed(place, blocks):

@@ -97,7 +97,10 @@ BAD = [
     (dict(device="gpu"), "device is 'gpu'.*auto, cuda, tpu, mps, cpu"),
     (dict(block_length=1), "block_length is 1.*at least 2"),
     (dict(batch_size=0), "batch_size is 0.*at least 1"),
-    (dict(max_steps=-1), "max_steps is -1.*at least 0"),
+    (dict(max_steps=-1), "max_steps is -1.*'auto' or a number of steps, at least 1"),
+    (dict(max_steps="many"), "max_steps is 'many'.*'auto' or a number of steps"),
+    (dict(max_steps="0"), "max_steps is '0'.*at least 1"),
+    (dict(max_steps="50", epochs=2.0), "epochs is 2.0.*left alone where max_steps is given: drop one"),
     (dict(prompt="  "), "prompt is '  '"),
     (dict(train_file="missing.txt"), "train_file is 'missing.txt'.*an existing file"),
     (dict(train_file=__file__), r"\.py'.*of a kind that can be read .*\.txt, \.md, \.jsonl.*convert it first"),
@@ -240,3 +243,20 @@ def test_more_takes_options_as_a_shell_does(monkeypatch):
     ):
         with pytest.raises(nb.UserError, match=said):
             nb.start_settings(more)
+
+
+def test_the_budget_is_steps_on_a_processor_and_a_pass_on_an_accelerator(monkeypatch):
+    blocks = torch.zeros(10, 8, dtype=torch.long)
+
+    def steps(*words, device="cpu"):
+        monkeypatch.setattr(nb.sys, "argv", ["script", "--model", "demo", "--batch-size", "4", *words])
+        monkeypatch.setattr(nb, "find_device", lambda choice: torch.device(device))
+        return nb.training_plan(nb.start_settings(""), blocks)["max_steps"]
+
+    monkeypatch.setattr(nb.sys, "excepthook", nb.sys.excepthook)
+    assert steps() == 200 and steps(device="cuda") == 3, "10 blocks are three batches of four"
+    for device in ("cpu", "cuda"):
+        assert steps("--epochs", "2", device=device) == 5
+        assert steps("--max-steps", "7", device=device) == 7
+    monkeypatch.setattr(nb, "MAX_STEPS", 30)  # a number, written into the form
+    assert steps() == 30

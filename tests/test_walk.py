@@ -49,7 +49,8 @@ def test_the_script_says_that_it_is_the_demo_and_how_to_use_a_real_model(script_
 
 def test_the_record_holds_everything(results):
     metrics = json.loads((results / "metrics.json").read_text())
-    assert list(metrics["perplexity"]) == ["dense", "pruned", "repaired", "fine_tuned", "dense_fine_tuned"]
+    stages = list(metrics["perplexity"])  # the last one only where the smaller model makes more steps in the same time
+    assert stages[:5] == ["dense", "pruned", "repaired", "fine_tuned", "dense_fine_tuned"] and len(stages) <= 6
     assert metrics["perplexity"]["dense"] < 200, "the demo model has learned something"
     assert metrics["perplexity"]["dense"] != metrics["perplexity"]["pruned"]
     assert metrics["settings"]["model"] == "demo" and metrics["settings"]["pruning_level"] == 0.3

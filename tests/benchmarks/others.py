@@ -1,12 +1,13 @@
-"""Our pruning beside that of others, on the same OPT model, text and level: perplexity after pruning and fine-tuning.
+"""Our pruning beside that of others, on the same OPT model and text, with equally many parameters removed.
 
-    python3 -m venv tp && tp/bin/pip install 'torch>=2.9,<2.14' torch-pruning==1.6.0 transformers==4.46.3 safetensors
-    python tests/benchmarks/others.py --torch-pruning tp/bin/python OPTIONS
+    python3 -m venv tp && tp/bin/pip install 'torch>=2.9,<2.14' torch-pruning==1.6.1 transformers==4.46.3 safetensors
+    python tests/benchmarks/others.py --torch-pruning tp/bin/python --prune both --pruning-level 0.2 OPTIONS
 
-OPTIONS are those of PruningAndFineTuningColab.py; --model has to be a local OPT. The user's original rule is
-`entropy-literal`, Michel et al.'s score is `gradient`. Torch-Pruning chooses heads in a process of its own, under a
-time limit, because it cannot trace the models of transformers 5; its choice is then closed here with gates, which
-must give the perplexity that it measured itself.
+OPTIONS are those of PruningAndFineTuningColab.py; --model has to be a local OPT. Perplexity after pruning, after
+repair, and after fine-tuning. The user's original rule is `entropy-literal` (heads only), Michel et al.'s score is
+`gradient`. `Wanda` is weight norm x input norm (Sun et al. 2023, https://arxiv.org/abs/2306.11695), the same share in
+every layer, as theirs. Torch-Pruning chooses in a process of its own, under a time limit, because it cannot trace the
+models of transformers 5; its choice is then closed here with gates, which must give the perplexity that it measured.
 """
 
 import argparse
@@ -19,9 +20,52 @@ import time
 from pathlib import Path
 
 import torch
+import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import PruningAndFineTuningColab as nb
+
+transformers.utils.logging.disable_progress_bar()
+
+
+@torch.no_grad()
+def wanda(model, blocks):
+    """Weight norm x norm of what comes in, as a rank within heads and neurons of the layer: (layers, units)."""
+    powers = {}
+
+    def add(projection, args):
+        inputs = args[0].reshape(-1, args[0].shape[-1]).float()
+        powers[projection] = powers.get(projection, 0) + inputs.square().sum(0)
+
+    units = nb.all_units(model)
+    with nb.hooks(part.projection.register_forward_pre_hook(add) for part in units):
+        for batch in blocks.split(4):
+            model(batch, use_cache=False)
+    rows = []
+    for layer in nb.find_units(model):
+        parts = []
+        for part in layer:
+            norms = powers[part.projection].sqrt().view(part.number, part.size, 1)
+            scores = (part.output_weight.float().abs() * norms).flatten(1).sum(1)
+            parts.append((scores.argsort().argsort() + 0.5) / part.number)
+        rows.append(torch.cat(parts))
+    return torch.stack(rows)
+
+
+def torch_pruning(python, limit, folder, kind, settings, model):
+    """(gates (layers, units), what it measured) or None, where it was not back in time."""
+    command = [python, str(Path(__file__).with_name("torch_pruning_opt.py")), settings.model, f"{folder}/blocks.pt"]
+    command += [kind, settings.prune, str(settings.pruning_level), f"{folder}/out.json"]
+    try:
+        subprocess.run(command, check=True, timeout=limit, stdout=sys.stderr)
+    except subprocess.TimeoutExpired:
+        return None
+    found = json.loads(Path(folder, "out.json").read_text())
+    rows = []
+    for number, layer in enumerate(nb.find_units(model)):
+        left = [found[part.kind][number] for part in layer]
+        rows.append([float(unit in kept) for part, kept in zip(layer, left) for unit in range(part.number)])
+    return torch.tensor(rows), found
 
 
 def main():
@@ -32,82 +76,65 @@ def main():
     settings = nb.choose_sources(nb.read_settings(rest))
     device = nb.find_device(settings.device)
     run = nb.Run(settings, device, nb.find_precision(device, settings.precision))
-    text = nb.load_text(settings)
     tokenizer, model = nb.load_model(settings.model, device)
-    blocks = nb.pack_all(text, tokenizer, model, settings)
+    blocks = nb.pack_all(nb.load_text(settings), tokenizer, model, settings)
     test, calibration = (
         blocks["test"][: settings.eval_blocks or None],
         blocks["validation"][: settings.calibration_blocks],
     )
+    repair_text = nb.evenly_spaced(blocks["train"], settings.repair_blocks)
     run.metrics["blocks"] = {split: len(part) for split, part in blocks.items()} | {"tested": len(test)}
-    nb.add_gates(model)
-    open_gates = nb.get_gates(model)
+    nb.prune_only(model, settings.prune)
+    open_gates, costs, versions = nb.get_gates(model), nb.unit_costs(model), ""
+    print("| | parameters of what is pruned | heads closed | neurons closed | pruned | repaired | fine-tuned | "
+          "time to choose, gradient = 1 |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
 
-    rows, versions = [], ""
+    def tuned(model):
+        trained = nb.fine_tune(run, "row", lambda: nb.compact(model), blocks, settings)
+        return nb.perplexity(trained, test)
 
-    def row(name, closed, pruned, model, seconds):
-        tuned = nb.fine_tune(run, f"row_{len(rows)}", lambda: nb.compact(model), blocks, settings)
-        rows.append((name, closed, pruned, nb.perplexity(tuned, test), seconds))
-        print(rows[-1], file=sys.stderr)
-
-    row("dense", 0, nb.perplexity(model, test), model, None)
-    for name in ("entropy-literal", "gradient", "learned"):
-        nb.set_gates(model, open_gates)
-        start = time.perf_counter()
-        options = nb.options_for(dataclasses.replace(settings, strategy=name))
-        gates = nb.choose_gates(
-            nb.get_strategy(name, **options).score(model, calibration), settings.pruning_level, settings.min_heads
-        )
-        seconds = time.perf_counter() - start
+    def row(name, gates, seconds):
         nb.set_gates(model, gates)
-        closed = int((gates == 0).sum())
-        row(name, closed, nb.perplexity(model, test), model, seconds)
-        if name == "learned":
-            start = time.perf_counter()
-            fixed = nb.repair(model, nb.evenly_spaced(blocks["train"], settings.repair_blocks))
-            row(
-                "learned + repair (ours)",
-                closed,
-                nb.perplexity(fixed, test),
-                fixed,
-                seconds + time.perf_counter() - start,
-            )
+        values = [nb.perplexity(model, test)]
+        fixed = nb.repair(model, repair_text) if not gates.all() else model
+        values += [nb.perplexity(fixed, test), tuned(fixed)]
+        heads = nb.heads_part(model, gates)
+        closed = [int((heads == 0).sum()), (nb.describe_neurons(model, gates) or {"closed": 0})["closed"]]
+        share = (costs * (gates == 0)).sum() / costs.sum()
+        cells = [f"{share:.1%}", *closed, *(f"{value:.3f}" for value in values), f"{seconds:.1f}"]
+        print(f"| {name} | " + " | ".join(map(str, cells)) + " |", flush=True)
+        return share.item()
+
     with tempfile.TemporaryDirectory() as folder:
         torch.save({"calibration": calibration, "test": test}, f"{folder}/blocks.pt")
+        start = time.perf_counter()
+        nb.get_strategy("gradient").score(model, calibration)
+        unit = time.perf_counter() - start
+        row("dense", open_gates, 0)
+        level = settings.pruning_level
         for kind in ("magnitude", "taylor"):
-            command = [
-                chosen.torch_pruning,
-                str(Path(__file__).with_name("torch_pruning_heads.py")),
-                settings.model,
-                f"{folder}/blocks.pt",
-                kind,
-                str(settings.pruning_level),
-                f"{folder}/out.json",
-            ]
-            try:
-                subprocess.run(command, check=True, timeout=chosen.limit)
-            except subprocess.TimeoutExpired:
-                rows.append((f"Torch-Pruning, {kind}: not back after {chosen.limit:g} s", None, None, None, None))
+            answer = torch_pruning(chosen.torch_pruning, chosen.limit, folder, kind, settings, model)
+            if answer is None:
+                print(f"| Torch-Pruning, {kind}: not back after {chosen.limit:g} s | | | | | | | |")
                 continue
-            found = json.loads(Path(folder, "out.json").read_text())
-            gates = torch.tensor(
-                [[float(head in kept) for head in range(open_gates.shape[1])] for kept in found["kept"]]
-            )
+            gates, found = answer
             nb.set_gates(model, gates)
             pruned, versions = nb.perplexity(model, test), found["versions"]
             if abs(pruned / found["perplexity"] - 1) > 1e-3:
                 raise RuntimeError(f"Torch-Pruning measured {found['perplexity']}, gates give {pruned}")
-            row(f"Torch-Pruning, {kind}", int((gates == 0).sum()), pruned, model, found["seconds"])
-
-    unit = next(seconds for name, *_, seconds in rows if name == "gradient")
-    print("| | heads closed | pruned | fine-tuned | time to choose, gradient = 1 |\n|---|---|---|---|---|")
-    for name, closed, pruned, after, seconds in rows:
-        cells = (
-            [closed, f"{pruned:.2f}", f"{after:.2f}", "" if seconds is None else f"{seconds / unit:.1f}"]
-            if pruned
-            else [""] * 4
-        )
-        print(f"| {name} | " + " | ".join(map(str, cells)) + " |")
+            level = row(f"Torch-Pruning, {kind}", gates, found["seconds"] / unit)
+    for name in ("entropy-literal", "magnitude", "gradient", "Wanda", "fisher", "learned"):
+        if name == "entropy-literal" and settings.prune != "heads":
+            continue
+        nb.set_gates(model, open_gates)
+        now = dataclasses.replace(settings, pruning_level=level, strategy="fisher" if name == "Wanda" else name)
+        start = time.perf_counter()
+        if name == "Wanda":
+            scores = wanda(model, calibration)
+        else:
+            scores = nb.get_strategy(name, **nb.options_for(now)).score(model, calibration)
+        gates = nb.gates_for(model, scores, now)
+        row(f"{name} (ours)" if name in ("fisher", "learned") else name, gates, (time.perf_counter() - start) / unit)
     print(f"\n{nb.conditions(run.metrics)} Torch-Pruning ran with {versions}.")
 
 
