@@ -68,7 +68,7 @@ STRATEGY = "learned"  # @param ["learned", "fisher", "gradient", "entropy", "mag
 PRUNING_LEVEL = 0.3  # @param {type: "slider", min: 0, max: 0.9, step: 0.05}
 MAX_STEPS = "auto"  # @param ["auto", "200", "1000", "5000"] {allow-input: true}
 SWEEP = False  # @param {type: "boolean"}
-SAVE_MODEL = "compact"  # @param ["compact", "zeroed", "both", "no"]
+SAVE_MODEL = "compact"  # @param ["compact", "compact gguf", "compact zeroed", "zeroed", "no"] {allow-input: true}
 SAVE_TO_DRIVE = False  # @param {type: "boolean"}
 MORE = ""  # @param {type: "string"}
 
@@ -169,9 +169,11 @@ from typing import NamedTuple
 # @title Imports of packages
 import accelerate
 import datasets
+import gguf
 import huggingface_hub
 import ipywidgets as widgets
 import matplotlib
+import numpy
 import psutil
 import pyarrow
 import pyarrow.parquet
@@ -226,6 +228,8 @@ def at_least(low: float, below: float = math.inf) -> Rule:
 ABOVE_ZERO = Rule("above 0", lambda value: 0 < value < math.inf)
 SHARE = Rule("from 0 to 1", lambda value: 0 <= value <= 1)
 WORDS = Rule("some words", lambda text: bool(text.strip()))
+FORMS = Rule("'no', or one or more of compact, zeroed and gguf, separated by spaces", lambda forms: forms == "no" or (
+    bool(forms.split()) and set(forms.split()) <= {"compact", "zeroed", "gguf"}))
 STEPS = Rule("'auto' or a number of steps, at least 1",
              lambda steps: str(steps) == "auto" or (str(steps).isdecimal() and int(steps) > 0))
 LEVELS = Rule("numbers from 0 to below 1, separated by spaces",
@@ -271,6 +275,8 @@ SETTINGS = {
         ("repair_blocks", 64, at_least(1), "blocks of training text that the repair is solved on"),
         ("uniform", False, None, "close equally many heads in every layer, in whole key/value groups, so that the "
          "smaller model needs no code of its own (Llama-like models)"),
+        ("even_groups", "auto", ("auto", "yes", "no"), "where several heads read the same key, leave equally many for "
+         "every key of a layer: smaller files in llama.cpp; auto: where save_model asks for gguf"),
         ("reopen_heads", False, None, "let closed heads come back in fine-tuning")],
     "text": [
         ("dataset", DATASET, None, "hub dataset id, 'python-docs' (needs no network), or 'auto': WikiText-2 or these"),
@@ -311,8 +317,10 @@ SETTINGS |= {
         ("precision", "auto", ("auto", "fp32", "fp16", "bf16"), "number format of the computations; auto: bf16 where "
          "the GPU or TPU has it, fp16 on other CUDA GPUs, else fp32"),
         ("seed", 0, at_least(0), "seed of everything random"),
-        ("save_model", SAVE_MODEL, ("compact", "zeroed", "both", "no"), "form of the saved model: compact (smaller and "
-         "faster), zeroed (full size, opens without code of its own), both, or no"),
+        ("save_model", SAVE_MODEL, FORMS, "forms of the saved model, separated by spaces: compact (smaller, "
+         "faster), gguf (the same for llama.cpp), zeroed (full size, opens without code of its own); or no"),
+        ("gguf_format", "auto", ("auto", "f32", "f16", "bf16", "q8_0"), "number format of the .gguf file; auto: bf16 "
+         "where the weights are saved so, else f16"),
         ("save_format", "auto", ("auto", "fp32", "fp16", "bf16"), "number format of the saved weights; auto: the one "
          "that the model came in, for a .gguf file bf16"),
         ("output_dir", "results", None, "folder that gets a new results folder for each run"),
@@ -356,6 +364,10 @@ class CheckedSettings:
         self.check("save_to_drive", in_colab or not self.save_to_drive, "off outside of Colab", "choose an output_dir")
         self.check("output_dir", not Path(self.output_dir).is_file(), "a folder", "choose another name")
 
+    def even(self) -> bool:
+        """True where groups of heads are to stay even."""
+        return self.even_groups == "yes" or (self.even_groups == "auto" and "gguf" in self.save_model.split())
+
     def check(self, name: str, fine: bool, allowed: str, remedy: str) -> None:
         if not fine:
             raise UserError(f"{name} is {getattr(self, name)!r}, but must be {allowed}: {remedy}.")
@@ -395,7 +407,7 @@ def read_settings(arguments: list[str]) -> Settings:
         for name, default, allowed, help in rows:
             choices = "{" + ",".join(allowed) + "}" if allowed and not isinstance(allowed, Rule) else ""
             kind = {"type": type(default), "metavar": choices or name.split("_")[-1].upper()}
-            if isinstance(default, bool) or name == "control":
+            if isinstance(default, bool) or name in ("control", "even_groups"):
                 kind = {"action": argparse.BooleanOptionalAction}
             default = globals().get(name.upper(), default)  # the form's value now
             group.add_argument("--" + name.replace("_", "-"), default=default, help=help, **kind)
@@ -404,7 +416,8 @@ def read_settings(arguments: list[str]) -> Settings:
         parser.set_defaults(**settings_of(values["resume"]))
         values = vars(parser.parse_args(arguments))
     values["max_steps"] = str(values["max_steps"])  # somebody may write a number into the form
-    values["control"] = {True: "yes", False: "no"}.get(values["control"], values["control"])
+    for name in ("control", "even_groups"):
+        values[name] = {True: "yes", False: "no"}.get(values[name], values[name])
     return Settings(**values)
 
 
@@ -1355,8 +1368,14 @@ if __name__ == "__main__":
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Folders that hold something else, and what a model's configuration says
 def refuse_other_folders(name: str) -> None:
-    """Raises UserError for an adapter's folder, and for one that only holds a Trainer's checkpoints."""
+    """Raises UserError for the folder of an adapter or of a training's checkpoints, and for a pruned .gguf file."""
     folder = Path(name)
+    if name.endswith(".gguf") and folder.is_file():
+        with saying_cannot_be_had(f"model {name!r}", "download it again"):
+            kind = gguf.GGUFReader(name).fields["general.architecture"].contents()
+        if kind == "deci":
+            raise UserError(f"model {name!r} has layers that differ, which only llama.cpp reads: take the folder "
+                            "model-compact or model-zeroed of the same run, or the model that it was made from.")
     if (folder / "adapter_config.json").is_file():
         with saying_cannot_be_had(f"model {name!r}", "write adapter_config.json again"):
             base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
@@ -2143,6 +2162,205 @@ def can_compact(model) -> bool:
     return not why_not_compact(model)
 
 
+# %% [markdown]
+# llama.cpp, and Ollama and LM Studio with it, reads **GGUF** files. One of its architectures, `deci`, is Llama
+# with other numbers of heads and neurons in every layer, so it has a place for what is left here. Whether a
+# model fits into it is tried, too, where `SAVE_MODEL` asks for `gguf`: its weights, arranged as they will be
+# written, have to give the same logits by llama.cpp's formulas.
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title What llama.cpp computes: the formulas of its architecture for Llamas whose layers differ
+@torch.no_grad()
+def llama_cpp_logits(tensors: dict[str, torch.Tensor], numbers: dict, ids: torch.Tensor) -> torch.Tensor:
+    """Logits (time, vocabulary) of ids (time,), as llama.cpp's `deci` computes them from what is written to a file."""
+    size, positions = numbers["head_dim"], torch.arange(len(ids)).double()
+    frequencies = numbers["base"] ** -(torch.arange(0, size, 2).double() / size)
+    angles = positions[:, None] * frequencies / tensors.get("rope_freqs.weight", torch.ones(())).double()
+    turns = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+
+    def norm(x, name):
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], tensors[f"{name}.weight"].float(), numbers["epsilon"])
+
+    def linear(x, name):
+        bias = tensors.get(f"{name}.bias")
+        return torch.nn.functional.linear(x, tensors[f"{name}.weight"].float(), None if bias is None else bias.float())
+
+    def rotated(x):  # (heads, time, size): pairs of neighbours are turned together
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turns).flatten(-2)
+
+    x = tensors["token_embd.weight"][ids].float()
+    for layer, (heads, shared) in enumerate(zip(numbers["heads"], numbers["key_value_heads"])):
+        name = f"blk.{layer}"
+        if heads:
+            parts = (linear(norm(x, f"{name}.attn_norm"), f"{name}.attn_{part}") for part in "qkv")
+            queries, *others = (part.unflatten(-1, (-1, size)).transpose(0, 1) for part in parts)
+            keys, values = (part.repeat_interleave(heads // shared, 0) for part in others)
+            read = torch.nn.functional.scaled_dot_product_attention(rotated(queries), rotated(keys), values,
+                                                                    is_causal=True)
+            x = x + linear(read.transpose(0, 1).flatten(1), f"{name}.attn_output")
+        inner = norm(x, f"{name}.ffn_norm")
+        gate = torch.nn.functional.silu(linear(inner, f"{name}.ffn_gate"))
+        x = x + linear(gate * linear(inner, f"{name}.ffn_up"), f"{name}.ffn_down")
+    return linear(norm(x, "output_norm"), "output" if "output.weight" in tensors else "token_embd")
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title A compact model in the words of llama.cpp
+def plan_groups(readers: list[int]) -> tuple[list[int], list[int]]:
+    """Query heads and key/value heads to write, by number, -1 being one of zeros; `readers` of each key/value head.
+
+    llama.cpp wants equally many query heads for every key/value head. One that has more is written several times, and
+    where a group lacks some, they are heads of zeros; the size of the groups is the one that needs fewest heads.
+    """
+    # Where two sizes need as many, the larger one has the smaller KV cache.
+    size = min(range(1, max(readers) + 1), key=lambda g: (sum(math.ceil(n / g) for n in readers) * (g + 1), -g))
+    queries, shared, first = [], [], 0
+    for number, count in enumerate(readers):
+        for start in range(0, count, size):
+            part = range(first + start, first + min(start + size, count))
+            queries += [*part, *[-1] * (size - len(part))]
+            shared.append(number)
+        first += count
+    return queries, shared
+
+def pick_heads(weight: torch.Tensor, heads: list[int], size: int, turned: bool = False) -> torch.Tensor:
+    """Rows of a weight or bias (heads x size, ...) by head, -1 being zeros.
+
+    `turned` heads are rotated by position: transformers pairs the halves of a head, llama.cpp neighbours.
+    """
+    rows = weight.unflatten(0, (-1, size))
+    rows = torch.cat([rows, torch.zeros_like(rows[:1])])[heads]
+    if turned:
+        rows = rows.unflatten(1, (2, size // 2)).transpose(1, 2).flatten(1, 2)
+    return rows.flatten(0, 1)
+
+def attention_for_llama_cpp(attention, size: int, width: int, first: bool) -> tuple[dict, int, int]:
+    """({name: weight or bias}, heads, key/value heads) of a cut attention module; heads are `size` wide."""
+    if isinstance(attention, NoHeads):
+        if not first and attention.output_bias is None:
+            return {}, 0, 0
+        # llama.cpp finds the size of heads in the first layer, and wants a head where there is a bias: one of zeros.
+        zeros = torch.zeros(size, width)
+        parts = {"q.weight": zeros, "k.weight": zeros, "v.weight": zeros, "output.weight": zeros.T}
+        return parts | {"output.bias": attention.output_bias}, 1, 1
+    output, parts = attention.o_proj, {}
+    inputs = [part for part in attention.children() if isinstance(part, torch.nn.Linear) and part is not output]
+    heads = output.in_features // size
+    shared = (sum(part.out_features for part in inputs) // size - heads) // 2
+    queries, keys = plan_groups(getattr(attention, "queries_per_key", [heads // shared] * shared))
+    for kind in ("weight", "bias"):
+        if getattr(inputs[0], kind) is not None:
+            rows = torch.cat([getattr(part, kind) for part in inputs])
+            rows = rows.split([heads * size, shared * size, shared * size])
+            for name, part, wanted in zip("qkv", rows, (queries, keys, keys)):
+                parts[f"{name}.{kind}"] = pick_heads(part, wanted, size, turned=name != "v")
+    parts |= {"output.weight": pick_heads(output.weight.T, queries, size).T, "output.bias": output.bias}
+    return parts, len(queries), len(keys)
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Does a model fit? It is arranged, computed by these formulas, and compared
+def context_length(config) -> int:
+    """Tokens up to which a model reads as llama.cpp's plain attention does: before windows and stretched positions."""
+    rope, window = config.rope_parameters, getattr(config, "sliding_window", None)
+    stretched = rope.get("rope_type", "default") not in ("default", "linear", "llama3")
+    limits = [config.max_position_embeddings, window, stretched and rope.get("original_max_position_embeddings")]
+    return min(limit for limit in limits if limit)
+
+@torch.no_grad()
+def in_words_of_llama_cpp(small) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors, numbers) of a compact model: its weights by llama.cpp's names, and what each layer has.
+
+    Raises AttributeError where the model is not built like Llama, ValueError where it rotates heads in another way.
+    """
+    base, config = small.base_model, small.config
+    width, rope = config.hidden_size, config.rope_parameters
+    size = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    tensors = {"token_embd.weight": base.embed_tokens.weight, "output_norm.weight": base.norm.weight}
+    if small.lm_head.weight is not base.embed_tokens.weight:
+        tensors["output.weight"] = small.lm_head.weight
+    plain, used = rope["rope_theta"] ** -(torch.arange(0, size, 2).double() / size), base.rotary_emb.inv_freq.cpu()
+    if len(plain) != len(used):
+        raise ValueError("only a part of each head is rotated by position")
+    if ((factors := plain / used.double()) - 1).abs().max() > 1e-4:  # Llama 3's and linear scaling
+        tensors["rope_freqs.weight"] = factors.float()
+    numbers = {"heads": [], "key_value_heads": [], "neurons": [], "head_dim": size, "base": rope["rope_theta"],
+               "epsilon": config.rms_norm_eps, "width": width, "context": context_length(config)}
+    for layer, block in enumerate(base.layers):
+        parts, heads, shared = attention_for_llama_cpp(block.self_attn, size, width, layer == 0)
+        parts = {f"attn_{name}": part for name, part in parts.items()}
+        parts |= {"attn_norm.weight": block.input_layernorm.weight if heads else None,
+                  "ffn_norm.weight": block.post_attention_layernorm.weight}
+        down = block.mlp.down_proj
+        inputs = [part for part in block.mlp.children() if isinstance(part, torch.nn.Linear) and part is not down]
+        for kind in ("weight", "bias"):
+            if getattr(down, kind) is not None:
+                gate, up = torch.cat([getattr(part, kind) for part in inputs]).chunk(2)
+                parts |= {f"ffn_gate.{kind}": gate, f"ffn_up.{kind}": up, f"ffn_down.{kind}": getattr(down, kind)}
+        tensors |= {f"blk.{layer}.{name}": part for name, part in parts.items() if part is not None}
+        for name, number in (("heads", heads), ("key_value_heads", shared), ("neurons", down.in_features)):
+            numbers[name].append(number)
+    return {name: part.detach().cpu() for name, part in tensors.items()}, numbers
+
+def largest_difference_from(small, tensors: dict[str, torch.Tensor], numbers: dict, ids: torch.Tensor) -> float:
+    """The largest difference of llama_cpp_logits() of ids (time,) from the model's, relative to the largest logit."""
+    with torch.no_grad():
+        wanted = small.eval()(ids[None].to(small.device), use_cache=False).logits[0].float().cpu()
+    return ((llama_cpp_logits(tensors, numbers, ids) - wanted).abs().max() / wanted.abs().max()).item()
+
+def why_not_gguf(model) -> str:
+    """Why a gated model, cut, cannot be written for llama.cpp; "" where it can. Tried with some heads and neurons."""
+    if not can_compact(model):
+        return f"nothing can be cut out, because {why_not_compact(model)}"
+    small = sharing_copy(model)
+    gates = torch.rand(get_gates(model).shape, generator=torch.Generator().manual_seed(0)).gt(0.5).float()
+    gates[:, 0] = 1
+    set_gates(small, gates)
+    small = cut_closed(small)
+    ids = torch.arange(24) * 7 % model.get_input_embeddings().num_embeddings
+    try:
+        difference = largest_difference_from(small, *in_words_of_llama_cpp(small), ids)
+    except (AttributeError, KeyError, ValueError, RuntimeError) as error:  # a part is elsewhere, or has another shape
+        return f"it is not built like Llama: {first_sentence(error)}"
+    return "" if difference < 1e-3 else f"by llama.cpp's formulas its logits differ by {difference:.0e} of the largest"
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Does its tokenizer have a name in llama.cpp? Unknown ones are refused, not guessed
+LETTERS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+           r"|\s+(?!\S)|\s+")
+BYTES = {"type": "ByteLevel", "add_prefix_space": False}
+PRE_TOKENIZERS = {  # llama.cpp's name -> how a text is cut before its bytes are merged
+    "gpt-2": [BYTES | {"use_regex": True}],
+    "smollm": [{"type": "Digits", "individual_digits": True}, BYTES | {"use_regex": True}],
+    "llama-bpe": [{"type": "Split", "pattern": {"Regex": LETTERS % "{1,3}"}}, BYTES | {"use_regex": False}],
+    "qwen2": [{"type": "Split", "pattern": {"Regex": LETTERS % ""}}, BYTES | {"use_regex": False}],
+}
+
+def pre_tokenizer_name(tokenizer) -> str:
+    """What llama.cpp calls the way in which a tokenizer cuts texts. Raises UserError where that has no name here."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    steps = (parts["pre_tokenizer"] or {}).get("pretokenizers", [parts["pre_tokenizer"] or {}])
+    for name, wanted in PRE_TOKENIZERS.items():
+        if parts["model"]["type"] == "BPE" and len(steps) == len(wanted) and all(
+                want.items() <= step.items() for want, step in zip(wanted, steps)):
+            return name
+    raise UserError("save_model asks for gguf, but llama.cpp's name for the tokenizer is not known here (known are "
+                    f"{', '.join(PRE_TOKENIZERS)}): take --save-model compact, or a .gguf file of the same model as "
+                    "--model, whose tokenizer is copied.")
+
+def check_gguf(model, tokenizer, settings: Settings) -> None:
+    """Raises UserError, before the run, where a .gguf is wanted and model or tokenizer have no place in llama.cpp."""
+    if "gguf" not in settings.save_model.split():
+        return
+    if reason := why_not_gguf(model):
+        raise UserError(f"save_model asks for gguf, but llama.cpp cannot run a pruned {type(model).__name__} "
+                        f"({reason}): take --save-model compact.")
+    if not settings.model.endswith(".gguf"):
+        pre_tokenizer_name(tokenizer)
+    print("tried: it can be written for llama.cpp")
+
+
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title What a model can: which level it can reach, in all or in every layer
 def heads_to_close(layers: int, heads: int, level: float, min_heads: int) -> int:
@@ -2252,6 +2470,11 @@ def plan_uniform(model, level: float, min_heads: int) -> tuple[int, int]:
     config_with_fewer(small, stay, groups - close, layer.size)
     return size, close
 
+def has_shared_keys(model) -> bool:
+    """True where several heads read the same key/value head, and heads are pruned."""
+    layer = find_heads(model)[0]
+    return number_of_heads(model) > 0 and len(find_rows(layer.module, layer.number, layer.size)[1][1]) < layer.number
+
 def check_reach(model, settings: Settings) -> None:
     """Raises UserError where so much cannot be closed, because every layer keeps some heads and some neurons."""
     layer, heads, costs = find_units(model)[0], number_of_heads(model), unit_costs(model)
@@ -2277,6 +2500,8 @@ def plan_closing(model, settings: Settings) -> str:
         if settings.uniform:
             wanted = layers * math.prod(plan_uniform(model, level, settings.min_heads))
         words = f"{layers * heads} gates, {wanted} of which will be closed"
+        if settings.even() and has_shared_keys(model):
+            words = f"{layers * heads} heads, {level:.0%} of whose parameters will go, in even groups"
     for other in {level, *map(float, settings.sweep_levels.split() if settings.sweep else ())}:
         check_reach(model, dataclasses.replace(settings, pruning_level=other))
     cut = f"nothing can be cut out, because {why_not_compact(model)}: the model keeps its gates, and its size"
@@ -2286,6 +2511,7 @@ def plan_closing(model, settings: Settings) -> str:
 # %%
 if __name__ == "__main__":
     print(plan_closing(model, settings))
+    check_gguf(model, tokenizer, settings)
 
 # %% [markdown]
 # <a name="7.-Perplexity"></a>
@@ -2703,9 +2929,10 @@ class Learned:
         start, costs = Gradient(squared=True).score(model, blocks).clamp_min(1e-20).log(), relative_costs(model)
         closed = round(self.level * costs.numel()) if costs.min() == 1 else self.level * costs.sum().item()
         if not closed:
-            return start
+            return start.exp()
         texts, heads, budget = cut_shorter(blocks), number_of_heads(model), costs.sum().item() - closed
-        costs, start = (part.to(model.device) for part in (costs, (start - start.mean()) / start.std().clamp_min(1e-6)))
+        middle, spread = start.mean(), start.std().clamp_min(1e-6)
+        costs, start = (part.to(model.device) for part in (costs, (start - middle) / spread))
         # Forty thousand neurons cannot be learned from some thousand tokens: Fisher ranks those of a layer, and one
         # number is learned that moves all of them up or down.
         own, moved = start[:, :heads].clone().requires_grad_(), torch.zeros_like(start[:, :1]).requires_grad_()
@@ -2729,7 +2956,8 @@ class Learned:
                 if look and not learned[0].isfinite().all():
                     raise RunError(f"the gates are not finite after step {step + 1} of {self.steps}: take --precision "
                                    "fp32, or another strategy.")
-        return torch.cat([own, start[:, heads:] + moved], dim=1).detach().cpu()
+        scores = torch.cat([own, start[:, heads:] + moved], dim=1).detach().cpu()
+        return (scores * spread + middle).exp()  # on Fisher's scale again
 
     def draw(self, texts: int, length: int, generator) -> list[torch.Tensor]:
         """For each step the numbers of the texts that it learns from."""
@@ -2843,16 +3071,85 @@ def choose_units(model, importance: torch.Tensor, settings: Settings) -> torch.T
             left -= each[index]
     gates = torch.ones_like(importance)
     gates.view(-1)[closed] = 0
+    return round_neurons(gates, importance, heads, multiple)
+
+def round_neurons(gates: torch.Tensor, importance: torch.Tensor, heads: int, multiple: int) -> torch.Tensor:
+    """Gates (layers, units) that leave a multiple of neurons in every layer, by importance (layers, units)."""
     for row, scores in zip(gates[:, heads:], importance[:, heads:]):
         if multiple > 1 and len(row):
             keep = min(max(round(int(row.sum()) / multiple), 1) * multiple, len(row))
             row.zero_()[scores.argsort(descending=True, stable=True)[:keep]] = 1
     return gates
 
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Even groups: a choice for each layer, under one budget of parameters
+def best_groups(worth: torch.Tensor, sharing: int, min_heads: int) -> dict[int, tuple[float, list]]:
+    """For every cost, in heads and key/value heads, the (worth, gates of each layer) of the best even choice.
+
+    `worth` is (layers, heads); `sharing` heads in a row read the same key/value head.
+    """
+    best = {0: (0.0, [])}
+    for row in worth.unflatten(1, (-1, sharing)):
+        choices = [(0, 0.0, torch.zeros_like(row))] if min_heads == 0 else []
+        for readers in range(1, sharing + 1):
+            top, order = row.sort(dim=1, descending=True)
+            groups = top[:, :readers].sum(1).argsort(descending=True)
+            for number in range(1, len(row) + 1):
+                gates = torch.zeros_like(row)
+                for group in groups[:number]:
+                    gates[group, order[group, :readers]] = 1
+                if gates.sum() >= min_heads:
+                    choices.append((number * (readers + 1), (gates * row).sum().item(), gates))
+        longer = {}
+        for cost, (value, rows) in best.items():
+            for extra, gain, gates in choices:
+                if cost + extra not in longer or longer[cost + extra][0] < value + gain:
+                    longer[cost + extra] = (value + gain, [*rows, gates.flatten()])
+        best = longer
+    return best
+
+def choose_even(model, importance: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """Gates (layers, units) whose worth is the largest, where every key/value head that stays has equally many readers.
+
+    The level is the share of parameters; worth is importance x cost, so that scores are additive as Fisher's are.
+    """
+    check_reach(model, settings)
+    layer, heads, costs = find_heads(model)[0], number_of_heads(model), unit_costs(model)
+    sharing = layer.number // len(find_rows(layer.module, layer.number, layer.size)[1][1])
+    worth = (importance - min(importance.min().item(), 0)) * costs
+    unit = costs[0, 0].item() * sharing / (sharing + 1)  # what a head costs without its share of the key/value head
+    budget, (layers, number) = (1 - settings.pruning_level) * costs.sum().item(), costs.shape
+    neurons = worth[:, heads:].clone()
+    if number > heads:  # so many stay in every layer
+        neurons.scatter_(1, neurons.topk(settings.round_neurons, dim=1).indices, math.inf)
+    order = neurons.flatten().argsort(descending=True, stable=True)
+    sums = torch.cat([torch.zeros(1), worth[:, heads:].flatten()[order].cumsum(0)])
+
+    def total(cost):  # the worth of the best even choice of that cost, with the neurons that the rest pays for
+        rest = int((budget - cost * unit) // costs[0, -1].item()) if number > heads else 0
+        small = rest < layers * settings.round_neurons if number > heads else cost * unit > budget
+        return (-math.inf, 0) if small else (found[cost][0] + sums[min(rest, len(order))].item(), rest)
+
+    found = best_groups(worth[:, :heads], sharing, settings.min_heads)
+    cost = max(found, key=total)
+    if total(cost)[0] == -math.inf:
+        raise UserError(f"pruning_level is {settings.pruning_level:g} with even_groups and min_heads "
+                        f"{settings.min_heads}, which leaves too little in every layer: lower one of the two.")
+    gates = torch.zeros(layers, number - heads)
+    gates.view(-1)[order[: total(cost)[1]]] = 1
+    gates = torch.cat([torch.stack(found[cost][1]), gates], dim=1)
+    return round_neurons(gates, importance, heads, settings.round_neurons)
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title The gates that the settings want
 def gates_for(model, importance: torch.Tensor, settings: Settings) -> torch.Tensor:
     """Gates (layers, units) as the settings want them, from importance (layers, units)."""
     if settings.uniform:
         return choose_uniform_gates(importance, *plan_uniform(model, settings.pruning_level, settings.min_heads))
+    if settings.even() and has_shared_keys(model):
+        return choose_even(model, importance, settings)
     if number_of_heads(model) == importance.shape[1]:
         return choose_gates(importance, settings.pruning_level, settings.min_heads)
     return choose_units(model, importance, settings)
@@ -4558,8 +4855,171 @@ def load_gated(folder: Path, device: str | torch.device = "cpu"):
     return tokenizer, model
 
 
+# %% [markdown]
+# For llama.cpp and the programs around it there is **GGUF**: the compact model in one file, with its tokenizer
+# and chat template. The file is read again and computed by llama.cpp's formulas; where llama.cpp itself can be
+# imported (`pip install llama-cpp-py-sync`), it opens the file and has to give the same logits and tokens.
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Writing a .gguf file, and reading it again
+GGUF_FORMATS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+
+def write_tokenizer(writer, tokenizer, source: str, vocabulary: int) -> None:
+    """The fields tokenizer.*: those of a .gguf file `source`, else made from a Hugging Face tokenizer."""
+    if source.endswith(".gguf"):
+        for name, field in gguf.GGUFReader(source).fields.items():
+            if name.startswith("tokenizer.") or name == "general.license":
+                kinds = field.types
+                writer.add_key_value(name, field.contents(), kinds[0], kinds[-1] if len(kinds) > 1 else None)
+        return
+    added, words = tokenizer.added_tokens_decoder, {number: word for word, number in tokenizer.get_vocab().items()}
+    tokens, kinds = [], []
+    for number in range(vocabulary):  # a model may have room for more than its tokenizer knows
+        tokens.append(words.get(number, f"[PAD{number}]"))
+        kind = "NORMAL" if number in words else "UNUSED"
+        if number in added:
+            kind = "CONTROL" if added[number].special else "USER_DEFINED"
+        kinds.append(gguf.TokenType[kind])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer_name(tokenizer))
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocabulary)
+    special.add_special_token["bos"] = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    special.chat_template = special.chat_template or tokenizer.chat_template
+    special.add_to_gguf(writer, quiet=True)
+
+def write_gguf(path: Path, small, tokenizer, source: str, words: dict) -> None:
+    """Writes a compact model. `source`: the tokenizer's model or file; `words`: format, name, base and description."""
+    tensors, numbers = in_words_of_llama_cpp(small)
+    each = [numbers[name] for name in ("heads", "key_value_heads", "neurons")]
+    alike = all(len(set(part)) == 1 for part in each)
+    plain = alike and not any(name.endswith(".bias") for name in tensors)  # then transformers reads it, too
+    writer = gguf.GGUFWriter(path, "llama" if plain else "deci")
+    heads, shared, neurons = (part[0] if alike else part for part in each)
+    for add, value in ((writer.add_name, words["name"]), (writer.add_description, words["description"]),
+                       (writer.add_block_count, len(each[0])), (writer.add_context_length, numbers["context"]),
+                       (writer.add_embedding_length, numbers["width"]), (writer.add_feed_forward_length, neurons),
+                       (writer.add_head_count, heads), (writer.add_head_count_kv, shared),
+                       (writer.add_key_length, numbers["head_dim"]), (writer.add_value_length, numbers["head_dim"]),
+                       (writer.add_rope_dimension_count, numbers["head_dim"]),
+                       (writer.add_rope_freq_base, numbers["base"]),
+                       (writer.add_layer_norm_rms_eps, numbers["epsilon"]),
+                       (writer.add_vocab_size, len(tensors["token_embd.weight"])),
+                       (writer.add_file_type, gguf.LlamaFileType[GGUF_FORMATS[words["format"]]])):
+        add(value)
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, words["base"])
+    write_tokenizer(writer, tokenizer, source, len(tensors["token_embd.weight"]))
+    for name, tensor in tensors.items():
+        kind = gguf.GGMLQuantizationType["F32" if tensor.ndim == 1 else words["format"].upper()]
+        if kind == gguf.GGMLQuantizationType.Q8_0 and tensor.shape[-1] % 32:  # its blocks are 32 numbers long
+            kind = gguf.GGMLQuantizationType.F16
+        writer.add_tensor(name, gguf.quants.quantize(tensor.float().contiguous().numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+def read_gguf(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .gguf file in float32, by name: a state_dict in llama.cpp's words."""
+    return {tensor.name: torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+            for tensor in gguf.GGUFReader(path).tensors}
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Where llama.cpp can be imported, it opens the file, too
+def run_llama_cpp(file: str, folder: str) -> None:
+    """Runs in a process of its own, because llama.cpp ends it where it does not like a file; imports all it needs.
+
+    Of `asked.json` in a folder (ids, text) it writes `logits.npy` (time, vocabulary), and `tokens.json` of the text.
+    """
+    import json
+    from pathlib import Path
+
+    import numpy
+    from llama_cpp_py_sync import Llama
+
+    try:
+        Llama.print_system_info()
+    except RuntimeError as error:
+        raise SystemExit(f"cannot be loaded: {error}") from None
+    asked = json.loads(Path(folder, "asked.json").read_text())
+    number = len(asked["ids"])
+    model = Llama(file, n_ctx=number, n_batch=number)
+    batch = model._lib.llama_batch_init(number, 0, 1)
+    batch.n_tokens = number
+    for place, token in enumerate(asked["ids"]):
+        batch.token[place], batch.pos[place], batch.n_seq_id[place] = token, place, 1
+        batch.seq_id[place][0], batch.logits[place] = 0, 1
+    if model._lib.llama_decode(model._ctx, batch):
+        raise SystemExit("llama.cpp cannot compute it")
+    rows = [model._ffi.buffer(model._lib.llama_get_logits_ith(model._ctx, place), 4 * model.n_vocab)
+            for place in range(number)]
+    numpy.save(Path(folder, "logits.npy"), numpy.stack([numpy.frombuffer(row, "float32") for row in rows]))
+    Path(folder, "tokens.json").write_text(json.dumps(model.tokenize(asked["text"], add_special=False)))
+
+def check_in_llama_cpp(file: Path, small, tokenizer, ids: torch.Tensor) -> dict:
+    """Logits, perplexity and tokens of ids (time,) in llama.cpp beside those here. Raises RuntimeError for others."""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "asked.json").write_text(json.dumps({"ids": ids.tolist(), "text": text}))
+        code = f"{source_of(run_llama_cpp)}\nrun_llama_cpp({str(file)!r}, {folder!r})"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, errors="replace")
+        if "cannot be loaded: " in done.stderr:
+            print("llama.cpp is installed, but " + done.stderr[done.stderr.rindex("cannot be loaded"):].strip())
+            return {}
+        if done.returncode:
+            raise RuntimeError(f"llama.cpp cannot open {file} ({done.stderr.strip()[-300:]}): please report this.")
+        given = torch.from_numpy(numpy.load(Path(folder, "logits.npy")))[None]
+        tokens = json.loads(Path(folder, "tokens.json").read_text())
+    with torch.no_grad():
+        wanted = small.eval()(ids[None].to(small.device), use_cache=False).logits.float().cpu()
+    here, there = (math.exp(nll(logits, ids[None]).item()) for logits in (wanted, given))
+    found = {"version": importlib.metadata.version("llama-cpp-py-sync"), "divergence": divergence(given, wanted).item(),
+             "largest_difference": ((given - wanted).abs().max() / wanted.abs().max()).item(),
+             "perplexity": there, "perplexity_here": here, "tokens": len(tokens)}
+    if found["divergence"] > 0.02 or tokens != tokenizer(text, add_special_tokens=False).input_ids:
+        raise RuntimeError(f"{file} is another model in llama.cpp, or has other tokens ({found}): please report this.")
+    print(f"llama.cpp opens it: perplexity of a block {there:.3f}, here {here:.3f}; {len(tokens)} tokens alike")
+    return found
+
+def save_gguf(run: Run, small, tokenizer, folder: Path, ids: torch.Tensor) -> float:
+    """Writes a compact model into a folder as .gguf, and compares what is in it on ids (time,): the difference."""
+    name, saved = bare_name(run.metrics["settings"]["model"]), saved_format(run)
+    wanted, auto = run.settings.gguf_format, "bf16" if saved == torch.bfloat16 else "f16"
+    bits = auto if wanted == "auto" else wanted
+    file = folder / f"{name.split('/')[-1].removesuffix('.gguf')}-pruned.gguf"
+    words = {"format": bits, "name": f"{name}, pruned", "base": name, "description":
+             f"{words_for_closed(run.metrics)} removed from {name}, then fine-tuned, by PruningAndFineTuningColab"}
+    folder.mkdir()
+    write_gguf(file, small, tokenizer, run.settings.model, words)
+    difference = largest_difference_from(small, read_gguf(file), in_words_of_llama_cpp(small)[1], ids)
+    run.metrics["llama_cpp"] = {"format": bits}
+    if importlib.util.find_spec("llama_cpp_py_sync"):
+        run.metrics["llama_cpp"] |= check_in_llama_cpp(file, small, tokenizer, ids)
+    return difference
+
+
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title The model card: what the model is made from, what was removed, what that cost, and how to open it
+def how_to_open(folder: Path) -> str:
+    """What a model card says of how a saved folder is used, for transformers or for llama.cpp."""
+    for file in folder.glob("*.gguf"):
+        return f"""```sh
+llama-cli -m {file.name} -p "The history of the city began"
+echo "FROM ./{file.name}" > Modelfile && ollama create pruned -f Modelfile && ollama run pruned
+```"""
+    code = ", trust_remote_code=True" if list(folder.glob("*.py")) else ""
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{code})
+```"""
+
 def model_card(metrics: dict, folder: Path) -> str:
     """The README.md of a saved model, with the metadata that the Hugging Face hub reads."""
     name, heads = bare_name(metrics["settings"]["model"]), metrics.get("heads_after_fine_tuning", metrics["heads"])
@@ -4567,8 +5027,10 @@ def model_card(metrics: dict, folder: Path) -> str:
     for layer, head in heads["closed_list"]:
         lost[layer].append(str(head))
     on_hub = name == metrics["settings"]["model"] and name != "demo"
-    data = huggingface_hub.ModelCardData(base_model=name if on_hub else None, library_name="transformers",
-                                         pipeline_tag="text-generation", tags=["attention-head-pruning"])
+    is_gguf = any(folder.glob("*.gguf"))
+    data = huggingface_hub.ModelCardData(base_model=name if on_hub else None, pipeline_tag="text-generation",
+                                         library_name=None if is_gguf else "transformers",
+                                         tags=["attention-head-pruning", *["gguf"] * is_gguf])
     code = sorted(file.name for file in folder.glob("*.py"))
     closed = "closed (their output weights are zero)" if (folder / "gates.safetensors").exists() else "removed"
     warning = (f"\n`trust_remote_code=True` runs {' and '.join(f'`{name}`' for name in code)}, which is in this "
@@ -4589,12 +5051,7 @@ def model_card(metrics: dict, folder: Path) -> str:
 Made from `{name}` with PruningAndFineTuningColab: {kinds} were scored, the least important ones {closed}, and what
 is left was fine-tuned.
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{', trust_remote_code=True' if code else ''})
-```
+{how_to_open(folder)}
 {warning}
 {comparison(metrics)}
 
@@ -4620,7 +5077,7 @@ def reopen(folder: Path):
 def save_models(run: Run, tuned, model, tokenizer, block: torch.Tensor) -> None:
     """Saves `tuned`, made from the gated `model`, in the forms wanted; each is opened again, on a block (1, time)."""
     is_compact = hasattr(tuned.config, "kept_heads")
-    forms = {"both": ["compact", "zeroed"], "no": []}.get(run.settings.save_model, [run.settings.save_model])
+    forms = [form for form in ("compact", "gguf", "zeroed") if form in run.settings.save_model.split()]
     if forms and not is_compact:
         print(f"{type(tuned).__name__} is not compact, so it is saved in the zeroed form, with its gates.")
         forms = ["zeroed"]
@@ -4630,21 +5087,25 @@ def save_models(run: Run, tuned, model, tokenizer, block: torch.Tensor) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # from an earlier run of this cell
         with contextlib.ExitStack() as undo:
             undo.callback(shutil.rmtree, folder, ignore_errors=True)  # a folder that is not whole is removed
-            if form == "compact":
+            if form == "gguf":
+                difference = save_gguf(run, tuned, tokenizer, folder, block[0])
+            elif form == "compact":
                 save_compact(tuned, tokenizer, folder, saved_format(run))
             else:
                 save_gated(expand(tuned, model) if is_compact else tuned, tokenizer, folder, saved_format(run))
             (folder / "README.md").write_text(model_card(run.metrics, folder), encoding="utf-8")
             undo.pop_all()
-        difference = largest_difference(tuned, move(reopen(folder), run.device), block)
+        if form != "gguf":
+            difference = largest_difference(tuned, move(reopen(folder), run.device), block)
         run.metrics["reopened_difference"][form] = difference
-        size = sum(file.stat().st_size for file in folder.glob("model*.safetensors")) / 1e6
+        size = sum(path.stat().st_size for kind in ("model*.safetensors", "*.gguf") for path in folder.glob(kind)) / 1e6
         came = run.metrics["model"]["file_bytes"]
         before = f" (it came as {came / 1e6:.1f} MB)" if came else ""
         run.metrics.setdefault("file_bytes", {})[form] = round(size * 1e6)
         differ = f"logits differ by {difference:.0e} of the largest" if difference else "with the same logits"
-        print(f"{folder}: {size:.1f} MB in {run.metrics['model']['saved_in']}{before}; opened again, {differ}")
-        if difference > 1e-3:
+        bits = run.metrics["llama_cpp"]["format"] if form == "gguf" else run.metrics["model"]["saved_in"]
+        print(f"{folder}: {size:.1f} MB in {bits}{before}; opened again, {differ}")
+        if difference > (0.1 if form == "gguf" else 1e-3):  # a .gguf may be in fewer bits
             raise RuntimeError(f"{folder} does not open as the model that was saved: please report this and the model.")
 
 def offer_download(archive: Path) -> None:
