@@ -28,7 +28,7 @@ FEW = {"max_steps": 12, "eval_blocks": 8, "calibration_blocks": 8, "gate_steps":
 
 @pytest.fixture(scope="session")
 def script_run(home):
-    arguments = ["--save-model", "both"] + [
+    arguments = ["--save-model", "compact zeroed"] + [
         word for name, value in FEW.items() for word in ("--" + name.replace("_", "-"), str(value))
     ]
     return subprocess.run([sys.executable, SCRIPT, *arguments], cwd=home, capture_output=True, text=True)
@@ -308,7 +308,7 @@ def test_a_run_in_16_bits_hands_on_the_model_that_it_measured(short_run):
         "--repair-blocks",
         "4",
         "--save-model",
-        "both",
+        "compact zeroed",
     )
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["precision"] == "bfloat16" and metrics["reopened_difference"] == {"compact": 0, "zeroed": 0}
@@ -337,9 +337,9 @@ def test_heads_and_neurons_are_pruned_as_far_as_the_loss_allows(short_run):
         num_attention_heads=4,
         max_position_embeddings=64,
     )
-    words = (
-        "--prune both --max-loss 0.5 --strategy fisher --repair-blocks 4 --round-neurons 8 --save-model both".split()
-    )
+    words = "--prune both --max-loss 0.5 --strategy fisher --repair-blocks 4 --round-neurons 8 --save-model".split() + [
+        "compact zeroed"
+    ]
     folder, said = short_run(transformers.LlamaForCausalLM(config), *words)
     metrics = json.loads((folder / "metrics.json").read_text())
     level, neurons = metrics["level"], metrics["neurons"]
@@ -397,7 +397,12 @@ def test_reopened_heads_are_in_the_compact_model_too(short_run):
         word_embed_proj_dim=32,
     )
     folder, said = short_run(
-        transformers.OPTForCausalLM(config), "--reopen-heads", "--save-model", "both", "--pruning-level", "0.5"
+        transformers.OPTForCausalLM(config),
+        "--reopen-heads",
+        "--save-model",
+        "compact zeroed",
+        "--pruning-level",
+        "0.5",
     )
     metrics = json.loads((folder / "metrics.json").read_text())
     kept = json.loads((folder / "model-compact" / "config.json").read_text())["kept_heads"]
