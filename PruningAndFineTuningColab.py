@@ -1373,7 +1373,7 @@ def refuse_other_folders(name: str) -> None:
     if name.endswith(".gguf") and folder.is_file():
         with saying_cannot_be_had(f"model {name!r}", "download it again"):
             kind = gguf.GGUFReader(name).fields["general.architecture"].contents()
-        if kind == "deci":
+        if kind in ("deci", "openelm"):
             raise UserError(f"model {name!r} has layers that differ, which only llama.cpp reads: take the folder "
                             "model-compact or model-zeroed of the same run, or the model that it was made from.")
     if (folder / "adapter_config.json").is_file():
@@ -2169,10 +2169,13 @@ def can_compact(model) -> bool:
 # written, have to give the same logits by llama.cpp's formulas.
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title What llama.cpp computes: the formulas of its architecture for Llamas whose layers differ
+# @title What llama.cpp computes: the formulas of its architectures whose layers may differ
 @torch.no_grad()
 def llama_cpp_logits(tensors: dict[str, torch.Tensor], numbers: dict, ids: torch.Tensor) -> torch.Tensor:
-    """Logits (time, vocabulary) of ids (time,), as llama.cpp's `deci` computes them from what is written to a file."""
+    """Logits (time, vocabulary) of ids (time,), as llama.cpp computes them from what is written to a file.
+
+    Its `deci` is Llama; `openelm` normalises queries and keys, has them in one matrix, and no output matrix.
+    """
     size, positions = numbers["head_dim"], torch.arange(len(ids)).double()
     frequencies = numbers["base"] ** -(torch.arange(0, size, 2).double() / size)
     angles = positions[:, None] * frequencies / tensors.get("rope_freqs.weight", torch.ones(())).double()
@@ -2185,18 +2188,22 @@ def llama_cpp_logits(tensors: dict[str, torch.Tensor], numbers: dict, ids: torch
         bias = tensors.get(f"{name}.bias")
         return torch.nn.functional.linear(x, tensors[f"{name}.weight"].float(), None if bias is None else bias.float())
 
-    def rotated(x):  # (heads, time, size): pairs of neighbours are turned together
+    def rotated(x, name):  # (heads, time, size): neighbours are turned together; openelm: halves, which stay so here
+        if f"{name}.weight" in tensors:
+            x = norm(x, name).unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
         return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turns).flatten(-2)
 
     x = tensors["token_embd.weight"][ids].float()
     for layer, (heads, shared) in enumerate(zip(numbers["heads"], numbers["key_value_heads"])):
         name = f"blk.{layer}"
         if heads:
-            parts = (linear(norm(x, f"{name}.attn_norm"), f"{name}.attn_{part}") for part in "qkv")
+            inner, names = norm(x, f"{name}.attn_norm"), [f"{name}.attn_{part}" for part in ("q", "k", "v", "qkv")]
+            parts = torch.cat([linear(inner, part) for part in names if f"{part}.weight" in tensors], dim=-1)
+            parts = parts.split([heads * size, shared * size, shared * size], dim=-1)
             queries, *others = (part.unflatten(-1, (-1, size)).transpose(0, 1) for part in parts)
             keys, values = (part.repeat_interleave(heads // shared, 0) for part in others)
-            read = torch.nn.functional.scaled_dot_product_attention(rotated(queries), rotated(keys), values,
-                                                                    is_causal=True)
+            queries, keys = rotated(queries, f"{name}.attn_q_norm"), rotated(keys, f"{name}.attn_k_norm")
+            read = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
             x = x + linear(read.transpose(0, 1).flatten(1), f"{name}.attn_output")
         inner = norm(x, f"{name}.ffn_norm")
         gate = torch.nn.functional.silu(linear(inner, f"{name}.ffn_gate"))
@@ -2234,15 +2241,25 @@ def pick_heads(weight: torch.Tensor, heads: list[int], size: int, turned: bool =
         rows = rows.unflatten(1, (2, size // 2)).transpose(1, 2).flatten(1, 2)
     return rows.flatten(0, 1)
 
-def attention_for_llama_cpp(attention, size: int, width: int, first: bool) -> tuple[dict, int, int]:
-    """({name: weight or bias}, heads, key/value heads) of a cut attention module; heads are `size` wide."""
+def fuse(parts: dict, attention, size: int) -> dict:
+    """Weights of an attention module as `openelm` has them: one matrix, with norms of queries and keys."""
+    parts["qkv.weight"] = torch.cat([parts.pop(f"{name}.weight") for name in "qkv"])
+    norms = {name: getattr(attention, name, None) for name in ("q_norm", "k_norm")}
+    return parts | {f"{name}.weight": norm.weight if norm else torch.ones(size) for name, norm in norms.items()}
+
+def attention_for_llama_cpp(attention, size: int, width: int, first: bool, normed: bool) -> tuple[dict, int, int]:
+    """({name: weight or bias}, heads, key/value heads) of a cut attention module; heads are `size` wide.
+
+    `normed` says that queries and keys are normalised in this model.
+    """
     if isinstance(attention, NoHeads):
-        if not first and attention.output_bias is None:
+        if not first and attention.output_bias is None and not normed:
             return {}, 0, 0
         # llama.cpp finds the size of heads in the first layer, and wants a head where there is a bias: one of zeros.
         zeros = torch.zeros(size, width)
         parts = {"q.weight": zeros, "k.weight": zeros, "v.weight": zeros, "output.weight": zeros.T}
-        return parts | {"output.bias": attention.output_bias}, 1, 1
+        parts |= {"output.bias": attention.output_bias}
+        return fuse(parts, attention, size) if normed else parts, 1, 1
     output, parts = attention.o_proj, {}
     inputs = [part for part in attention.children() if isinstance(part, torch.nn.Linear) and part is not output]
     heads = output.in_features // size
@@ -2253,9 +2270,9 @@ def attention_for_llama_cpp(attention, size: int, width: int, first: bool) -> tu
             rows = torch.cat([getattr(part, kind) for part in inputs])
             rows = rows.split([heads * size, shared * size, shared * size])
             for name, part, wanted in zip("qkv", rows, (queries, keys, keys)):
-                parts[f"{name}.{kind}"] = pick_heads(part, wanted, size, turned=name != "v")
+                parts[f"{name}.{kind}"] = pick_heads(part, wanted, size, turned=name != "v" and not normed)
     parts |= {"output.weight": pick_heads(output.weight.T, queries, size).T, "output.bias": output.bias}
-    return parts, len(queries), len(keys)
+    return fuse(parts, attention, size) if normed else parts, len(queries), len(keys)
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -2277,17 +2294,21 @@ def in_words_of_llama_cpp(small) -> tuple[dict[str, torch.Tensor], dict]:
     width, rope = config.hidden_size, config.rope_parameters
     size = getattr(config, "head_dim", None) or width // config.num_attention_heads
     tensors = {"token_embd.weight": base.embed_tokens.weight, "output_norm.weight": base.norm.weight}
+    normed = any(hasattr(block.self_attn, "q_norm") for block in base.layers)
     if small.lm_head.weight is not base.embed_tokens.weight:
         tensors["output.weight"] = small.lm_head.weight
+        if normed:
+            raise ValueError("queries and keys are normalised, and there is an output matrix")
     plain, used = rope["rope_theta"] ** -(torch.arange(0, size, 2).double() / size), base.rotary_emb.inv_freq.cpu()
     if len(plain) != len(used):
         raise ValueError("only a part of each head is rotated by position")
     if ((factors := plain / used.double()) - 1).abs().max() > 1e-4:  # Llama 3's and linear scaling
         tensors["rope_freqs.weight"] = factors.float()
     numbers = {"heads": [], "key_value_heads": [], "neurons": [], "head_dim": size, "base": rope["rope_theta"],
-               "epsilon": config.rms_norm_eps, "width": width, "context": context_length(config)}
+               "epsilon": config.rms_norm_eps, "width": width, "context": context_length(config),
+               "architecture": "openelm" if normed else "deci"}
     for layer, block in enumerate(base.layers):
-        parts, heads, shared = attention_for_llama_cpp(block.self_attn, size, width, layer == 0)
+        parts, heads, shared = attention_for_llama_cpp(block.self_attn, size, width, layer == 0, normed)
         parts = {f"attn_{name}": part for name, part in parts.items()}
         parts |= {"attn_norm.weight": block.input_layernorm.weight if heads else None,
                   "ffn_norm.weight": block.post_attention_layernorm.weight}
@@ -4896,8 +4917,8 @@ def write_gguf(path: Path, small, tokenizer, source: str, words: dict) -> None:
     tensors, numbers = in_words_of_llama_cpp(small)
     each = [numbers[name] for name in ("heads", "key_value_heads", "neurons")]
     alike = all(len(set(part)) == 1 for part in each)
-    plain = alike and not any(name.endswith(".bias") for name in tensors)  # then transformers reads it, too
-    writer = gguf.GGUFWriter(path, "llama" if plain else "deci")
+    plain = alike and numbers["architecture"] == "deci" and not any(name.endswith(".bias") for name in tensors)
+    writer = gguf.GGUFWriter(path, "llama" if plain else numbers["architecture"])  # which transformers reads, too
     heads, shared, neurons = (part[0] if alike else part for part in each)
     for add, value in ((writer.add_name, words["name"]), (writer.add_description, words["description"]),
                        (writer.add_block_count, len(each[0])), (writer.add_context_length, numbers["context"]),
