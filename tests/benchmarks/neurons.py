@@ -1,11 +1,11 @@
 """Heads, neurons and both at equal parameters: pruned, repaired, and fine-tuned beside the dense model.
 
     python tests/benchmarks/neurons.py --model opt-bytes --train-file $D/valid.txt --test-file $D/test.raw.txt \
-        --block-length 256 --batch-size 8 --eval-blocks 60 --max-steps 100
+        --block-length 256 --batch-size 8 --eval-blocks 60 --steps 100
     python tests/benchmarks/neurons.py --speed        # GPT-2-small shapes: measured speed beside the arithmetic
 
-Takes the options of the notebook, --shares (of the parameters of all layers) and --kinds. Heads and neurons are pruned
-to the level that removes as many parameters as `both` does.
+Takes the options of the notebook, --shares (of the parameters of all layers), --kinds and --steps. Heads and neurons
+are pruned to the level that removes as many parameters as `both` does.
 """
 
 import argparse
@@ -62,18 +62,19 @@ def total_cost(model, kind):
     return nb.unit_costs(told(copy.deepcopy(model), kind)).sum().item()
 
 
-def fine_tuned(folder, settings, model, blocks, test):
-    """(test perplexity of the model after fine-tuning, tokens/s of it)"""
-    run = nb.Run(dataclasses.replace(settings, output_dir=folder, resume="no"), torch.device("cpu"), nb.COMPUTING.dtype)
+def fine_tuned(folder, settings, model, blocks, test, steps):
+    """Test perplexity of the model after so many steps of fine-tuning."""
+    settings = dataclasses.replace(settings, output_dir=folder, resume="no", max_steps=str(steps), epochs=0.0)
+    run = nb.Run(settings, torch.device("cpu"), nb.COMPUTING.dtype)
     with contextlib.redirect_stdout(sys.stderr):  # where the Trainer prints its log
-        tuned = nb.fine_tune(run, "fine_tuned", lambda: copy.deepcopy(model), blocks, settings)
-    return nb.perplexity(tuned, test), run.metrics["training"]["fine_tuned"]["train_tokens_per_second"]
+        return nb.perplexity(nb.fine_tune(run, "row", lambda: copy.deepcopy(model), blocks, settings), test)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shares", nargs="+", type=float, default=[0.05, 0.1, 0.2])
     parser.add_argument("--kinds", nargs="+", default=["heads", "neurons", "both"])
+    parser.add_argument("--steps", nargs="*", type=int, default=[100], help="of fine-tuning, for each its own columns")
     parser.add_argument("--speed", action="store_true")
     own, rest = parser.parse_known_args()
     if own.speed:
@@ -91,12 +92,12 @@ def main():
     costs = {kind: total_cost(dense, kind) for kind in ("heads", "neurons", "both")}
     with tempfile.TemporaryDirectory() as folder:
         untouched = nb.perplexity(dense, test)
-        control, speed_of_dense = fine_tuned(folder, settings, dense, blocks, test) if settings.max_steps else (0, 1)
-        print(f"{settings.model}, {settings.strategy}: dense {untouched:.3f}, fine-tuned {control:.3f}\n")
-        print(
-            "| parameters of the layers | kind | heads closed | neurons closed | pruned | repaired | fine-tuned | "
-            "steps in the dense model's time | neurons left, layer by layer |\n|---|---|---|---|---|---|---|---|---|"
-        )
+        controls = {steps: fine_tuned(folder, settings, dense, blocks, test, steps) for steps in own.steps}
+        words = ", ".join(f"after {steps} steps {value:.3f}" for steps, value in controls.items())
+        print(f"{settings.model}, {settings.strategy}: dense {untouched:.3f}, {words}\n")
+        columns = "".join(f" after {steps} steps | for the same time (steps) |" for steps in own.steps)
+        print("| parameters of the layers | kind | heads closed | neurons closed | pruned | repaired |" + columns +
+              " heads; neurons left, layer by layer |\n" + "|---" * (7 + 2 * len(own.steps)) + "|")  # fmt: skip
         for share in own.shares:
             for kind in own.kinds:
                 level = share * costs["both"] / costs[kind]
@@ -107,23 +108,27 @@ def main():
                 importance = nb.get_strategy(chosen.strategy, **nb.options_for(chosen)).score(model, calibration)
                 gates = nb.gates_for(model, importance, chosen)
                 nb.set_gates(model, gates)
-                values = [nb.perplexity(model, test)]
                 fixed = nb.repair(model, text)
-                values.append(nb.perplexity(fixed, test))
-                steps = 0
-                if settings.max_steps:
-                    value, speed_of_small = fine_tuned(folder, settings, nb.compact(fixed), blocks, test)
-                    values.append(value)
-                    steps = round(settings.max_steps * speed_of_small / speed_of_dense)
+                cells = [f"{nb.perplexity(model, test):.3f}", f"{nb.perplexity(fixed, test):.3f}"]
+                small = nb.compact(fixed)
+                if own.steps:
+                    speeds = nb.tokens_per_second({"dense": dense, "small": small}, test[:8], training=True, rounds=7)
+                for steps in own.steps:
+                    longer = round(steps * speeds["small"] / speeds["dense"])
+                    values = [fine_tuned(folder, settings, small, blocks, test, number) for number in (steps, longer)]
+                    cells += [f"{values[0]:.3f}", f"{values[1]:.3f} ({longer})"]
                 heads, neurons = nb.heads_part(model, gates), nb.describe_neurons(model, gates)
-                print(
-                    f"| {share:.1%} | {kind} | {int((heads == 0).sum())} | {neurons['closed'] if neurons else 0} | "
-                    + " | ".join(f"{value:.3f}" for value in (*values, *[0.0] * (3 - len(values))))
-                    + f" | {steps} | "
-                    + (" ".join(map(str, neurons["open_per_layer"])) if neurons else "all")
-                    + " |",
-                    flush=True,
-                )
+                left = "; ".join(" ".join(map(str, part)) for part in (
+                    heads.sum(1).int().tolist(), neurons["open_per_layer"] if neurons else []))  # fmt: skip
+                cells = [
+                    f"{share:.1%}",
+                    kind,
+                    int((heads == 0).sum()),
+                    neurons["closed"] if neurons else 0,
+                    *cells,
+                    left,
+                ]
+                print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 if __name__ == "__main__":
