@@ -272,7 +272,7 @@ SETTINGS = {
         ("round_neurons", 1, at_least(1), "multiple that numbers of neurons stay at: 32 suits kernels, 256 k-quants"),
         ("gate_steps", 240, at_least(1), "steps that the strategy 'learned' trains the gates for"),
         ("repair", True, None, "after pruning, refit the output projections by least squares, without training"),
-        ("repair_blocks", 64, at_least(1), "blocks of training text that the repair is solved on"),
+        ("repair_blocks", 128, at_least(1), "blocks of training text that the repair is solved on"),
         ("uniform", False, None, "close equally many heads in every layer, in whole key/value groups, so that the "
          "smaller model needs no code of its own (Llama-like models)"),
         ("even_groups", "auto", ("auto", "yes", "no"), "where several heads read the same key, leave equally many for "
@@ -286,7 +286,7 @@ SETTINGS = {
         ("validation_file", "", None, "text for calibration and validation"),
         ("test_file", "", None, "text that only the reported perplexities see"),
         ("block_length", 512, at_least(2), "tokens in a block"),
-        ("calibration_blocks", 32, at_least(1), "validation blocks that the heads are scored on"),
+        ("calibration_blocks", 64, at_least(1), "validation blocks that the heads are scored on"),
         ("eval_blocks", 64, at_least(0), "test blocks that perplexity is measured on, 0 = all"),
         ("prompt", "The history of the city began", WORDS, "the start of the sample texts")],
     "fine-tuning": [
@@ -2947,11 +2947,12 @@ class Learned:
 
     def score(self, model, blocks: torch.Tensor) -> torch.Tensor:
         """Importance (layers, units) from blocks (n, time), 256 tokens in a step. Raises RunError for overflows."""
-        start, costs = Gradient(squared=True).score(model, blocks).clamp_min(1e-20).log(), relative_costs(model)
+        texts, costs = cut_shorter(blocks), relative_costs(model)
+        start = Gradient(squared=True).score(model, texts).clamp_min(1e-20).log()
         closed = round(self.level * costs.numel()) if costs.min() == 1 else self.level * costs.sum().item()
         if not closed:
             return start.exp()
-        texts, heads, budget = cut_shorter(blocks), number_of_heads(model), costs.sum().item() - closed
+        heads, budget = number_of_heads(model), costs.sum().item() - closed
         middle, spread = start.mean(), start.std().clamp_min(1e-6)
         costs, start = (part.to(model.device) for part in (costs, (start - middle) / spread))
         # Forty thousand neurons cannot be learned from some thousand tokens: Fisher ranks those of a layer, and one
