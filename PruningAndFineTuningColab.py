@@ -26,7 +26,8 @@
 # A transformer reads with many **attention heads** at once, and a trained model does not need all of
 # them. This notebook scores the heads of a causal language model, closes the least important ones,
 # repairs what is left without training, cuts the closed heads out, fine-tunes the smaller model, and
-# says what it cost. You get a folder that `from_pretrained` opens. A real run, on two processor cores:
+# says what it cost. You get a folder that `from_pretrained` opens, and, if you like, a file for llama.cpp. A
+# real run, on two processor cores:
 #
 # | SmolLM2-135M-Instruct, WikiText-2 | heads | parameters | test perplexity (lower is better) |
 # |---|---|---|---|
@@ -3816,7 +3817,8 @@ if __name__ == "__main__":
 #
 # Which strategy, how many heads? One strategy at one level says little. With `SWEEP` every strategy meets
 # every level, on the same model and text. Heads are scored once per strategy (once per level where the
-# score depends on it). A point is written down the moment it is known, so an interrupted sweep goes on.
+# score depends on it). A point is written down the moment it is known, so an interrupted sweep goes on. A
+# second picture asks what to prune: heads, neurons or both, each against the size and speed that it leaves.
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Strategies x levels: the points, kept one by one
@@ -4180,7 +4182,8 @@ if __name__ == "__main__":
 # The remaining heads can learn to do without the closed ones. Training is `transformers.Trainer`: AdamW, a
 # short warmup, then a cosine decay. A step is `batch_size` blocks, however many fit at once. The weights
 # that are kept are those with the best perplexity on validation text, and training stops early when that
-# has not improved for `patience` evaluations.
+# has not improved for `patience` evaluations. `MAX_STEPS = "auto"` is one pass over the training text with an
+# accelerator, and 200 steps on a processor.
 #
 # What is trained is the compact model: a closed gate lets no gradient through, so with gates it would be
 # the same training, only slower. It is a copy. With `distillation` a share of the loss asks for the dense

@@ -4,8 +4,8 @@
         --block-length 256 --batch-size 8 --eval-blocks 60 --steps 100
     python tests/benchmarks/neurons.py --speed        # GPT-2-small shapes: measured speed beside the arithmetic
 
-Takes the options of the notebook, --shares (of the parameters of all layers), --kinds and --steps. Heads and neurons
-are pruned to the level that removes as many parameters as `both` does.
+Takes the options of the notebook, --shares (of the parameters of all layers), --kinds and --steps. The last column has the
+heads and the neurons that are left, layer by layer. Heads and neurons are pruned to the level that removes as many parameters as `both` does.
 """
 
 import argparse
@@ -75,6 +75,7 @@ def main():
     parser.add_argument("--shares", nargs="+", type=float, default=[0.05, 0.1, 0.2])
     parser.add_argument("--kinds", nargs="+", default=["heads", "neurons", "both"])
     parser.add_argument("--steps", nargs="*", type=int, default=[100], help="of fine-tuning, for each its own columns")
+    parser.add_argument("--same-time", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--speed", action="store_true")
     own, rest = parser.parse_known_args()
     if own.speed:
@@ -95,9 +96,12 @@ def main():
         controls = {steps: fine_tuned(folder, settings, dense, blocks, test, steps) for steps in own.steps}
         words = ", ".join(f"after {steps} steps {value:.3f}" for steps, value in controls.items())
         print(f"{settings.model}, {settings.strategy}: dense {untouched:.3f}, {words}\n")
-        columns = "".join(f" after {steps} steps | for the same time (steps) |" for steps in own.steps)
-        print("| parameters of the layers | kind | heads closed | neurons closed | pruned | repaired |" + columns +
-              " heads; neurons left, layer by layer |\n" + "|---" * (7 + 2 * len(own.steps)) + "|")  # fmt: skip
+        longer = " for the same time (steps) |" * own.same_time
+        columns = "".join(f" after {steps} steps |{longer}" for steps in own.steps)
+        print(
+            f"| parameters of the layers | kind | heads closed | neurons closed | pruned | repaired |{columns} left |"
+        )
+        print("|---" * (7 + (1 + own.same_time) * len(own.steps)) + "|")
         for share in own.shares:
             for kind in own.kinds:
                 level = share * costs["both"] / costs[kind]
@@ -114,9 +118,10 @@ def main():
                 if own.steps:
                     speeds = nb.tokens_per_second({"dense": dense, "small": small}, test[:8], training=True, rounds=7)
                 for steps in own.steps:
-                    longer = round(steps * speeds["small"] / speeds["dense"])
-                    values = [fine_tuned(folder, settings, small, blocks, test, number) for number in (steps, longer)]
-                    cells += [f"{values[0]:.3f}", f"{values[1]:.3f} ({longer})"]
+                    cells.append(f"{fine_tuned(folder, settings, small, blocks, test, steps):.3f}")
+                    if own.same_time:
+                        longer = round(steps * speeds["small"] / speeds["dense"])
+                        cells.append(f"{fine_tuned(folder, settings, small, blocks, test, longer):.3f} ({longer})")
                 heads, neurons = nb.heads_part(model, gates), nb.describe_neurons(model, gates)
                 left = "; ".join(" ".join(map(str, part)) for part in (
                     heads.sum(1).int().tolist(), neurons["open_per_layer"] if neurons else []))  # fmt: skip
