@@ -270,7 +270,8 @@ SETTINGS = {
         ("pruning_level", PRUNING_LEVEL, at_least(0, 1), "share to close of all heads, neurons, or parameters of both"),
         ("max_loss", 0.0, at_least(0), "find the largest level at which validation perplexity rises no more"),
         ("min_heads", 1, at_least(0), "heads that stay open in every layer"),
-        ("round_neurons", 1, at_least(1), "multiple that numbers of neurons stay at: 32 suits kernels, 256 k-quants"),
+        ("round_neurons", 0, at_least(0), "multiple that numbers of neurons stay at, 256 suits k-quants; 0: 32, which "
+         "suits kernels, in layers of 1,024 neurons or more, else 1"),
         ("gate_steps", 240, at_least(1), "steps that the strategy 'learned' trains the gates for"),
         ("repair", True, None, "after pruning, refit the output projections by least squares, without training"),
         ("repair_blocks", 128, at_least(1), "blocks of training text that the repair is solved on"),
@@ -368,6 +369,10 @@ class CheckedSettings:
     def even(self) -> bool:
         """True where groups of heads are to stay even."""
         return self.even_groups == "yes" or (self.even_groups == "auto" and "gguf" in self.save_model.split())
+
+    def multiple(self, neurons: int) -> int:
+        """The multiple that the number of a layer's neurons stays at."""
+        return min(self.round_neurons or (32 if neurons >= 1024 else 1), max(neurons, 1))
 
     def check(self, name: str, fine: bool, allowed: str, remedy: str) -> None:
         if not fine:
@@ -2213,7 +2218,7 @@ def llama_cpp_logits(tensors: dict[str, torch.Tensor], numbers: dict, ids: torch
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title A compact model in the words of llama.cpp
+# @title Heads in groups, and in the order that llama.cpp rotates them
 def plan_groups(readers: list[int]) -> tuple[list[int], list[int]]:
     """Query heads and key/value heads to write, by number, -1 being one of zeros; `readers` of each key/value head.
 
@@ -2242,6 +2247,9 @@ def pick_heads(weight: torch.Tensor, heads: list[int], size: int, turned: bool =
         rows = rows.unflatten(1, (2, size // 2)).transpose(1, 2).flatten(1, 2)
     return rows.flatten(0, 1)
 
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title An attention module in the words of llama.cpp
 def fuse(parts: dict, attention, size: int) -> dict:
     """Weights of an attention module as `openelm` has them: one matrix, with norms of queries and keys."""
     parts["qkv.weight"] = torch.cat([parts.pop(f"{name}.weight") for name in "qkv"])
@@ -2277,7 +2285,7 @@ def attention_for_llama_cpp(attention, size: int, width: int, first: bool, norme
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Does a model fit? It is arranged, computed by these formulas, and compared
+# @title A compact model in the words of llama.cpp
 def context_length(config) -> int:
     """Tokens up to which a model reads as llama.cpp's plain attention does: before windows and stretched positions."""
     rope, window = config.rope_parameters, getattr(config, "sliding_window", None)
@@ -2324,6 +2332,9 @@ def in_words_of_llama_cpp(small) -> tuple[dict[str, torch.Tensor], dict]:
             numbers[name].append(number)
     return {name: part.detach().cpu() for name, part in tensors.items()}, numbers
 
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Does a model fit? It is arranged, computed by these formulas, and compared
 def largest_difference_from(small, tensors: dict[str, torch.Tensor], numbers: dict, ids: torch.Tensor) -> float:
     """The largest difference of llama_cpp_logits() of ids (time,) from the model's, relative to the largest logit."""
     with torch.no_grad():
@@ -2503,12 +2514,12 @@ def check_reach(model, settings: Settings) -> None:
     if len(layer) == 1 and heads:
         heads_to_close(len(costs), heads, settings.pruning_level, settings.min_heads)
         return
-    kept = {"heads": min(settings.min_heads, heads), "neurons": settings.round_neurons}
+    kept = {"heads": min(settings.min_heads, heads), "neurons": settings.multiple(len(costs[0]) - heads)}
     spare = sum(max(units.number - kept[units.kind], 0) * costs[:, 0 if units.kind == "heads" else -1].sum().item()
                 for units in layer) / costs.sum().item()
     if settings.pruning_level > spare:
         raise UserError(f"pruning_level is {settings.pruning_level:g} with min_heads {settings.min_heads} and "
-                        f"round_neurons {settings.round_neurons}, but at most {spare:.2f} can be closed so: lower one "
+                        f"round_neurons {kept['neurons']}, but at most {spare:.2f} can be closed so: lower one "
                         "of the three.")
 
 def plan_closing(model, settings: Settings) -> str:
@@ -2947,22 +2958,20 @@ class Learned:
     noise: float = 0.5  # scale of the logistic noise, in temperatures
 
     def score(self, model, blocks: torch.Tensor) -> torch.Tensor:
-        """Importance (layers, units) from blocks (n, time), 256 tokens in a step. Raises RunError for overflows."""
+        """Importance (layers, units) on Fisher's scale, from blocks (n, time). Raises RunError for overflows."""
         texts, costs = cut_shorter(blocks), relative_costs(model)
         start = Gradient(squared=True).score(model, texts).clamp_min(1e-20).log()
         closed = round(self.level * costs.numel()) if costs.min() == 1 else self.level * costs.sum().item()
         if not closed:
             return start.exp()
         heads, budget = number_of_heads(model), costs.sum().item() - closed
-        middle, spread = start.mean(), start.std().clamp_min(1e-6)
-        costs, start = (part.to(model.device) for part in (costs, (start - middle) / spread))
-        # Forty thousand neurons cannot be learned from some thousand tokens: Fisher ranks those of a layer, and one
-        # number is learned that moves all of them up or down.
+        middle, spread, costs = start.mean(), start.std().clamp_min(1e-6), costs.to(model.device)
+        start = ((start - middle) / spread).to(model.device)
+        # So many neurons cannot be learned from so little text: Fisher ranks a layer's, and one number moves them all.
         own, moved = start[:, :heads].clone().requires_grad_(), torch.zeros_like(start[:, :1]).requires_grad_()
         learned = [part for part, used in ((own, heads), (moved, heads < start.shape[1])) if used]
         optimizer, generator = torch.optim.Adam(learned, betas=(0.9, 0.98)), torch.Generator().manual_seed(self.seed)
         with movable_gates(model) as substitute:
-            per_text = functools.partial(self.slope, model, substitute)
             for step, chosen in enumerate(long_loop(self.draw(*texts.shape, generator), "learning gates")):
                 done = step / max(self.steps - 1, 1)
                 optimizer.param_groups[0]["lr"] = self.rate * (1 - 0.9 * done)
@@ -2971,7 +2980,8 @@ class Learned:
                 noise = self.noise * temperature * chance.to(model.device)  # every text has its own
                 scores = torch.cat([own + noise, (start[:, heads:] + moved).expand(len(chosen), -1, -1)], dim=-1)
                 gates = soft_gates(scores, budget, temperature, costs)  # (texts, layers, units)
-                slopes = over_blocks(model, (texts[chosen], gates.detach()), per_text, "learning gates", "backward")
+                slopes = over_blocks(model, (texts[chosen], gates.detach()),
+                                     functools.partial(self.slope, model, substitute), "learning gates", "backward")
                 for part, slope in zip(learned, torch.autograd.grad(gates, learned, slopes / len(chosen))):
                     part.grad = slope
                 optimizer.step()
@@ -2979,14 +2989,13 @@ class Learned:
                 if look and not learned[0].isfinite().all():
                     raise RunError(f"the gates are not finite after step {step + 1} of {self.steps}: take --precision "
                                    "fp32, or another strategy.")
-        scores = torch.cat([own, start[:, heads:] + moved], dim=1).detach().cpu()
-        return (scores * spread + middle).exp()  # on Fisher's scale again
+        return (torch.cat([own, start[:, heads:] + moved], dim=1).detach().cpu() * spread + middle).exp()
 
     def draw(self, texts: int, length: int, generator) -> list[torch.Tensor]:
         """For each step the numbers of the texts that it learns from."""
         per_step = min(texts, max(1, 256 // length))
-        passes = range(math.ceil(self.steps * per_step / texts))
-        order = torch.cat([torch.randperm(texts, generator=generator) for _ in passes])
+        passes = math.ceil(self.steps * per_step / texts)
+        order = torch.cat([torch.randperm(texts, generator=generator) for _ in range(passes)])
         return order.split(per_step)[: self.steps]
 
     def slope(self, model, substitute, batch: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
@@ -3082,7 +3091,8 @@ def choose_units(model, importance: torch.Tensor, settings: Settings) -> torch.T
     so many cannot be closed.
     """
     check_reach(model, settings)
-    costs, heads, multiple = unit_costs(model), number_of_heads(model), settings.round_neurons
+    costs, heads = unit_costs(model), number_of_heads(model)
+    multiple = settings.multiple(costs.shape[1] - heads)
     number, each, left = importance.shape[1], costs.flatten().tolist(), settings.pruning_level * costs.sum().item()
     spare = [[heads - settings.min_heads, number - heads - multiple] for _ in importance]
     closed = []
@@ -3143,15 +3153,15 @@ def choose_even(model, importance: torch.Tensor, settings: Settings) -> torch.Te
     worth = (importance - min(importance.min().item(), 0)) * costs
     unit = costs[0, 0].item() * sharing / (sharing + 1)  # what a head costs without its share of the key/value head
     budget, (layers, number) = (1 - settings.pruning_level) * costs.sum().item(), costs.shape
-    neurons = worth[:, heads:].clone()
+    neurons, multiple = worth[:, heads:].clone(), settings.multiple(number - heads)
     if number > heads:  # so many stay in every layer
-        neurons.scatter_(1, neurons.topk(settings.round_neurons, dim=1).indices, math.inf)
+        neurons.scatter_(1, neurons.topk(multiple, dim=1).indices, math.inf)
     order = neurons.flatten().argsort(descending=True, stable=True)
     sums = torch.cat([torch.zeros(1), worth[:, heads:].flatten()[order].cumsum(0)])
 
     def total(cost):  # the worth of the best even choice of that cost, with the neurons that the rest pays for
         rest = int((budget - cost * unit) // costs[0, -1].item()) if number > heads else 0
-        small = rest < layers * settings.round_neurons if number > heads else cost * unit > budget
+        small = rest < layers * multiple if number > heads else cost * unit > budget
         return (-math.inf, 0) if small else (found[cost][0] + sums[min(rest, len(order))].item(), rest)
 
     found = best_groups(worth[:, :heads], sharing, settings.min_heads)
@@ -3162,7 +3172,7 @@ def choose_even(model, importance: torch.Tensor, settings: Settings) -> torch.Te
     gates = torch.zeros(layers, number - heads)
     gates.view(-1)[order[: total(cost)[1]]] = 1
     gates = torch.cat([torch.stack(found[cost][1]), gates], dim=1)
-    return round_neurons(gates, importance, heads, settings.round_neurons)
+    return round_neurons(gates, importance, heads, multiple)
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -4886,9 +4896,7 @@ def load_gated(folder: Path, device: str | torch.device = "cpu"):
 # imported (`pip install llama-cpp-py-sync`), it opens the file and has to give the same logits and tokens.
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Writing a .gguf file, and reading it again
-GGUF_FORMATS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-
+# @title The tokenizer of a .gguf file
 def write_tokenizer(writer, tokenizer, source: str, vocabulary: int) -> None:
     """The fields tokenizer.*: those of a .gguf file `source`, else made from a Hugging Face tokenizer."""
     if source.endswith(".gguf"):
@@ -4915,6 +4923,11 @@ def write_tokenizer(writer, tokenizer, source: str, vocabulary: int) -> None:
     special.add_special_token["bos"] = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     special.chat_template = special.chat_template or tokenizer.chat_template
     special.add_to_gguf(writer, quiet=True)
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Writing a .gguf file, and reading it again
+GGUF_FORMATS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 
 def write_gguf(path: Path, small, tokenizer, source: str, words: dict) -> None:
     """Writes a compact model. `source`: the tokenizer's model or file; `words`: format, name, base and description."""
@@ -5011,6 +5024,9 @@ def check_in_llama_cpp(file: Path, small, tokenizer, ids: torch.Tensor) -> dict:
     print(f"llama.cpp opens it: perplexity of a block {there:.3f}, here {here:.3f}; {len(tokens)} tokens alike")
     return found
 
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title The .gguf of a run
 def save_gguf(run: Run, small, tokenizer, folder: Path, ids: torch.Tensor) -> float:
     """Writes a compact model into a folder as .gguf, and compares what is in it on ids (time,): the difference."""
     name, saved = bare_name(run.metrics["settings"]["model"]), saved_format(run)

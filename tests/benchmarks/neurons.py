@@ -4,8 +4,9 @@
         --block-length 256 --batch-size 8 --eval-blocks 60 --steps 100
     python tests/benchmarks/neurons.py --speed        # GPT-2-small shapes: measured speed beside the arithmetic
 
-Takes the options of the notebook, --shares (of the parameters of all layers), --kinds and --steps. The last column has the
-heads and the neurons that are left, layer by layer. Heads and neurons are pruned to the level that removes as many parameters as `both` does.
+Takes the options of the notebook, --shares (of the parameters of all layers), --kinds and --steps. The last column has
+the heads and the neurons that are left, layer by layer. Heads and neurons are pruned to the level that removes as many
+parameters as `both` does.
 """
 
 import argparse

@@ -11,6 +11,7 @@ models of transformers 5; its choice is then closed here with gates, which must 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -90,7 +91,8 @@ def main():
           "time to choose, gradient = 1 |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
 
     def tuned(model):
-        trained = nb.fine_tune(run, "row", lambda: nb.compact(model), blocks, settings)
+        with contextlib.redirect_stdout(sys.stderr):  # where the Trainer prints its log
+            trained = nb.fine_tune(run, "row", lambda: nb.compact(model), blocks, settings)
         return nb.perplexity(trained, test)
 
     def row(name, gates, seconds):
