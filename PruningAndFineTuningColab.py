@@ -2964,14 +2964,15 @@ class Learned:
         closed = round(self.level * costs.numel()) if costs.min() == 1 else self.level * costs.sum().item()
         if not closed:
             return start.exp()
-        heads, budget = number_of_heads(model), costs.sum().item() - closed
-        middle, spread, costs = start.mean(), start.std().clamp_min(1e-6), costs.to(model.device)
+        heads, budget, costs = number_of_heads(model), costs.sum().item() - closed, costs.to(model.device)
+        middle, spread = start.mean(), start.std().clamp_min(1e-6)
         start = ((start - middle) / spread).to(model.device)
         # So many neurons cannot be learned from so little text: Fisher ranks a layer's, and one number moves them all.
         own, moved = start[:, :heads].clone().requires_grad_(), torch.zeros_like(start[:, :1]).requires_grad_()
-        learned = [part for part, used in ((own, heads), (moved, heads < start.shape[1])) if used]
+        learned = [own] * (heads > 0) + [moved] * (heads < start.shape[1])
         optimizer, generator = torch.optim.Adam(learned, betas=(0.9, 0.98)), torch.Generator().manual_seed(self.seed)
         with movable_gates(model) as substitute:
+            per_text = functools.partial(self.slope, model, substitute)
             for step, chosen in enumerate(long_loop(self.draw(*texts.shape, generator), "learning gates")):
                 done = step / max(self.steps - 1, 1)
                 optimizer.param_groups[0]["lr"] = self.rate * (1 - 0.9 * done)
@@ -2980,8 +2981,7 @@ class Learned:
                 noise = self.noise * temperature * chance.to(model.device)  # every text has its own
                 scores = torch.cat([own + noise, (start[:, heads:] + moved).expand(len(chosen), -1, -1)], dim=-1)
                 gates = soft_gates(scores, budget, temperature, costs)  # (texts, layers, units)
-                slopes = over_blocks(model, (texts[chosen], gates.detach()),
-                                     functools.partial(self.slope, model, substitute), "learning gates", "backward")
+                slopes = over_blocks(model, (texts[chosen], gates.detach()), per_text, "learning gates", "backward")
                 for part, slope in zip(learned, torch.autograd.grad(gates, learned, slopes / len(chosen))):
                     part.grad = slope
                 optimizer.step()
@@ -2994,9 +2994,8 @@ class Learned:
     def draw(self, texts: int, length: int, generator) -> list[torch.Tensor]:
         """For each step the numbers of the texts that it learns from."""
         per_step = min(texts, max(1, 256 // length))
-        passes = math.ceil(self.steps * per_step / texts)
-        order = torch.cat([torch.randperm(texts, generator=generator) for _ in range(passes)])
-        return order.split(per_step)[: self.steps]
+        order = [torch.randperm(texts, generator=generator) for _ in range(math.ceil(self.steps * per_step / texts))]
+        return torch.cat(order).split(per_step)[: self.steps]
 
     def slope(self, model, substitute, batch: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """d divergence / d gate of each text: (batch, layers, heads), like `gates`; `batch` is (batch, time)."""

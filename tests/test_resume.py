@@ -25,7 +25,7 @@ FEW = (
 
 
 def new_run(folder, **changes):
-    settings = nb.Settings(output_dir=str(folder), block_length=16, max_steps=20, **changes)
+    settings = nb.Settings(output_dir=str(folder), block_length=16, max_steps="20", **changes)
     return settings, nb.Run(settings, torch.device("cpu"), torch.float32)
 
 

@@ -276,12 +276,17 @@ def test_a_sweep_runs_from_the_script(short_run):
         "4",
     )
     rows = (folder / "sweep.csv").read_text().splitlines()
-    assert rows[0] == "strategy,level,closed,share,pruned,repaired" and [row.split(",")[:3] for row in rows[1:]] == [
-        ["fisher", "0.25", "2"],
-        ["fisher", "0.5", "4"],
-        ["random", "0.25", "2"],
-        ["random", "0.5", "4"],
+    assert rows[0] == "prune,strategy,level,closed,share,parameters,flops_per_token,pruned,repaired"
+    assert [row.split(",")[:4] for row in rows[1:5]] == [
+        ["heads", "fisher", "0.25", "2"],
+        ["heads", "fisher", "0.5", "4"],
+        ["heads", "random", "0.25", "2"],
+        ["heads", "random", "0.5", "4"],
     ]
+    assert [row.split(",")[:3] for row in rows[5:]] == [
+        [kind, "fisher", level] for kind in ("neurons", "both") for level in ("0.25", "0.5")
+    ]
+    assert (folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
     metrics = json.loads((folder / "metrics.json").read_text())
     assert len(metrics["sweep"]) == 4 and metrics["sweep"][1]["pruned"] == metrics["perplexity"]["pruned"]
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG") and "fine_tuned" not in metrics["perplexity"]
