@@ -3834,7 +3834,7 @@ if __name__ == "__main__":
 def sweep_file(run: Run, settings: Settings, texts: tuple[torch.Tensor, ...]) -> Path:
     """Where the points of a sweep are kept: one file for each model, blocks (n, time) and settings."""
     names = ("model", "seed", "prune", "round_neurons", "min_heads", "gate_steps", "repair")
-    depends = [run.metrics["perplexity"]["dense"], run.metrics["versions"], run.metrics["precision"],
+    depends = [run.metrics["perplexity"]["dense"], run.metrics["versions"], run.metrics["precision"], settings.even(),
                [getattr(settings, name) for name in names]]
     return run.folder.parent / f"sweep-{fingerprint(*depends, *texts)}.json"
 
