@@ -249,13 +249,19 @@ def kind_of(path: Path) -> str:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     return "".join(suffixes[-2:-1] if suffixes[-1:] == [".gz"] else suffixes[-1:])
 
+def refuse_folder(error: OSError):
+    """Raises UserError for a folder that cannot be read."""
+    raise UserError(f"the folder {error.filename!r} cannot be read ({error.strerror}): take another one, or name the "
+                    "files.")
+
 def find_files(path: str) -> list[Path]:
     """The files that a path means. A file that is called so comes first, whatever signs are in its name."""
     place = Path(path)
     if place.is_file():
         return [place]
     if place.is_dir():
-        return sorted(file for file in place.rglob("*") if file.is_file() and kind_of(file) in KINDS)
+        found = (Path(folder, name) for folder, _, names in os.walk(place, onerror=refuse_folder) for name in names)
+        return sorted(file for file in found if kind_of(file) in KINDS and os.path.isfile(file))
     return sorted(file for file in map(Path, glob.glob(path, recursive=True)) if file.is_file())
 
 
@@ -4739,12 +4745,17 @@ if __name__ == "__main__":
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title modeling_pruned.py
+@functools.cache  # to parse all of the script takes a moment
+def definitions(text: str) -> dict[str, str]:
+    """The source of each function and class of a Python text, by name, without decorators."""
+    lines = text.splitlines()
+    return {node.name: "\n".join(lines[node.lineno - 1: node.end_lineno]) for node in ast.parse(text).body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
 def source_of(thing) -> str:
     """The source of a function or class of this file; inspect.getsource cannot find the classes of a notebook."""
     code = (thing.__init__ if isinstance(thing, type) else thing).__code__
-    text = "".join(linecache.getlines(code.co_filename))
-    return next(ast.get_source_segment(text, node) for node in ast.parse(text).body
-                if getattr(node, "name", "") == thing.__name__)
+    return definitions("".join(linecache.getlines(code.co_filename)))[thing.__name__]
 
 def modeling_code(name: str, kind: str) -> str:
     """The text of modeling_pruned.py: the class Pruned<name>, derived from <name>; `kind` is its model_type."""
