@@ -2359,7 +2359,7 @@ def why_not_gguf(model) -> str:
     ids = torch.arange(24) * 7 % model.get_input_embeddings().num_embeddings
     try:
         difference = largest_difference_from(small, *in_words_of_llama_cpp(small), ids)
-    except (AttributeError, KeyError, ValueError, RuntimeError) as error:  # a part is elsewhere, or has another shape
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:  # parts are elsewhere
         return f"it is not built like Llama: {first_sentence(error)}"
     return "" if difference < 1e-3 else f"by llama.cpp's formulas its logits differ by {difference:.0e} of the largest"
 
