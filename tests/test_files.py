@@ -218,3 +218,12 @@ def test_a_tokenizer_that_refuses_other_options_writes_a_sample():
 )
 def test_the_results_folder_has_the_whole_name_of_the_model(name, folder, tmp_path):
     assert nb.make_folder(tmp_path, name).name.split("_", 2)[2] == folder
+
+
+def test_a_folder_that_cannot_be_read_is_said(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(nb.os, "scandir", refuse)
+    with pytest.raises(nb.UserError, match="the folder .* cannot be read .Permission denied.: take another one"):
+        nb.find_files(str(tmp_path))

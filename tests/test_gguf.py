@@ -297,7 +297,6 @@ def test_even_groups_leave_equally_many_readers_at_no_more_parameters():
             readers = gates[:, :6].unflatten(1, (2, 3)).sum(-1)
             assert all(len(set(row[row > 0].tolist())) == 1 for row in readers)
             nb.set_gates(model, gates)
-
             freed = model.num_parameters() - nb.compact(model).num_parameters()
             assert level * costs.sum() - 1 <= freed < (level + 0.15) * costs.sum()
     assert not nb.Settings().even() and nb.Settings(save_model="compact gguf").even()

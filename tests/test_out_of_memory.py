@@ -141,3 +141,12 @@ def test_a_single_block_that_does_not_fit_says_what_to_change():
         nb.RunError, match="perplexity runs out of memory with a single block: take a smaller --block-length"
     ):
         nb.perplexity(short_of_memory(gated(), 0), BLOCKS)
+
+
+def test_repair_needs_no_memory_for_logits(monkeypatch):
+    monkeypatch.setattr(nb, "free_bytes", lambda device: 2**34)
+    model = make("llama")
+    room = {kind: nb.room_for_blocks(model, 512, kind) for kind in ("forward", "streams")}
+    model.config.vocab_size *= 1000
+    assert nb.room_for_blocks(model, 512, "streams") == room["streams"]
+    assert nb.room_for_blocks(model, 512, "forward") < room["forward"]
