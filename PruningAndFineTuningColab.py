@@ -3708,19 +3708,19 @@ def dense_streams(model, blocks: torch.Tensor) -> tuple[torch.Tensor, list[bool]
     """The dense model's stream on blocks (n, time) after each attention and each layer, (n, layers, 2, time, hidden).
 
     In bfloat16, on the processor. The list says in which layers what attention and MLP write adds up to the stream.
-    Where it does not (Gemma 2 and 3 normalise it first), the attention's own output stands in the first place.
+    Where it does not (Gemma 2 and 3 normalise it first, Granite scales it), the two outputs stand there themselves.
     """
     layers, seen, targets, fits = find_heads(model), {}, [], []
     shape = (len(blocks), len(layers), 2, blocks.shape[1], layers[0].output_weight.shape[2])
     streams = torch.empty(shape, dtype=torch.bfloat16)
 
     def leave(*_):
-        out, middle = seen["out"].float(), seen["in"].float() + seen["attention"].float()
-        fits.append(torch.zeros((), dtype=torch.bool, device=out.device))
-        if "mlp" in seen:  # (the MLP of OPT sees all tokens of a batch in one row)
-            fits[-1] = torch.dist(middle + seen["mlp"].float().view_as(out), out) < 0.02 * out.norm()
-        first = torch.where(fits[-1], middle, seen["attention"].float())
-        targets.append(torch.stack([first, out], 1).bfloat16().cpu())
+        out, attention = seen["out"].float(), seen["attention"].float()
+        mlp = seen.get("mlp", torch.zeros_like(out)).float().view_as(out)  # (that of OPT sees a batch in one row)
+        middle = seen["in"].float() + attention
+        fits.append(torch.dist(middle + mlp, out) < 0.02 * out.norm())
+        pairs = ((middle, attention), (out, mlp))
+        targets.append(torch.stack([torch.where(fits[-1], *pair) for pair in pairs], 1).bfloat16().cpu())
         seen.clear()
 
     def per_block(batch, places):
@@ -3757,7 +3757,7 @@ def refit_layer(layer: Units, stream: torch.Tensor, adds_up: bool):
                 refit(projection, args[0], wanted, RIDGE["attention"], kept)
 
     def before_mlp_output(projection, args):
-        wanted = stream[:, 1].to(args[0].device) - seen["in"].float() - seen["attention"]
+        wanted = stream[:, 1].to(args[0].device) - (seen["in"].float() + seen["attention"] if adds_up else 0)
         kept = projection.gates != 0 if hasattr(projection, "gates") else slice(None)
         lost = hasattr(projection, "gates") and not kept.all()
         with torch.autocast(args[0].device.type, enabled=False):
@@ -3765,7 +3765,7 @@ def refit_layer(layer: Units, stream: torch.Tensor, adds_up: bool):
 
     yield from watch_layer(layer, seen)
     yield layer.projection.register_forward_pre_hook(before_projection)  # after the gates' own hook, which is older
-    if adds_up:
+    if find_mlp_output(layer) is not None:
         yield find_mlp_output(layer).register_forward_pre_hook(before_mlp_output)
     yield layer.block.register_forward_hook(lambda *_: seen.clear())  # what is noted of a layer is large
 

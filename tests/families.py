@@ -48,7 +48,7 @@ CATALOGUE = {
     "OLMo": ("OlmoConfig", SHARED),
     "OLMo 2": ("Olmo2Config", SHARED),
     "OLMo 3": ("Olmo3Config", SHARED),
-    "Granite": ("GraniteConfig", SHARED | dict(logits_scaling=8.0)),
+    "Granite": ("GraniteConfig", SHARED | dict(logits_scaling=8.0, residual_multiplier=0.5)),
     "GLM": ("GlmConfig", WIDE),
     "GLM-4": ("Glm4Config", WIDE),
     "Nemotron": ("NemotronConfig", WIDE),

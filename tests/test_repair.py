@@ -84,7 +84,7 @@ def test_repair_comes_nearer_to_the_dense_model_and_touches_nothing_else(family,
     ]
     attention = {FAMILIES[family][2].format(number) for number in range(2)}
     assert attention <= set(written)
-    assert len(set(written)) == (2 if family in ("gemma2", "gemma3") else 4), written
+    assert len(set(written)) == 4, written
     for number, row in enumerate(gates):  # closed heads can come back as they were
         path = FAMILIES[family][2].format(number)
         for head in (row == 0).nonzero().flatten().tolist():
