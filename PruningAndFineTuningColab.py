@@ -273,8 +273,10 @@ SETTINGS = {
         ("revision", "", None, "branch, tag or commit of a model on the hub"),
         ("strategy", STRATEGY, STRATEGY_NAMES, "how heads are scored"),
         ("prune", PRUNE, ("heads", "neurons", "both"), "what is closed: heads, neurons of the MLPs, or both together"),
-        ("pruning_level", PRUNING_LEVEL, at_least(0, 1), "share to close of all heads, neurons, or parameters of both"),
-        ("max_loss", 0.0, at_least(0), "find the largest level at which validation perplexity rises no more"),
+        ("pruning_level", PRUNING_LEVEL, at_least(0, 1), "share to close of all heads, neurons, or parameters of both; "
+         "auto: as much as --max-loss allows, where that is not given 0.05"),
+        ("max_loss", 0.0, at_least(0), "find the largest level at which validation perplexity rises by no more than "
+         "this share; 0: close as much as --pruning-level says"),
         ("min_heads", 1, at_least(0), "heads that stay open in every layer"),
         ("round_neurons", 0, at_least(0), "multiple that numbers of neurons stay at, 256 suits k-quants; 0: 32, which "
          "suits kernels, in layers of 1,024 neurons or more, else 1"),
@@ -410,6 +412,10 @@ def settings_of(folder: str) -> dict:
         raise UserError(f"resume is {folder!r}, but must be 'auto', 'no', or the folder of a run, with its "
                         "metrics.json: check the path.") from None
 
+def number_or_auto(word: str) -> float | str:
+    """What --pruning-level may be; argparse says this name where it is something else."""
+    return word if word == "auto" else float(word)
+
 def read_settings(arguments: list[str]) -> Settings:
     """Settings from the form's values, overridden by options as a shell gives them. Raises UserError."""
     parser = Options(description="Prune the attention heads of a causal language model, fine-tune what is left, and "
@@ -421,12 +427,16 @@ def read_settings(arguments: list[str]) -> Settings:
             kind = {"type": type(default), "metavar": choices or name.split("_")[-1].upper()}
             if isinstance(default, bool) or name in ("control", "even_groups"):
                 kind = {"action": argparse.BooleanOptionalAction}
+            elif name == "pruning_level":
+                kind["type"] = number_or_auto
             default = globals().get(name.upper(), default)  # the form's value now
             group.add_argument("--" + name.replace("_", "-"), default=default, help=help, **kind)
     values = vars(parser.parse_args(arguments))
     if values["resume"] not in ("auto", "no"):  # its settings, but for what is said now
         parser.set_defaults(**settings_of(values["resume"]))
         values = vars(parser.parse_args(arguments))
+    if values["pruning_level"] == "auto":
+        values |= {"pruning_level": PRUNING_LEVEL, "max_loss": values["max_loss"] or 0.05}
     values["max_steps"] = str(values["max_steps"])  # somebody may write a number into the form
     for name in ("control", "even_groups"):
         values[name] = {True: "yes", False: "no"}.get(values[name], values[name])
@@ -4012,9 +4022,9 @@ if __name__ == "__main__" and settings.sweep:
     run_sweep(run, model, (calibration, repair_text, test_blocks))
 
 # %% [markdown]
-# **How far may it go?** With `--max-loss 0.05` the level is found: the largest one whose repaired model is at
-# most 5 % worse than the dense one, on validation text. The units are scored once; the level is halved in, six
-# times, and every point is recorded. Then the model is pruned and repaired at that level.
+# **How far may it go?** With `--pruning-level auto --max-loss 0.05` the level is found: the largest one whose
+# repaired model is at most 5 % worse than the dense one, on validation text. The units are scored once; the
+# level is halved in, six times, and every point is recorded. Then the model is pruned and repaired at that level.
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Halving in on the level

@@ -172,7 +172,8 @@ def test_no_network_and_no_model_named_means_the_demo(monkeypatch, capsys):
             ["--model", "missing.gguf", "--dataset", "python-docs", "--offline"],
             "error: model 'missing.gguf' cannot be had",
         ),
-        (["--pruning-level", "a lot"], "invalid float value: 'a lot'"),
+        (["--pruning-level", "a lot"], "invalid number_or_auto value: 'a lot'"),
+        (["--min-heads", "a few"], "invalid int value: 'a few'"),
     ],
 )
 def test_a_mistake_costs_one_sentence_and_exit_status_2(arguments, sentence, tmp_path):
@@ -237,6 +238,9 @@ def test_more_takes_options_as_a_shell_does(monkeypatch):
     monkeypatch.setattr(nb, "choose_sources", lambda settings: settings)
     made = nb.start_settings("--no-repair --prompt 'two words' --pruning-level 0.1")
     assert (made.repair, made.prompt, made.pruning_level) == (False, "two words", 0.1)
+    made = nb.start_settings("--pruning-level auto")
+    assert (made.pruning_level, made.max_loss) == (nb.PRUNING_LEVEL, 0.05)
+    assert nb.start_settings("--pruning-level auto --max-loss 0.1").max_loss == 0.1
     for more, said in (
         ("--prompt 'two", "MORE is .*No closing quotation"),
         ("--levle 3", "unrecognized arguments: --levle 3"),

@@ -342,9 +342,8 @@ def test_heads_and_neurons_are_pruned_as_far_as_the_loss_allows(short_run):
         num_attention_heads=4,
         max_position_embeddings=64,
     )
-    words = "--prune both --max-loss 0.5 --strategy fisher --repair-blocks 4 --round-neurons 8 --save-model".split() + [
-        "compact zeroed"
-    ]
+    words = "--prune both --pruning-level auto --max-loss 0.5 --strategy fisher --repair-blocks 4".split()
+    words += ["--round-neurons", "8", "--save-model", "compact zeroed"]
     folder, said = short_run(transformers.LlamaForCausalLM(config), *words)
     metrics = json.loads((folder / "metrics.json").read_text())
     level, neurons = metrics["level"], metrics["neurons"]
