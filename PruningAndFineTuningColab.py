@@ -3232,9 +3232,9 @@ def predict_cost(model, gates: torch.Tensor, tokens: int) -> dict[str, float]:
     for (*_, units), row in zip(find_units(model), gates == 0):
         if units.kind == "neurons":
             inputs = [part for part in units.module.children() if isinstance(part, (torch.nn.Linear, Conv1D))
-                      and inputs_first(part).shape[1] in (units.number, 2 * units.number)]
+                      and part is not units.projection and part.bias is not None]
             closed, weights = int(row[heads:].sum()), [*own_weights(units), units.output_weight]
-            biases = sum(inputs_first(part).shape[1] // units.number for part in inputs if part.bias is not None)
+            biases = sum(len(part.bias) // units.number for part in inputs)
             freed = closed * sum(weight[0].numel() for weight in weights)
             parameters, products = parameters - freed - closed * biases, products - freed
     open_heads = gates[:, :heads] != 0 if heads else torch.ones(len(layers), layers[0].number, dtype=torch.bool)

@@ -114,6 +114,12 @@ def test_a_unit_costs_what_goes_with_it():
     assert head == 2 * 8 * 32 + 2 * 8 * 32 / 2 and neuron == 3 * 32, "keys and values are shared by two heads"
 
 
+def test_parameters_are_predicted_where_an_mlp_is_as_wide_as_the_stream():
+    model, _, gates = gated("RecurrentGemma", "both")
+    assert nb.find_neurons(model)[0].number == model.config.hidden_size
+    assert nb.predict_cost(model, gates, 16)["parameters"] == nb.compact(model).num_parameters()
+
+
 @pytest.mark.parametrize("multiple", [8, 32])
 def test_numbers_of_neurons_stay_at_multiples(multiple):
     _, _, gates = gated("GPT-2", "neurons", 0.4, round_neurons=multiple)
