@@ -26,8 +26,8 @@
 # A transformer reads with many **attention heads** at once, and a trained model does not need all of
 # them. This notebook scores the heads of a causal language model, closes the least important ones,
 # repairs what is left without training, cuts the closed heads out, fine-tunes the smaller model, and
-# says what it cost. You get a folder that `from_pretrained` opens, and, if you like, a file for llama.cpp. A
-# real run, on two processor cores:
+# says what it cost. You get a folder that `from_pretrained` opens, and, if you like, a file for llama.cpp. Two
+# real runs, on two processor cores:
 #
 # | SmolLM2-135M-Instruct, WikiText-2; test perplexity, lower is better | heads | heads and neurons |
 # |---|---|---|
