@@ -3283,7 +3283,7 @@ def plot_heads(axes, importance: torch.Tensor, gates: torch.Tensor) -> None:
     shades = (ranks(importance).T / max(importance.numel() - 1, 1)).numpy()
     image = axes.imshow(shades, cmap="cividis", aspect="auto", vmin=0, vmax=1)
     axes.scatter(*(gates == 0).nonzero(as_tuple=True), marker="x", color="white", s=26, linewidths=1.6)
-    axes.set(xlabel="layer", ylabel="head", xticks=range(0, layers, math.ceil(layers / 20)),
+    axes.set(xlabel="layer", ylabel="head (×: closed)", xticks=range(0, layers, math.ceil(layers / 20)),
              yticks=range(0, heads, math.ceil(heads / 16)))
     bar = axes.figure.colorbar(image, ax=axes, label="importance (rank)", ticks=[0, 1], pad=0.01)
     bar.ax.set_yticklabels(["least", "most"])
@@ -3314,7 +3314,7 @@ def draw_units(run: Run, model, importance: torch.Tensor) -> Figure:
             plot_heads(axes, heads_part(model, importance), heads_part(model, gates))
         else:
             plot_neurons(axes, neurons)
-    figure.axes[0].set_title(f"{words_for_closed(run.metrics)} closed (×) by {run.metrics['settings']['strategy']}: "
+    figure.axes[0].set_title(f"{words_for_closed(run.metrics)} closed by {run.metrics['settings']['strategy']}: "
                              f"perplexity {perplexities['dense']:.1f} → {perplexities['pruned']:.1f}")
     return figure
 
@@ -4701,7 +4701,7 @@ def draw_dashboard(metrics: dict, gates: torch.Tensor) -> Figure:
     plot_perplexities(parts[1], metrics["perplexity"])
     plot_sizes(parts[2], metrics["size"])
     plot_training(parts[3], metrics["training"])
-    closed = f"{bare_name(metrics['settings']['model'])}: {words_for_closed(metrics)} closed (×) by "
+    closed = f"{bare_name(metrics['settings']['model'])}: {words_for_closed(metrics)} closed by "
     titles = (closed + metrics["settings"]["strategy"], "what it cost, what came back", "size and speed", "fine-tuning",
               "what it writes")
     for axes, title in zip(parts, titles):
