@@ -44,7 +44,7 @@
 # [go on with 3](#3.-Start)) · [4 Text](#4.-Text) · [5 Model](#5.-Model) ·
 # [6 Heads and gates](#6.-Heads-and-gates) · [7 Perplexity](#7.-Perplexity) ·
 # [8 Importance](#8.-Importance) · [9 Prune](#9.-Prune) · [10 Explore](#10.-Explore) ·
-# [11 Repair](#11.-Repair) · [12 Sweep](#12.-Sweep) · [13 Compact](#13.-Compact) ·
+# [11 Repair](#11.-Repair) · [12 How far](#12.-How-far) · [13 Compact](#13.-Compact) ·
 # [14 Fine-tune](#14.-Fine-tune) · [15 Compare](#15.-Compare) · [16 Save and download](#16.-Save-and-download)
 
 # %% [markdown]
@@ -55,20 +55,20 @@
 # that is trained here. `MODEL` takes any hub id (`HuggingFaceTB/SmolLM2-135M`), a folder or a `.gguf`
 # file. Change `PRUNE`, `STRATEGY` and `PRUNING_LEVEL` first: as they are, 30 % of the heads are closed.
 # `neurons` closes neurons of the MLPs, which hold most of a model's parameters; `both` closes whichever
-# is worth least for its size.
+# is worth least for its size. `SWEEP` compares strategies and levels (section 12).
 # `MORE` takes every other setting as a shell would, for example `--block-length 256 --no-repair`;
 # `--help` lists them. The same file is a script: `python PruningAndFineTuningColab.py --help`.
 
 # %% cellView="form"
 # @title Settings
 MODEL = "auto"  # @param ["auto", "demo", "gpt2", "facebook/opt-125m", "EleutherAI/pythia-160m"] {allow-input: true}
-DATASET = "auto"  # @param ["auto", "Salesforce/wikitext", "python-docs"] {allow-input: true}
+DATASET = "auto"  # @param ["auto", "Salesforce/wikitext:wikitext-2-raw-v1", "python-docs"] {allow-input: true}
 TRAIN_FILE = ""  # @param {type: "string"}
 PRUNE = "heads"  # @param ["heads", "neurons", "both"]
 STRATEGY = "learned"  # @param ["learned", "fisher", "gradient", "entropy", "magnitude", "random", "entropy-literal"]
 PRUNING_LEVEL = 0.3  # @param {type: "slider", min: 0, max: 0.9, step: 0.05}
 MAX_STEPS = "auto"  # @param ["auto", "200", "1000", "5000"] {allow-input: true}
-SWEEP = False  # @param {type: "boolean"}
+SWEEP = ""  # @param ["", "fisher entropy random 0.1 0.3 0.5"] {allow-input: true}
 SAVE_MODEL = "compact"  # @param ["compact", "compact gguf", "compact zeroed", "zeroed", "no"] {allow-input: true}
 SAVE_TO_DRIVE = False  # @param {type: "boolean"}
 MORE = ""  # @param {type: "string"}
@@ -81,121 +81,58 @@ MORE = ""  # @param {type: "string"}
 # run. Nothing here is about pruning. [Go on with section 3](#3.-Start).
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Packages: what Colab lacks is installed, the rest stays as it is
+# @title Packages (what Colab lacks is installed, the rest stays as it is) and imports
 import builtins
 import importlib.metadata
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 
-NEEDED = {"torch": "2.9", "transformers": "5.9", "datasets": "4.0", "accelerate": "1.14", "matplotlib": "3.10",
-          "ipywidgets": "7.7.1", "psutil": "5.9", "gguf": "0.17"}  # package -> the oldest version that will do
+from packaging.requirements import Requirement
+
+NEEDED = ("torch>=2.9", "transformers>=5.9", "datasets>=4.0", "accelerate>=1.14", "matplotlib>=3.10",
+          "ipywidgets>=7.7.1", "psutil>=5.9", "gguf>=0.17")
 
 def in_notebook() -> bool:
     """True in Jupyter and Colab, False in a plain Python process."""
     return "ipykernel" in sys.modules and hasattr(builtins, "__IPYTHON__")
 
-def install_missing() -> None:
-    """Installs the packages of NEEDED that are not there."""
-    missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
-    if missing:
-        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
-
-def check_versions() -> None:
-    """Raises ImportError, or ends the script, where a package is too old."""
-    for package, oldest in NEEDED.items():
-        there = importlib.metadata.version(package)
-        numbers = [[int(part) for part in re.findall(r"\d+", version)[:3]] for version in (there, oldest)]
-        if numbers[0] < numbers[1]:
-            words = f"{package} is {there}, but must be at least {oldest}: pip install --upgrade {package}."
-            if __name__ == "__main__" and not in_notebook():
-                print(f"error: {words}", file=sys.stderr)
-                raise SystemExit(2)
-            raise ImportError(words)
-
-if __name__ == "__main__" and in_notebook():
-    install_missing()
-check_versions()
+for needed in map(Requirement, NEEDED):
+    if __name__ == "__main__" and in_notebook() and importlib.util.find_spec(needed.name) is None:
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", str(needed)], check=True)
+    there = importlib.metadata.version(needed.name)
+    if not needed.specifier.contains(there, prereleases=True):
+        sys.exit(f"error: {needed.name} is {there}, but must be {needed.specifier}: pip install -U {needed.name}.")
 
 import torch
 
 if torch.cuda.is_available():
-    os.environ.setdefault("USE_TORCH_XLA", "0")  # where both are installed the Trainer would leave the GPU idle
+    os.environ.setdefault("USE_TORCH_XLA", "0")  # where both are installed accelerate would leave the GPU idle
 
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Imports of Python's own
-import argparse
-import ast
-import base64
-import collections
-import contextlib
-import contextvars
-import copy
-import csv
-import ctypes
-import dataclasses
-import datetime
-import difflib
-import errno
-import functools
-import glob
-import gzip
-import hashlib
-import html
-import inspect
-import io
-import json
-import linecache
-import math
-import platform
-import shlex
-import shutil
-import statistics
-import tempfile
-import textwrap
-import threading
-import time
-import urllib.parse
-import urllib.request
-import zipfile
-import zlib
+import argparse, contextlib, copy, dataclasses, datetime, difflib, functools, glob, gzip, hashlib, html, inspect, json
+import linecache, math, platform, re, shlex, shutil, statistics, tempfile, textwrap, time, typing, urllib, zipfile
+import urllib.parse, urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Imports of packages
-import accelerate
-import datasets
-import gguf
-import huggingface_hub
+import accelerate, datasets, filelock, gguf, huggingface_hub, matplotlib, pandas, psutil, tokenizers, transformers
 import ipywidgets as widgets
-import matplotlib
-import numpy
-import psutil
-import pyarrow
-import pyarrow.parquet
-import tokenizers
-import transformers
-from accelerate.utils import broadcast, gather_object, is_torch_xla_available
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from matplotlib.colors import PowerNorm, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.pytorch_utils import Conv1D
 
-
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Errors: mistakes and failures, each said in one sentence
+# @title Mistakes and failures, each said in one sentence; the script's last words
 class UserError(Exception):
     """A mistake in the input. Its message names the bad value, what is allowed, and what to do."""
 
@@ -213,6 +150,21 @@ def check_choice(name: str, value, choices) -> None:
         hint = f"did you mean {nearest[0]!r}?" if nearest else "take one of these."
         raise UserError(f"{name} is {value!r}, but must be one of {', '.join(choices)}: {hint}")
 
+def stop_without_traceback(kind, error, trace):
+    """The script's sys.excepthook: one sentence; exit status 2 for a mistake, 1 for a failure, 130 for Ctrl-C."""
+    there, foreseen = "", issubclass(kind, (RunError, OSError, SafetensorError)) or "No space left" in str(error)
+    if "run" in globals() and run.folder.exists():
+        known = ", ".join(f"{stage} {value:.2f}" for stage, value in run.metrics["perplexity"].items())
+        known = f" (perplexity: {known})" if known else ""
+        there = f" What is there is in {run.folder}{known}; the same command goes on from it."
+    if not (foreseen or issubclass(kind, (UserError, KeyboardInterrupt))):
+        sys.__excepthook__(kind, error, trace)
+    words, status = {UserError: (f"error: {error}", 2), KeyboardInterrupt: (f"interrupted.{there}", 130)}.get(
+        kind, (f"failed: {error if foreseen else 'this should not happen, please report it'}.{there}", 1))
+    if int(os.environ.get("RANK", "0")):
+        time.sleep(3)  # where the first process has the same to say, it ends now, and torchrun ends this one
+    print(words, file=sys.__stderr__, flush=True)  # torch.distributed replaces sys.stderr, and drops what is in it
+    raise SystemExit(status)
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title What a setting may be
@@ -226,222 +178,135 @@ def at_least(low: float, below: float = math.inf) -> Rule:
     words = f"at least {low:g}" + (f" and below {below:g}" if below < math.inf else "")
     return Rule(words, lambda value: low <= value < below)
 
-ABOVE_ZERO = Rule("above 0", lambda value: 0 < value < math.inf)
-SHARE = Rule("from 0 to 1", lambda value: 0 <= value <= 1)
-WORDS = Rule("some words", lambda text: bool(text.strip()))
-FORMS = Rule("'no', or one or more of compact, zeroed and gguf, separated by spaces", lambda forms: forms == "no" or (
-    bool(forms.split()) and set(forms.split()) <= {"compact", "zeroed", "gguf"}))
-STEPS = Rule("'auto' or a number of steps, at least 1",
-             lambda steps: str(steps) == "auto" or (str(steps).isdecimal() and int(steps) > 0))
-LEVELS = Rule("numbers from 0 to below 1, separated by spaces",
-              lambda levels: bool(re.fullmatch(r"\s*((0?\.\d+|0)(\s+|$))+", levels)))
+def strategies_and_levels(words: str) -> tuple[list[str], list[float]]:
+    """The two kinds of words in a sweep. Raises ValueError for a word that is neither."""
+    names = [word for word in words.split() if word in STRATEGY_NAMES]
+    return names, [float(word) for word in words.split() if word not in names]
+
 STRATEGY_NAMES = ("learned", "fisher", "gradient", "entropy", "magnitude", "random", "entropy-literal")
-STRATEGY_LIST = Rule(f"one or more of {', '.join(STRATEGY_NAMES)}",
-                     lambda names: bool(names.split()) and set(names.split()) <= set(STRATEGY_NAMES))
+SHARE = Rule("from 0 to 1", lambda value: 0 <= value <= 1)
+POINTS = Rule("strategies and levels from 0 to below 1, separated by spaces, some of each", lambda words: not words or (
+    all(strategies_and_levels(words)) and all(0 <= level < 1 for level in strategies_and_levels(words)[1])))
+FORMS = Rule("'no', or one or more of compact, zeroed and gguf, separated by spaces",
+             lambda forms: bool(forms.split()) and set(forms.split()) <= {"compact", "zeroed", "gguf"})
 
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Which files a setting means: one, all of a folder, or those that fit a pattern
-KINDS = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")  # all but the last also with .gz behind it
-
-def kind_of(path: Path) -> str:
-    """The suffix that says how a file is read, in small letters and without .gz."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    return "".join(suffixes[-2:-1] if suffixes[-1:] == [".gz"] else suffixes[-1:])
-
-def refuse_folder(error: OSError):
-    """Raises UserError for a folder that cannot be read."""
-    raise UserError(f"the folder {error.filename!r} cannot be read ({error.strerror}): take another one, or name the "
-                    "files.")
-
-def find_files(path: str) -> list[Path]:
-    """The files that a path means. A file that is called so comes first, whatever signs are in its name."""
-    place = Path(path)
-    if place.is_file():
-        return [place]
-    if place.is_dir():
-        found = (Path(folder, name) for folder, _, names in os.walk(place, onerror=refuse_folder) for name in names)
-        return sorted(file for file in found if kind_of(file) in KINDS and os.path.isfile(file))
-    return sorted(file for file in map(Path, glob.glob(path, recursive=True)) if file.is_file())
-
+def setting(default, help: str, rule: Rule | None = None, **words):
+    """A field of Settings; `words` are what words such as yes, no and auto stand for."""
+    words = words or ({"yes": True, "no": False} if isinstance(default, bool) else {})
+    return dataclasses.field(default=default, metadata={"help": help, "rule": rule, "words": words})
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title All settings (1): name, default, what it may be, and what it means
-SETTINGS = {
-    "model and pruning": [
-        ("model", MODEL, None, "hub id, local folder, .gguf file, 'demo' (trained here), or 'auto': gpt2, or the demo"),
-        ("revision", "", None, "branch, tag or commit of a model on the hub"),
-        ("strategy", STRATEGY, STRATEGY_NAMES, "how heads are scored"),
-        ("prune", PRUNE, ("heads", "neurons", "both"), "what is closed: heads, neurons of the MLPs, or both together"),
-        ("pruning_level", PRUNING_LEVEL, at_least(0, 1), "share to close of all heads, neurons, or parameters of both; "
-         "auto: as much as --max-loss allows, where that is not given 0.05"),
-        ("max_loss", 0.0, at_least(0), "find the largest level at which validation perplexity rises by no more than "
-         "this share; 0: close as much as --pruning-level says"),
-        ("min_heads", 1, at_least(0), "heads that stay open in every layer"),
-        ("round_neurons", 0, at_least(0), "multiple that numbers of neurons stay at, 256 suits k-quants; 0: 32, which "
-         "suits kernels, in layers of 1,024 neurons or more, else 1"),
-        ("gate_steps", 240, at_least(1), "steps that the strategy 'learned' trains the gates for"),
-        ("repair", True, None, "after pruning, refit the output projections by least squares, without training"),
-        ("repair_blocks", 128, at_least(1), "blocks of training text that the repair is solved on"),
-        ("uniform", False, None, "close equally many heads in every layer, in whole key/value groups, so that the "
-         "smaller model needs no code of its own (Llama-like models)"),
-        ("even_groups", "auto", ("auto", "yes", "no"), "where several heads read the same key, leave equally many for "
-         "every key of a layer: smaller files in llama.cpp; auto: where save_model asks for gguf"),
-        ("reopen_heads", False, None, "let closed heads come back in fine-tuning")],
-    "text": [
-        ("dataset", DATASET, None, "hub dataset id, 'python-docs' (needs no network), or 'auto': WikiText-2 or these"),
-        ("dataset_config", "", None, "configuration of the hub dataset"),
-        ("train_file", TRAIN_FILE, None, "file, folder or pattern (.txt, .md, .jsonl, .json, .csv, .parquet, also .gz) "
-         "instead of a dataset; alone it is split 80/10/10"),
-        ("validation_file", "", None, "text for calibration and validation"),
-        ("test_file", "", None, "text that only the reported perplexities see"),
-        ("block_length", 512, at_least(2), "tokens in a block"),
-        ("calibration_blocks", 64, at_least(1), "validation blocks that the heads are scored on"),
-        ("eval_blocks", 64, at_least(0), "test blocks that perplexity is measured on, 0 = all"),
-        ("prompt", "The history of the city began", WORDS, "the start of the sample texts")],
-    "fine-tuning": [
-        ("max_steps", MAX_STEPS, STEPS, "optimizer steps; auto: as many as --epochs needs, where that is not given one "
-         "pass over the training text with an accelerator, 200 steps without"),
-        ("epochs", 0.0, at_least(0), "passes over the training text instead of --max-steps"),
-        ("learning_rate", 1e-4, ABOVE_ZERO, "peak learning rate"),
-        ("warmup", 0.1, SHARE, "share of the steps in which the learning rate rises to its peak"),
-        ("weight_decay", 0.01, at_least(0), "AdamW's weight decay"),
-        ("distillation", 0.0, SHARE, "share of the loss that asks for the dense model's predictions"),
-        ("patience", 3, at_least(0), "evaluations without improvement after which training stops, 0 = never"),
-        ("batch_size", 4, at_least(1), "blocks in one optimizer step, however many fit at once"),
-        ("gradient_checkpointing", False, None, "keep only each layer's input: slower, in much less memory"),
-        ("control", "auto", ("auto", "yes", "no"), "fine-tune the dense model with the same budget, to compare; auto: "
-         "yes, unless the model is large and the machine has no accelerator")],
-}
+# @title All settings: name, default, what it means, and what it may be
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All settings of a run. Raises UserError for a value that is not allowed, or does not go with another."""
 
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title All settings (2): the sweep, the machine, the results
-SETTINGS |= {
-    "sweep": [
-        ("sweep", SWEEP, None, "prune with every strategy at every level below, and compare; a script stops after it"),
-        ("sweep_strategies", "learned fisher gradient entropy magnitude random", STRATEGY_LIST, "separated by spaces"),
-        ("sweep_levels", "0.1 0.3 0.5", LEVELS, "pruning levels, separated by spaces")],
-    "machine and results": [
-        ("device", "auto", ("auto", "cuda", "tpu", "mps", "cpu"), "where to compute"),
-        ("precision", "auto", ("auto", "fp32", "fp16", "bf16"), "number format of the computations; auto: bf16 where "
-         "the GPU or TPU has it, fp16 on other CUDA GPUs, else fp32"),
-        ("seed", 0, at_least(0), "seed of everything random"),
-        ("save_model", SAVE_MODEL, FORMS, "forms of the saved model, separated by spaces: compact (smaller, "
-         "faster), gguf (the same for llama.cpp), zeroed (full size, opens without code of its own); or no"),
-        ("gguf_format", "auto", ("auto", "f32", "f16", "bf16", "q8_0"), "number format of the .gguf file; auto: bf16 "
-         "where the weights are saved so, else f16"),
-        ("save_format", "auto", ("auto", "fp32", "fp16", "bf16"), "number format of the saved weights; auto: the one "
-         "that the model came in, for a .gguf file bf16"),
-        ("output_dir", "results", None, "folder that gets a new results folder for each run"),
-        ("save_to_drive", SAVE_TO_DRIVE, None, "in Colab, keep the results on your Google Drive"),
-        ("resume", "auto", None, "results folder of a run to go on with; 'auto': the newest unfinished one with these "
-         "very settings, if there is one; 'no': start anew"),
-        ("offline", False, None, "use no network, only what is on this machine"),
-        ("trust_remote_code", False, None, "run the Python code that a model brings along, if it does")],
-}
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Settings, checked before anything is computed
-class CheckedSettings:
-    """Raises UserError for a value that is out of range, or does not go with another."""
+    model: str = setting(MODEL, "hub id (or id@revision), folder, .gguf file, 'demo' (trained here), or 'auto'")
+    prune: Literal["heads", "neurons", "both"] = setting(PRUNE, "what is closed: heads, neurons of the MLPs, or both")
+    strategy: Literal[STRATEGY_NAMES] = setting(STRATEGY, "how units are scored")
+    pruning_level: float = setting(PRUNING_LEVEL, "share to close of all heads, neurons, or parameters of both; auto: "
+                                   "as much as --max-loss allows", at_least(0, 1), auto=0.3)
+    max_loss: float = setting(0.0, "find the largest level at which validation perplexity rises by no more than this",
+                              at_least(0))
+    min_heads: int = setting(1, "heads that stay open in every layer", at_least(1))
+    gate_steps: int = setting(240, "steps that the strategy 'learned' trains the gates for", at_least(1))
+    repair: int = setting(128, "blocks of training text that projections are refitted on, without training; 0: none",
+                          at_least(0), yes=128, no=0)
+    uniform: Literal["auto", "no", "groups", "yes"] = setting(
+        "auto", "yes: close equally much in every layer, so that no code has to travel; groups: leave equally many "
+        "heads for every key of a layer; auto: groups where save_model asks for gguf", yes="yes", no="no")
+    reopen_heads: bool = setting(False, "half-way through fine-tuning score again, and choose again")
+    dataset: str = setting(DATASET, "hub dataset (id, or id:configuration), 'python-docs' (no network), or 'auto'")
+    train_file: str = setting(TRAIN_FILE, "file, folder or pattern instead of a dataset; alone it is split 80/10/10")
+    validation_file: str = setting("", "text for scoring and validation")
+    test_file: str = setting("", "text that only the reported perplexities see")
+    block_length: int = setting(512, "tokens in a block", at_least(2))
+    calibration_blocks: int = setting(64, "validation blocks that units are scored on", at_least(1))
+    eval_blocks: int = setting(64, "test blocks that perplexity is measured on, 0 = all", at_least(0))
+    prompt: str = setting("The history of the city began", "start of the samples", Rule("some words", str.strip))
+    max_steps: int = setting(MAX_STEPS, "steps of fine-tuning; auto: one pass over the text, or 200 on a processor",
+                             at_least(0), auto=0)
+    learning_rate: float = setting(1e-4, "peak learning rate", Rule("above 0", lambda rate: 0 < rate < math.inf))
+    batch_size: int = setting(4, "blocks in one optimizer step, however many fit at once", at_least(1))
+    distillation: float = setting(0.0, "share of the loss that asks for the dense model's predictions", SHARE)
+    gradient_checkpointing: bool = setting(False, "keep only each layer's input: slower, in much less memory")
+    control: Literal["auto", "yes", "no"] = setting(
+        "auto", "fine-tune the dense model alike; auto: unless it is large and on a processor", yes="yes", no="no")
+    sweep: str = setting(SWEEP, "strategies and levels to compare; a script stops after it", POINTS, no="",
+                         yes="learned fisher gradient entropy magnitude random 0.1 0.3 0.5")
+    device: Literal["auto", "cuda", "tpu", "mps", "cpu"] = setting("auto", "where to compute")
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = setting("auto", "number format of the computations")
+    seed: int = setting(0, "seed of everything random", at_least(0, 2**32))
+    save_model: str = setting(SAVE_MODEL, "forms of the saved model: compact (smaller, faster), gguf (for llama.cpp), "
+                              "zeroed (full size, opens without code)", FORMS, no="no")
+    output_dir: str = setting("results", "folder that gets a results folder for each run")
+    save_to_drive: bool = setting(SAVE_TO_DRIVE, "in Colab, keep the results on your Google Drive")
+    trust_remote_code: bool = setting(False, "run the Python code that a model brings along, if it does")
 
     def __post_init__(self):
-        for name, default, allowed, _ in (row for rows in SETTINGS.values() for row in rows):
-            value = getattr(self, name)
-            if isinstance(allowed, Rule):
-                self.check(name, allowed.holds(value), allowed.words, f"the default is {default!r}")
-            elif allowed:
-                check_choice(name, value, allowed)
-        for name in ("train_file", "validation_file", "test_file"):
-            if path := getattr(self, name):
-                files, kinds = find_files(path), ", ".join(KINDS)
-                self.check(name, bool(files), f"an existing file ({kinds}), a folder with some, or a pattern such as "
-                           "data/*.txt", "check the path")
-                self.check(name, all(kind_of(file) in KINDS for file in files), f"of a kind that can be read ({kinds}, "
-                           "or .gz of them)", "convert it first")
-                self.check(name, bool(self.train_file), "given together with train_file", "name that file too")
-                self.check("dataset", self.dataset == "auto", "left alone where files are given", "drop one of the two")
-        one, in_colab = "drop one of the two", "google.colab" in sys.modules
-        self.check("epochs", not self.epochs or self.max_steps == "auto", "left alone where max_steps is given", one)
-        self.check("uniform", not (self.uniform and self.reopen_heads), "off where reopen_heads is on", one)
-        for name in ("uniform", "reopen_heads"):
-            self.check(name, self.prune == "heads" or not getattr(self, name), "off where neurons are pruned", one)
-        self.check("strategy", self.prune == "heads" or self.strategy != "entropy-literal", "another one where neurons "
-                   "are pruned, which have no attention", "take entropy")
-        self.check("sweep", not (self.sweep and self.uniform), "off where uniform is on", one)
-        self.check("save_to_drive", in_colab or not self.save_to_drive, "off outside of Colab", "choose an output_dir")
-        self.check("output_dir", not Path(self.output_dir).is_file(), "a folder", "choose another name")
-
-    def even(self) -> bool:
-        """True where groups of heads are to stay even."""
-        return self.even_groups == "yes" or (self.even_groups == "auto" and "gguf" in self.save_model.split())
-
-    def multiple(self, neurons: int) -> int:
-        """The multiple that the number of a layer's neurons stays at."""
-        return min(self.round_neurons or (32 if neurons >= 1024 else 1), max(neurons, 1))
-
-    def check(self, name: str, fine: bool, allowed: str, remedy: str) -> None:
-        if not fine:
-            raise UserError(f"{name} is {getattr(self, name)!r}, but must be {allowed}: {remedy}.")
-
-Settings = dataclasses.make_dataclass(
-    "Settings", [(name, type(default), default) for rows in SETTINGS.values() for name, default, *_ in rows],
-    bases=(CheckedSettings,), frozen=True)
-
+        check_settings(self)
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Settings from the form, from options as in a shell, or from the record of an earlier run
-class Options(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}; --help lists all options.")
-
-def settings_of(folder: str) -> dict:
-    """The settings that the run of a results folder was started with. Raises UserError where it does not say them."""
-    kinds = {field.name: (int, float) if field.type is float else field.type
-             for field in dataclasses.fields(Settings) if field.name != "resume"}
+# @title Settings, checked and converted, from the form and from options as in a shell
+def converted(field, value):
+    """A value of whatever type, as the setting has it. Raises UserError where it is none that is allowed."""
+    kind, rule, words = field.type, field.metadata["rule"], str(value).strip()
+    meant = {"true": "yes", "false": "no"}.get(words.lower(), words.lower())
+    if meant in field.metadata["words"]:
+        return field.metadata["words"][meant]
+    if choices := typing.get_args(kind):
+        check_choice(field.name, words, choices)
+        return words
+    allowed = [{int: "a whole number", float: "a number", bool: "yes or no"}.get(kind)] + [rule and rule.words]
     try:
-        asked = json.loads(Path(folder, "metrics.json").read_text())["asked"]
-        if not all(isinstance(asked[name], kind) for name, kind in kinds.items()):
+        value = str(value) if kind is str else kind(float(words))
+        if kind is bool or (kind is int and value != float(words)) or not (rule is None or rule.holds(value)):
             raise ValueError
-        return {name: asked[name] for name in kinds}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"resume is {folder!r}, but must be 'auto', 'no', or the folder of a run, with its "
-                        "metrics.json: check the path.") from None
+    except (ValueError, OverflowError):
+        raise UserError(f"{field.name} is {value!r}, but must be {', '.join(filter(None, allowed))}: the default is "
+                        f"{field.default!r}.") from None
+    return value
 
-def number_or_auto(word: str) -> float | str:
-    """What --pruning-level may be; argparse says this name where it is something else."""
-    return word if word == "auto" else float(word)
+def check_settings(settings: Settings) -> None:
+    """Converts the values of new settings. Raises UserError for one that is not allowed, or not with another."""
+    values, auto = vars(settings), str(settings.pruning_level).strip() == "auto"
+    for field in dataclasses.fields(settings):
+        values[field.name] = converted(field, values[field.name])
+    if auto and not settings.max_loss:
+        values["max_loss"] = 0.05
+    heads, files, uniform = settings.prune == "heads", settings.train_file, settings.uniform == "yes"
+    for name, fine, allowed in (
+            ("validation_file", files or not settings.validation_file, "given together with train_file"),
+            ("test_file", files or not settings.test_file, "given together with train_file"),
+            ("dataset", settings.dataset == "auto" or not files, "left alone where files are given"),
+            ("uniform", not (uniform and settings.reopen_heads), "off where reopen_heads is on"),
+            ("uniform", not (uniform and settings.sweep), "off in a sweep"),
+            ("reopen_heads", heads or not settings.reopen_heads, "off where neurons are pruned"),
+            ("strategy", heads or settings.strategy != "entropy-literal", "another one where neurons are pruned"),
+            ("save_to_drive", "google.colab" in sys.modules or not settings.save_to_drive, "off outside of Colab"),
+            ("output_dir", not Path(settings.output_dir).is_file(), "a folder")):
+        if not fine:
+            raise UserError(f"{name} is {values[name]!r}, but must be {allowed}: change one of the two.")
 
 def read_settings(arguments: list[str]) -> Settings:
     """Settings from the form's values, overridden by options as a shell gives them. Raises UserError."""
-    parser = Options(description="Prune the attention heads of a causal language model, fine-tune what is left, and "
-                     "compare.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for title, rows in SETTINGS.items():
-        group = parser.add_argument_group(title)
-        for name, default, allowed, help in rows:
-            choices = "{" + ",".join(allowed) + "}" if allowed and not isinstance(allowed, Rule) else ""
-            kind = {"type": type(default), "metavar": choices or name.split("_")[-1].upper()}
-            if isinstance(default, bool) or name in ("control", "even_groups"):
-                kind = {"action": argparse.BooleanOptionalAction}
-            elif name == "pruning_level":
-                kind["type"] = number_or_auto
-            default = globals().get(name.upper(), default)  # the form's value now
-            group.add_argument("--" + name.replace("_", "-"), default=default, help=help, **kind)
-    values = vars(parser.parse_args(arguments))
-    if values["resume"] not in ("auto", "no"):  # its settings, but for what is said now
-        parser.set_defaults(**settings_of(values["resume"]))
-        values = vars(parser.parse_args(arguments))
-    if values["pruning_level"] == "auto":
-        values |= {"pruning_level": PRUNING_LEVEL, "max_loss": values["max_loss"] or 0.05}
-    values["max_steps"] = str(values["max_steps"])  # somebody may write a number into the form
-    for name in ("control", "even_groups"):
-        values[name] = {True: "yes", False: "no"}.get(values[name], values[name])
-    return Settings(**values)
+    def refuse(message):
+        raise UserError(f"{message}; --help lists all options.")
 
+    parser = argparse.ArgumentParser(description="Prune a causal language model, repair and fine-tune what is left.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = refuse
+    for field in dataclasses.fields(Settings):
+        option, rule = field.name.replace("_", "-"), field.metadata["rule"]
+        help = field.metadata["help"].replace("%", "%%") + (f" ({rule.words})" if rule else "")
+        kind = {"nargs": "?", "const": "yes"} if "yes" in field.metadata["words"] else {}
+        kind["metavar"] = "|".join(typing.get_args(field.type)) or field.name.split("_")[-1].upper()
+        default = globals().get(field.name.upper(), field.default)  # the form's value now
+        parser.add_argument(f"--{option}", help=help, default=default, **kind)
+        if "no" in field.metadata["words"]:
+            parser.add_argument(f"--no-{option}", dest=field.name, action="store_const", const="no",
+                                help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+    return Settings(**vars(parser.parse_args(arguments)))
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Model and text that are 'auto', and whether there is a network
@@ -453,120 +318,40 @@ def hub_is_reachable(timeout: float = 2.0) -> bool:
         return False
     return True
 
-def check_cache() -> None:
-    """Raises UserError where what comes from the hub cannot be kept."""
-    for folder in (huggingface_hub.constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE):
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise UserError(f"the Hugging Face cache is {str(folder)!r}, but nothing can be written there "
-                            f"({error.strerror}): set HF_HOME to another folder.") from None
-
 def choose_sources(settings: Settings) -> Settings:
-    """Settings with every 'auto' in model and dataset resolved; the hub libraries are told whether there is a network.
+    """Settings with 'auto' in model and dataset resolved; the hub libraries are told whether there is a network.
 
     A model that was named never turns into another one.
     """
     model, dataset = settings.model, settings.dataset
-    local_model = model == "demo" or Path(model).exists()
-    if dataset == "auto" and model == "demo" and not settings.train_file:
-        dataset = "python-docs"
-    needs_hub = not local_model or not (settings.train_file or dataset == "python-docs")
-    offline = settings.offline or huggingface_hub.constants.HF_HUB_OFFLINE or (needs_hub and not hub_is_reachable())
-    if offline:
-        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    elif needs_hub:
-        check_cache()
+    local = model == "demo" or Path(model).exists(), settings.train_file or dataset == "python-docs" or model == "demo"
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE or not (all(local) or hub_is_reachable())
+    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = offline
     if model == "auto":
         model = "demo" if offline else "gpt2"
         if offline:
             print("The Hugging Face hub cannot be reached, so this is a small demo model, trained on Python's manual. "
                   "For a real one give --model: a hub id where there is a network, a local folder, or a .gguf file.")
     if dataset == "auto" and not settings.train_file:
-        dataset = "python-docs" if model == "demo" else "Salesforce/wikitext"
-    config = settings.dataset_config or ("wikitext-2-raw-v1" if dataset == "Salesforce/wikitext" else "")
-    return dataclasses.replace(settings, model=model, dataset=dataset, dataset_config=config, offline=offline)
-
+        dataset = "python-docs" if model == "demo" else "Salesforce/wikitext:wikitext-2-raw-v1"
+    return dataclasses.replace(settings, model=model, dataset=dataset)
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Failures: the disk, and the script's last words
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOTCONN, errno.ESTALE)
-
-def disk_trouble(error: BaseException | None) -> str:
-    """What is wrong with a disk (full, read-only, gone), where that is behind an error; else an empty text."""
-    allowed = (*DISK_ERRORS, errno.ENOENT, errno.EACCES)  # these two are usual where something is only looked for
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in allowed:
-            return error.strerror + (f": {error.filename}" if error.filename else "")
-        if "PytorchStreamWriter failed" in str(error) or "No space left" in str(error):
-            return os.strerror(errno.ENOSPC)
-        if gone := re.search(r"Parent directory .* does not exist", str(error)):
-            return gone[0]
-        error, allowed = error.__cause__ or error.__context__, DISK_ERRORS
-    return ""
-
-@contextlib.contextmanager
-def saying_disk_trouble():
-    """Within it trouble with a disk becomes a RunError that says so."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if trouble := disk_trouble(error):
-            raise RunError(f"the disk cannot be written or read ({trouble}): make room or bring it back, or choose "
-                           "another --output-dir.") from error
-        raise
-
-def stop_without_traceback(kind, error, trace):
-    """The script's sys.excepthook: one sentence; exit status 2 for a mistake, 1 for a failure, 130 for Ctrl-C."""
-    there = ""
-    if "run" in globals() and run.folder.exists() and kind is not UserError:
-        known = ", ".join(f"{stage} {value:.2f}" for stage, value in run.metrics["perplexity"].items())
-        known = f" (perplexity: {known})" if known else ""
-        there = f" What is there is in {run.folder}{known}; the same command goes on from it."
-    if issubclass(kind, UserError):
-        words, status = f"error: {error}", 2
-    elif issubclass(kind, KeyboardInterrupt):
-        words, status = f"interrupted.{there}", 130
-    elif issubclass(kind, torch.OutOfMemoryError):
-        words, status = f"failed: out of memory: take a smaller --block-length or model, or --precision bf16.{there}", 1
-    elif issubclass(kind, (RunError, SafetensorError)):
-        words, status = f"failed: {error}{there}", 1
-    elif issubclass(kind, RuntimeError) and re.search("onnection (closed|reset) by|NCCL", str(error)):
-        words, status = f"failed: another process ended, and this one waited for it in vain.{there}", 1
-    else:
-        sys.__excepthook__(kind, error, trace)
-        words, status = f"failed: this should not happen, please report it.{there}", 1
-    if int(os.environ.get("RANK", "0")):
-        time.sleep(3)  # where the first process has the same to say, it ends now, and torchrun ends this one
-    print(words, file=sys.__stderr__, flush=True)  # torch.distributed replaces sys.stderr, and drops what is in it
-    raise SystemExit(status)
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Device and number format, found by themselves
+# @title Device, number format and memory, found by themselves
 def find_device(choice: str = "auto") -> torch.device:
-    """The device to compute on. Raises UserError where the chosen one is not there."""
-    available = {"cuda": torch.cuda.is_available(), "tpu": is_torch_xla_available(),
-                 "mps": torch.backends.mps.is_available(), "cpu": True}
-    if choice == "auto":
-        choice = next(name for name, there in available.items() if there)
-    if not available[choice]:
-        there = ", ".join(name for name, is_there in available.items() if is_there)
-        raise UserError(f"device is {choice!r}, but this machine has {there}: choose one of these, or 'auto'.")
-    if choice == "tpu":
-        import torch_xla
-
-        return torch_xla.device()
-    if available["tpu"]:
-        raise UserError(f"device is {choice!r}, but transformers trains by torch_xla where that is installed: set "
-                        "USE_TORCH_XLA=0 in the environment.")
-    return torch.device(choice)
+    """The device of this process. Raises UserError where the chosen one is not there."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        accelerate.state.PartialState._reset_state()  # the notebook may be run again with another choice
+    device = accelerate.PartialState(cpu=choice == "cpu").device
+    there = {"xla": "tpu"}.get(device.type, device.type)
+    if choice not in ("auto", there):
+        raise UserError(f"device is {choice!r}, but this machine has {there}: choose that, 'cpu', or 'auto'; where "
+                        "torch_xla is installed, set USE_TORCH_XLA=0 in the environment to compute without it.")
+    return device
 
 def find_precision(device: torch.device, choice: str = "auto") -> torch.dtype:
     """The number format that this device computes in; weights stay in float32. Raises UserError for one it lacks."""
-    has_bf16 = {"cuda": device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
-                "xla": True, "cpu": True}.get(device.type, False)
+    has_bf16 = device.type in ("xla", "cpu") or (device.type == "cuda" and torch.cuda.is_bf16_supported(False))
     if choice == "auto":
         choice = "fp32" if device.type in ("cpu", "mps") else "bf16" if has_bf16 else "fp16"
     if (choice == "fp16" and device.type != "cuda") or (choice == "bf16" and not has_bf16):
@@ -581,106 +366,18 @@ def move(model, device: torch.device | str):
 
 def describe_device(device: torch.device) -> str:
     """One line: what the machine computes with."""
-    ram = f"{psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB RAM"
+    name = f"{device.type.upper()}: {platform.processor() or platform.machine()}"
     if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        return f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB ({ram})"
-    return f"{device.type.upper()}: {platform.processor() or platform.machine()} ({ram})"
+        name = f"{torch.cuda.get_device_name(device)}, {torch.cuda.mem_get_info(device)[1] / 2**30:.0f} GiB"
+    return f"{name} ({psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB RAM)"
 
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Several processes: torchrun starts one for each GPU, and each takes its share of the text
-def rank_and_world() -> tuple[int, int]:
-    """(number of this process, number of processes) that were started together."""
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if ready else (0, 1)
-
-def from_all_processes(value) -> list:
-    """What every process brings to this line, in the order of the processes."""
-    return gather_object([value]) if rank_and_world()[1] > 1 else [value]
-
-def same_everywhere(model):
-    """The model, with the first process's parameters."""
-    if rank_and_world()[1] > 1:
-        for parameter in model.parameters():
-            broadcast(parameter.detach())
-    return model
-
-def wait_for_all() -> None:
-    if rank_and_world()[1] > 1:
-        torch.distributed.barrier()
-
-def join_processes(device: torch.device) -> torch.device:
-    """Joins the processes that were started together; the device of this one. Raises UserError for models in parts."""
-    for what in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{what}", "false") in ("true", "1"):
-            raise UserError(f"accelerate was told to use {what}, but heads are scored and cut on a whole model: leave "
-                            "it out.")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return accelerate.PartialState(cpu=device.type == "cpu").device
-    return device
-
-def silence_all_but_first() -> None:
-    """Of several processes the first alone speaks."""
-    if int(os.environ.get("RANK", "0")):
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open as long as the process)
-        transformers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.set_verbosity_error()
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Memory: what is used, what is free, and how many blocks have room
 def memory_used(device: torch.device) -> dict[str, int]:
-    """Bytes in use now: this process's RAM, and the accelerator's memory where there is one."""
-    used = {"ram": psutil.Process().memory_info().rss}
-    if device.type == "cuda":
-        used["accelerator"] = torch.cuda.memory_allocated(device)
-    elif device.type == "mps":
-        used["accelerator"] = torch.mps.current_allocated_memory()
-    elif device.type == "xla":
-        import torch_xla.core.xla_model as xm
-
-        if xm.xla_device_hw(device) == "TPU":  # XLA on a processor does not say
-            used["accelerator"] = xm.get_memory_info(device)["bytes_used"]
-    return used
-
-def peak_memory(device: torch.device) -> dict[str, int]:
-    """Largest bytes in use: RAM since the process began, a GPU's memory since the step began."""
-    peak = memory_used(device)
-    if sys.platform == "win32":
-        peak["ram"] = psutil.Process().memory_info().peak_wset
-    else:
-        import resource
-
-        peak["ram"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if device.type == "cuda":
-        peak["accelerator"] = torch.cuda.max_memory_allocated(device)
-    return peak
-
-def memory_words(device: torch.device, peak: dict[str, int]) -> str:
-    return ", ".join(f"{kind} {used / 2**30:.2f} GiB (peak {peak[kind] / 2**30:.2f})"
-                     for kind, used in memory_used(device).items())
-
-def free_memory() -> None:
-    """Gives back what deleted models held, on processor and accelerator, and begins to watch a GPU's peak anew."""
-    clear_device_cache(garbage_collection=True)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    if sys.platform == "linux":  # glibc keeps what is free for itself, and a kernel would seem to grow from run to run
-        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
-
-def free_bytes(device: torch.device) -> float:
-    """Bytes that this process can still have: of the accelerator where it says so, else its share of the free RAM."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    if device.type == "xla":  # XLA plans its memory by itself
-        return math.inf
-    return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
+    """Bytes in use: this process's RAM now, and the most of a GPU's memory since the step began."""
+    gpu = {"accelerator": torch.cuda.max_memory_allocated()} if device.type == "cuda" else {}
+    return {"ram": psutil.Process().memory_info().rss} | gpu
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title How it is computed: the number format, and what was found to fit into memory
+# @title How it is computed: number format, and batches that fit into memory
 @dataclasses.dataclass
 class Computing:
     """How over_blocks() computes, for all of the story: set once, in section 3."""
@@ -688,201 +385,110 @@ class Computing:
     dtype: torch.dtype = torch.float32
     batch_size: int = 4
     fitted: dict = dataclasses.field(default_factory=dict)  # step that ran out of memory -> blocks that fit
-    wider_from: str = ""  # the step in which float16 was too narrow, so that all is computed in float32 since then
 
 COMPUTING = Computing()
 
 def autocast(device: torch.device):
     """Context in which a model computes in COMPUTING.dtype."""
-    exact = COMPUTING.dtype == torch.float32
-    return contextlib.nullcontext() if exact else torch.autocast(device.type, dtype=COMPUTING.dtype)
+    return torch.autocast(device.type, dtype=COMPUTING.dtype, enabled=COMPUTING.dtype != torch.float32)
 
+def room_for(device: torch.device, bytes_each: float) -> float:
+    """So many blocks have room in free RAM: the kernel of a processor ends a process that asks for more."""
+    free = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free / bytes_each if device.type == "cpu" else math.inf
 
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Batches that fit: a step that runs out of memory goes on with fewer blocks at once
-def room_for_blocks(model, tokens: int, kind: str = "forward", bytes_beside: float = 0) -> int:
-    """Roughly how many blocks of so many tokens have room in the memory that is free now; at least 1.
+def fit_batch_size(function, largest: int, what: str, room: float = math.inf):
+    """`function(batch_size)`, with `largest` or, where memory runs out or has no room, the next smaller divisor.
 
-    A layer holds 34 bytes per token and width in 16 bits (Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198);
-    for a "backward" pass every layer does. Beside that come logits and their copies, attention "maps", or two "streams"
-    of each layer in 16 bits with one layer's inputs and targets in float32.
+    What fits is remembered under `what`. Raises RunError where not even a single block fits.
     """
-    config, backward = model.config.get_text_config(), kind == "backward"
-    each = 34 * torch.finfo(COMPUTING.dtype).bits // 16 * tokens * config.hidden_size
-    each *= config.num_hidden_layers if backward else 1
-    each += {"maps": 12 * config.num_attention_heads * tokens**2, "backward": 24 * tokens * config.vocab_size,
-             "forward": 12 * tokens * config.vocab_size,
-             "streams": (4 * config.num_hidden_layers + 60) * tokens * config.hidden_size}[kind]
-    return max(1, int(min((free_bytes(model.device) - bytes_beside) / each, 1e9)))
-
-def fit_batch_size(function, largest: int, what: str, room: int | None = None, in_step: bool = False):
-    """`function(batch_size)`, with `largest` or, where there is no room for it, the next smaller divisor.
-
-    What fits is remembered under `what`. `in_step` says that several processes wait for each other within the
-    function: then they cannot begin anew one by one, and the run ends, to go on with smaller batches.
-    Raises RunError there, and where not even a single block fits.
-    """
-    sizes = [size for size in range(largest, 0, -1) if largest % size == 0]
-    together = in_step and rank_and_world()[1] > 1
-    room = room or largest
-    if (min(from_all_processes(room)) if together else room) < COMPUTING.fitted.get(what, largest):
-        COMPUTING.fitted[what] = next((size for size in sizes if size <= room), 1)
-        print(f"{what}: memory has room for {COMPUTING.fitted[what]} blocks at once, not {largest}")
-    sizes = [size for size in sizes if size <= COMPUTING.fitted.get(what, largest)] or [1]
-    for size, smaller in zip(sizes, [*sizes[1:], 0]):
+    room = min(COMPUTING.fitted.get(what, largest), room)
+    for size in [size for size in range(largest, 0, -1) if largest % size == 0 and size <= room] or [1]:
+        if what in COMPUTING.fitted and size < room:
+            print(f"{what} runs out of memory: trying {size} blocks at once")
         try:
             return function(size)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
-        free_memory()
-        COMPUTING.fitted[what] = smaller
-        if not smaller:
-            less = "--gradient-checkpointing, " if what == "fine-tuning" else ""
-            raise RunError(f"{what} runs out of memory with a single block: take a smaller --block-length, --precision "
-                           f"bf16, {less}or a smaller model.")
-        if together:
-            raise RunError(f"{what} runs out of memory in one of several processes: start the same command again, and "
-                           f"it takes {smaller} blocks at once.")
-        print(f"{what} runs out of memory: trying {smaller} blocks at once")
+        clear_device_cache(garbage_collection=True)
+        COMPUTING.fitted[what] = size - 1
+    raise RunError(f"{what} runs out of memory with a single block: take a smaller --block-length or model, "
+                   "--precision bf16, or --gradient-checkpointing")
 
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Numbers that are no numbers: noticed where they first appear, and computed again where float16 is too narrow
 @torch.no_grad()
 def first_not_finite(model, block: torch.Tensor) -> str:
-    """The first part of a model that makes numbers that are not finite, of a block (1, time), in words."""
+    """The first part of a model that makes numbers that are not finite, of a block (1, time), in words; "" for none."""
     found, names = [], {module: name for name, module in model.named_modules()}
 
     def look(module, args, output):
-        part = output[0] if isinstance(output, (tuple, list)) else output
-        if isinstance(part, torch.Tensor) and not part.isfinite().all():
+        if isinstance(part := first_of(output), torch.Tensor) and not part.isfinite().all():
             found.append(names[module] or type(module).__name__)
 
     with hooks(module.register_forward_hook(look) for module in names), autocast(model.device):
         model.eval()(block.to(model.device), use_cache=False)
-    return f"first in {found[0]}" if found else "though all that the model computes is finite"
-
-def compute_wider(model, block: torch.Tensor, what: str) -> None:
-    """From here on all is computed in float32, because float16 was too narrow. Raises RunError where that was not it.
-
-    `what` was computed; block (1, time) is one of its texts.
-    """
-    place = first_not_finite(model, block)
-    if COMPUTING.dtype != torch.float16:
-        raise RunError(f"{what} gives numbers that are not finite ({place}): take another model or text, or report "
-                       "this.")
-    COMPUTING.dtype, COMPUTING.wider_from = torch.float32, what
-    print(f"{what}: float16 is too narrow ({place}); from here on all is computed in float32.")
-
+    return f"first in {found[0]}" if found else ""
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title The door between story and machine: over_blocks()
-PROGRESS = contextvars.ContextVar("progress")
-
-def long_loop(items, what: str, device: torch.device | None = None):
-    """The items one by one, with a bar: tqdm's, or that of whoever set PROGRESS. `device` does the work of an item."""
-    bar = functools.partial(tqdm, leave=False, disable=rank_and_world()[0] > 0 or None)
-    for item in PROGRESS.get(bar)(items, what) if what else items:
+def long_loop(items, what: str, device: torch.device):
+    """The items one by one, with a bar; `device` does the work of an item."""
+    quiet = not accelerate.PartialState().is_main_process or None
+    for item in tqdm(items, what, leave=False, disable=quiet) if what else items:
         yield item
-        if device is not None and device.type == "xla":  # a TPU collects work until it is told to begin
+        if device.type == "xla":  # a TPU collects work until it is told to begin
             sys.modules["torch_xla"].sync()
 
-def over_blocks(model, blocks, function, what: str, memory: str = "forward", share: bool = True) -> torch.Tensor:
+def over_blocks(model, blocks, function, what: str, backward: bool = False, share: bool = True) -> torch.Tensor:
     """What `function` returns for every block, in their order: (n, ...), on the model's device.
 
     `blocks` are token ids (n, time), or a tuple of tensors that belong together, block by block; `function` gets
     batches of them on the model's device, and returns a tensor that has a row for each block of the batch. It runs
     in evaluation mode, in COMPUTING.dtype, in batches that fit into memory, with a progress bar named `what`, and on
-    several processes each takes its share (or, with `share=False`, all blocks). `memory` says what a batch needs:
-    "forward", "backward", or attention "maps".
+    several processes each takes its share (or, with `share=False`, all blocks). `backward` says that gradients are
+    computed. Raises RunError for numbers that are not finite.
     """
-    tensors = blocks if isinstance(blocks, tuple) else (blocks,)
-    rank, world = rank_and_world() if share else (0, 1)
-    own = [tensor[rank::world] for tensor in tensors]
+    tensors, state = blocks if isinstance(blocks, tuple) else (blocks,), accelerate.PartialState()
+    each = 24 * tensors[0].shape[1] * model.config.get_text_config().vocab_size  # bytes of logits and their copies
+    # On a processor two texts at a time are fastest in a backward pass: more logits are too large for its caches.
+    largest = min(COMPUTING.batch_size, 2) if backward and model.device.type == "cpu" else COMPUTING.batch_size
     model.eval()
 
     def attempt(size: int) -> list[torch.Tensor]:
-        batches, parts = list(zip(*(tensor.split(size) for tensor in own))) if len(own[0]) else [], []
+        batches, parts = list(zip(*(tensor[own].split(size) for tensor in tensors))) if own else [], []
         for batch in long_loop(batches, what if len(batches) > 1 else "", model.device):
             with autocast(model.device):
                 parts.append(function(*(part.to(model.device) for part in batch)))
         return parts
 
-    def rows() -> torch.Tensor:
-        # On a processor two texts at a time are fastest in a backward pass: more logits are too large for its caches.
-        slow = memory == "backward" and model.device.type == "cpu"
-        room = room_for_blocks(model, tensors[0].shape[1], memory)
-        parts = fit_batch_size(attempt, min(COMPUTING.batch_size, 2) if slow else COMPUTING.batch_size, what, room)
-        if world == 1:
-            return torch.cat(parts)
-        found = [None] * len(tensors[0])
-        for number, theirs in enumerate(from_all_processes([part.cpu() for part in parts])):
-            found[number::world] = [row for part in theirs for row in part]
-        return torch.stack(found).to(model.device)
-
-    found = rows()
+    everything = list(range(len(tensors[0])))
+    with state.split_between_processes(everything) if share else contextlib.nullcontext(everything) as own:
+        parts = fit_batch_size(attempt, largest, what, room_for(model.device, each))
+    if share and state.num_processes > 1:
+        parts = gather_object([part.cpu() for part in parts])
+    found = torch.cat(parts).to(model.device)
     if not found.isfinite().all():
-        compute_wider(model, tensors[0][:1], what)
-        found = rows()
+        place = first_not_finite(model, tensors[0][:1]) or "though all that the model computes is finite"
+        raise RunError(f"{what} gives numbers that are not finite ({place}): take --precision fp32, or another model "
+                       "or text")
     return found
 
-
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title The door for work in which all blocks have to come through a layer before the next layer can begin
-def all_at_once(model, blocks, function, what: str):
-    """The model that `function(blocks)` returns, from all blocks (n, time) at once or from as many as have room.
-
-    It runs in COMPUTING.dtype, on every process alike; all then go on with the first one's model.
-    """
-    def attempt(number: int):
-        with autocast(model.device):
-            return function(blocks[:number].to(model.device))
-
-    try:
-        made = fit_batch_size(attempt, len(blocks), what, room_for_blocks(model, blocks.shape[1], "streams"))
-    except FloatingPointError:
-        compute_wider(model, blocks[:1], what)
-        made = fit_batch_size(attempt, len(blocks), what, room_for_blocks(model, blocks.shape[1], "streams"))
-    return same_everywhere(made)
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title What a run is named by and found again by
-def on_drive(folder: str) -> Path:
-    """The folder of this name on Google Drive, which Colab asks you to allow. Raises UserError where you do not."""
-    from google.colab import drive
-
-    try:
-        drive.mount("/content/drive")
-    except Exception as error:  # Colab raises whatever went wrong, from a browser without cookies to a "no"
-        raise UserError(f"save_to_drive is on, but Google Drive cannot be mounted ({first_sentence(error)}): allow it, "
-                        "or switch it off.") from None
-    return Path("/content/drive/MyDrive", folder)
+# @title What a run is named by, and files that are never half there
+VERSIONS = {"python": platform.python_version()} | {
+    package.__name__: package.__version__ for package in (torch, transformers, datasets, accelerate)}
 
 def fingerprint(*things) -> str:
     """The same for the same values (numbers, texts, tensors, models with weights and gates), and else another."""
     digest = hashlib.sha256()
     for thing in things:
-        tensors = {"": thing} if isinstance(thing, torch.Tensor) else {}
-        if isinstance(thing, torch.nn.Module):
-            tensors = thing.state_dict()
-        for name, tensor in tensors.items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        if not tensors:
-            digest.update(repr(thing).encode())
-    return digest.hexdigest()[:16]
-
-def this_process() -> dict:
-    return {"host": fingerprint(platform.node()), "pid": os.getpid(), "started": psutil.Process().create_time()}
-
-def is_running(process: dict) -> bool:
-    """True where the process that a record names is another one, on this machine, and still there."""
-    mine = this_process()
-    if process["host"] != mine["host"] or process == mine or not psutil.pid_exists(process["pid"]):
-        return False
-    return psutil.Process(process["pid"]).create_time() == process["started"]
+        parts = thing.state_dict() if isinstance(thing, torch.nn.Module) else {"": thing}
+        for name, part in parts.items():
+            if isinstance(part, torch.Tensor):
+                digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+                part = (part.dtype, tuple(part.shape))
+            digest.update(repr((name, part)).encode())
+    return digest.hexdigest()[:12]
 
 @contextlib.contextmanager
 def in_one_move(file: Path):
@@ -894,127 +500,101 @@ def in_one_move(file: Path):
     finally:
         part.unlink(missing_ok=True)
 
+def on_drive(folder: str) -> Path:
+    """The folder of this name on Google Drive, which Colab asks you to allow. Raises UserError where you do not."""
+    from google.colab import drive
 
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title The folder of a run: a new one, or that of an interrupted run
-def make_folder(place: Path, model: str) -> Path:
-    """A new folder, named by time and model. Raises UserError where none can be made."""
-    name = re.sub(r"[^\w.-]+", "-", Path(model).name.removesuffix(".gguf"))
-    stem = f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{name}"
-    names = (stem + (f"-{number}" if number > 1 else "") for number in range(1, 100))
     try:
-        folder = next(path for name in names if not (path := place / name).exists())
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"output_dir is {str(place)!r}, but no folder can be made there ({error.strerror}): choose "
-                        "another place.") from None
-    return folder
+        drive.mount("/content/drive")
+    except Exception as error:  # Colab raises whatever went wrong, from a browser without cookies to a "no"
+        raise UserError(f"save_to_drive is on, but Google Drive cannot be mounted ({first_sentence(error)}): allow it, "
+                        "or switch it off.") from None
+    return Path("/content/drive/MyDrive", folder)
 
-def say_what_others_keep(place: Path, own: Path) -> None:
-    """Prints what unfinished runs keep on the disk, but for this one's `own` folder."""
-    others = sum(file.stat().st_size for file in place.glob("*.state/**/*") if own not in file.parents)
-    if others > 1e8:
-        print(f"Unfinished runs keep {others / 1e9:.1f} GB in {place}/*.state, to go on from: remove what you do not "
-              "need.")
+def open_folder(settings: Settings, key: str) -> tuple[Path, filelock.FileLock]:
+    """The folder of the run with this fingerprint that has no zip yet, else a new one; and its lock, which is held.
 
-def new_metrics(settings: Settings, device: torch.device, dtype: torch.dtype) -> dict:
-    """The record of a run that has just begun; what its keys mean is in PruningAndFineTuningColab.md."""
-    packages = (torch, transformers, datasets, accelerate)
-    return {
-        "settings": dataclasses.asdict(settings),
-        "versions": {"python": platform.python_version()} | {p.__name__: p.__version__ for p in packages},
-        "device": describe_device(device), "precision": str(dtype).removeprefix("torch."),
-        "perplexity": {}, "parameters": {}, "heads": {}, "size": {}, "samples": {}, "seconds": {},
-        "peak_memory_bytes": {}, "process": this_process(), "finished": False,
-        "asked": {name: value for name, value in dataclasses.asdict(settings).items() if name != "resume"},
-    }
-
-def find_unfinished(resume: str, place: Path, wanted: dict) -> tuple[Path, dict] | None:
-    """The folder to go on in, and its record, or None; `wanted` is the record of a new run.
-
-    Raises UserError where `resume` names the folder of another run.
+    A run that another process is computing is left alone. Raises UserError where no folder can be made.
     """
-    if resume == "no":
-        return None
-    named = resume != "auto"
-    for file in [Path(resume, "metrics.json")] if named else sorted(place.glob("*/metrics.json"), reverse=True):
+    place = on_drive(settings.output_dir) if settings.save_to_drive else Path(settings.output_dir)
+    name = re.sub(r"[^\w.-]+", "-", Path(settings.model).name.removesuffix(".gguf"))
+    unfinished = [path for path in sorted(place.glob(f"*_{key}*"), reverse=True)
+                  if path.suffix not in (".state", ".zip") and not path.with_name(path.name + ".zip").exists()]
+    new = f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{name}_{key}"
+    for folder in [*unfinished, *(place / f"{new}{number}" for number in ("", "-2", "-3", "-4"))]:
+        lock = filelock.FileLock(folder.with_name(folder.name + ".state") / "lock", timeout=0, is_singleton=True)
         try:
-            record = json.loads(file.read_text())
-            differing = [name for name in ("asked", "versions", "device", "precision") if record[name] != wanted[name]]
-            unfinished = not record["finished"] or file.parent.with_name(file.parent.name + ".state").exists()
-            usable = not differing and unfinished and wanted.keys() <= record.keys()
-            usable = usable and not is_running(record["process"])
-        except (OSError, ValueError, TypeError, KeyError):  # a record of an older version, or none of ours
-            usable, differing = False, ["record"]
-        if usable:
-            return file.parent, record | {name: wanted[name] for name in ("settings", "process")}
-        if named:
-            reason = f"its {' and '.join(differing)} differ from this run's" if differing else ""
-            raise UserError(f"resume is {resume!r}, but {reason or 'it is finished, or still running'}: give the same "
-                            "options as then, or start anew with --resume no.")
-    return None
-
+            folder.mkdir(parents=True, exist_ok=True)
+            Path(lock.lock_file).parent.mkdir(exist_ok=True)
+            lock.acquire()
+            return folder, lock
+        except filelock.Timeout:
+            continue
+        except OSError as error:
+            raise UserError(f"output_dir is {str(place)!r}, but no folder can be made there ({error.strerror}): choose "
+                            "another place.") from None
+    raise UserError(f"output_dir is {str(place)!r}, where several such runs are being computed: wait for them.")
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title The record of a run (1): its folder, its numbers, and how it goes on after an interruption
+# @title The record of a run (1): its folder, its numbers, and what is computed once
 class Record:
-    """A run's folder, its numbers (`metrics` in metrics.json, and `dense_validation`), and what it goes on from."""
+    """A run's folder, its numbers (`metrics`, in metrics.json), and what it goes on from (beside it, until it ends).
+
+    A run is named by a fingerprint of settings, versions and device. Where a run with that fingerprint has no zip yet,
+    it goes on: so the same command, or the notebook run again, goes on by itself.
+    """
 
     def __init__(self, settings: Settings, device: torch.device, dtype: torch.dtype):
         transformers.set_seed(settings.seed)
-        self.device, self.dtype, self.writes, self.dense_validation = device, dtype, rank_and_world()[0] == 0, None
-        self.settings, self.metrics = settings, new_metrics(settings, device, dtype)
+        vars(COMPUTING).update(vars(Computing(dtype, settings.batch_size)))
+        self.settings, self.device, self.writes = settings, device, accelerate.PartialState().is_main_process
+        self.folder, self.reused, self.dense_validation = None, False, None
+        about = {"settings": dataclasses.asdict(settings), "versions": VERSIONS, "device": describe_device(device),
+                 "precision": str(dtype).removeprefix("torch.")}
+        self.metrics = about | {name: {} for name in "perplexity parameters heads size samples seconds training "
+                                "peak_memory_bytes".split()}
         if self.writes:
-            place = on_drive(settings.output_dir) if settings.save_to_drive else Path(settings.output_dir)
-            found = find_unfinished(settings.resume, place, self.metrics)
-            self.folder, self.metrics = found or (make_folder(place, settings.model), self.metrics)
-            if found:
-                print(f"Going on with {self.folder}, which was not finished (--resume no starts anew).")
-            say_what_others_keep(place, self.state)
+            self.folder, self.lock = open_folder(settings, fingerprint(about))
+            if (record := self.folder / "metrics.json").exists():
+                self.metrics |= json.loads(record.read_text())
+                print(f"Going on with {self.folder}, which was not finished (remove it to start anew).")
             self.save()
-        self.folder, self.metrics = from_all_processes((self.folder, self.metrics) if self.writes else None)[0]
-        wider = self.metrics.get("float32_from", "")
-        vars(COMPUTING).update(vars(Computing(torch.float32 if wider else dtype, settings.batch_size, {}, wider)))
-        self.taken = self.metrics.get("taken")  # heads that were taken in section 10 before an interruption
-        if (fitted := self.state / "fitted.json").exists():
-            COMPUTING.fitted.update(json.loads(fitted.read_text()))
+        self.folder, self.metrics = broadcast_object_list([self.folder, self.metrics])
+        self.state = self.folder.with_name(self.folder.name + ".state")  # what is kept until the run is finished
 
-    @property
-    def state(self) -> Path:
-        """Where products are kept until the run is finished."""
-        return self.folder.with_name(self.folder.name + ".state")
-
-    def load_or_compute(self, name: str, depends: tuple, compute) -> tuple[dict[str, torch.Tensor], dict]:
-        """compute(), which returns a dict of tensors and a record (JSON), or what it returned before.
-
-        It is kept in a file named by a fingerprint of all that it depends on, so nothing outdated is ever taken.
-        """
-        seed = self.metrics["asked"]["seed"]
-        file = self.state / f"{name}-{fingerprint(str(self.dtype), seed, *depends)}.safetensors"
-        if from_all_processes(file.exists())[0]:
-            print(f"[{name}: kept from before]")
-            self.reused = True
-            with safe_open(file, "pt") as stored:
-                return load_file(file), json.loads(stored.metadata()["record"])
-        self.metrics["finished"] = False
-        tensors, record = compute()
-        if self.writes:
-            self.state.mkdir(exist_ok=True)
-            with in_one_move(file) as part:
-                save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part,
-                          {"record": json.dumps(record)})
-        return tensors, record
-
-    @saying_disk_trouble()
-    def save(self):
+    def save(self) -> None:
         """Writes metrics.json in one move, so that it is never half there."""
-        if COMPUTING.wider_from:
-            self.metrics["float32_from"] = COMPUTING.wider_from
         if self.writes:
-            self.folder.mkdir(exist_ok=True)
             with in_one_move(self.folder / "metrics.json") as part:
                 part.write_text(json.dumps(self.metrics, indent=1))
 
+    def keep(self, name: str, tensors: dict[str, torch.Tensor], record: dict) -> None:
+        """Keeps a dict of tensors and a record (JSON) under a name, in one move."""
+        if self.writes:
+            self.state.mkdir(exist_ok=True)
+            with in_one_move(self.state / f"{name}.safetensors") as part:
+                save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part,
+                          {"record": json.dumps(record)})
+
+    def kept(self, name: str) -> tuple[dict[str, torch.Tensor], dict] | None:
+        """What was kept under a name (a dict of tensors and a record), or None."""
+        file = self.state / f"{name}.safetensors"
+        if not broadcast_object_list([file.exists()])[0]:
+            return None
+        with safe_open(file, "pt") as stored:
+            return load_file(file), json.loads(stored.metadata()["record"])
+
+    def cached(self, name: str, depends: tuple, compute) -> tuple[dict[str, torch.Tensor], dict]:
+        """compute(), which returns (dict of tensors, record), or what it returned before for the same `depends`."""
+        key = f"{name}-{fingerprint(self.metrics['precision'], self.settings.seed, *depends)}"
+        found = self.kept(key)
+        self.reused = found is not None
+        if found is None:
+            found = compute()
+            self.keep(key, *found)
+        else:
+            print(f"[{name}: kept from before]")
+        return found
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title The record of a run (2): steps, pictures, and the zip
@@ -1024,106 +604,72 @@ class Run(Record):
     @contextlib.contextmanager
     def step(self, name: str):
         """Times a step, notes its memory, and keeps what it recorded in `metrics`, also where the step fails."""
-        free_memory()
-        start, empty, self.reused = time.perf_counter(), False, False
+        clear_device_cache(garbage_collection=True)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        start, self.reused = time.perf_counter(), False
         try:
-            with saying_disk_trouble():
-                yield
+            yield
         except UserError:
-            empty = not self.metrics["perplexity"]
-            raise
-        except RunError:  # perhaps out of memory in one of several processes: the same command begins with what fits
-            if rank_and_world()[1] > 1 and COMPUTING.fitted:
-                self.state.mkdir(exist_ok=True)
-                with in_one_move(self.state / "fitted.json") as part:
-                    part.write_text(json.dumps({what: max(size, 1) for what, size in COMPUTING.fitted.items()}))
+            if self.writes and not self.metrics["perplexity"]:  # a mistake before anything was computed leaves nothing
+                self.lock.release()
+                shutil.rmtree(self.folder)
+                shutil.rmtree(self.state)
+                self.writes = False
             raise
         finally:
-            peak, seconds, noted = peak_memory(self.device), time.perf_counter() - start, self.metrics["seconds"]
+            used, seconds, noted = memory_used(self.device), time.perf_counter() - start, self.metrics["seconds"]
             if not (self.reused and name in noted):  # else what was noted then stays
-                self.metrics["peak_memory_bytes"][name], noted[name] = peak, round(seconds, 2)
-            if empty:  # a mistake before anything was computed leaves nothing behind
-                shutil.rmtree(self.folder, ignore_errors=True)
-            else:
-                self.save()
-            failed = sys.exc_info()[0] is not None and not empty and in_notebook()
+                noted[name], self.metrics["peak_memory_bytes"][name] = round(seconds, 2), used
+            self.save()
+            failed = sys.exc_info()[0] is not None and self.writes and in_notebook()
             kept = f" What is there is in {self.folder}: run all cells again, and it goes on." if failed else ""
-            print(f"[{name}: {seconds:.1f} s, {memory_words(self.device, peak)}]{kept}")
+            memory = ", ".join(f"{kind} {size / 2**30:.2f} GiB" for kind, size in used.items())
+            print(f"[{name}: {seconds:.1f} s, {memory}]{kept}")
 
-    @saying_disk_trouble()
-    def keep(self, figure: Figure, name: str):
-        """Keeps a figure as PNG in the run's folder."""
-        if self.writes:
-            figure.savefig(self.folder / name, dpi=150, bbox_inches="tight")
+    def show(self, figure: Figure, name: str, width: int = 760, live=None):
+        """Keeps a figure as PNG; a notebook shows it, in the place of `live`, which an earlier call returned."""
+        if not self.writes:
+            return None
+        figure.savefig(self.folder / name, dpi=150, bbox_inches="tight")
+        if not in_notebook():
+            return print(f"picture: {self.folder / name}")
+        from IPython.display import Image, display
 
-    def show(self, figure: Figure, name: str, width: int = 760):
-        """Keeps a figure, and displays it in a notebook."""
-        self.keep(figure, name)
-        if self.writes and in_notebook():
-            from IPython.display import Image, display
+        picture = Image(self.folder / name, width=width)
+        return display(picture, display_id=True) if live is None else live.update(picture) or live
 
-            display(Image(self.folder / name, width=width))
-        elif self.writes:
-            print(f"picture: {self.folder / name}")
-
-    @saying_disk_trouble()
     def finish(self) -> Path:
-        """The run's folder as a zip. What was kept to go on from goes, in the end."""
-        self.metrics["finished"] = True
+        """The run's folder as a zip, which says that it is finished. What was kept to go on from goes, in the end."""
         self.save()
         archive = self.folder.with_name(self.folder.name + ".zip")
         with in_one_move(archive) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as packed:
             for file in sorted(self.folder.rglob("*")):
                 packed.write(file, file.relative_to(self.folder.parent))
+        self.lock.release()
         shutil.rmtree(self.state, ignore_errors=True)
         return archive
 
-
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Pictures, panels and tables: shown in a notebook, files or plain text elsewhere
+# @title What the story shows, and how a run starts
+STAGES = {"dense": "dense, untouched", "pruned": "pruned", "repaired": "pruned + repaired",
+          "fine_tuned": "pruned + fine-tuned", "dense_fine_tuned": "dense + fine-tuned",
+          "fine_tuned_as_long": "pruned + fine-tuned for the same time"}
+
 def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), facecolor="white", layout="constrained")
-
-def png(figure: Figure, dpi: int = 80) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return buffer.getvalue()
-
-def close_panel(widget) -> None:
-    """Closes a widget and all in it; else the notebook's server keeps it, and the models behind its buttons."""
-    for part in (*getattr(widget, "children", ()), getattr(widget, "style", None), getattr(widget, "layout", None)):
-        if isinstance(part, widgets.Widget):
-            close_panel(part)
-    widget.close()
-
-SHOWN = globals().get("SHOWN", {})  # name of a picture -> widget, also of an earlier run of this cell
-
-def show_widget(widget, picture: Path) -> None:
-    """Displays a widget, and closes an earlier one; where none can be shown (a printed notebook), the picture."""
-    from IPython.display import display
-
-    if picture.name in SHOWN:
-        close_panel(SHOWN[picture.name])
-    SHOWN[picture.name] = widget
-    if "google.colab" in sys.modules:
-        display(widget)
-    else:
-        view = {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}
-        image, words = base64.b64encode(picture.read_bytes()).decode(), f"this needs a live notebook: see {picture}"
-        display({"application/vnd.jupyter.widget-view+json": view, "image/png": image, "text/plain": words}, raw=True)
-
-def show_markdown(text: str) -> None:
-    """Rendered in a notebook, as it is in a terminal."""
-    if in_notebook():
-        from IPython.display import Markdown, display
-
-        display(Markdown(text))
-    else:
-        print(text)
 
 def ranks(importance: torch.Tensor) -> torch.Tensor:
     """The place of every head in the order of importance, 0 for the least: integers (layers, heads)."""
     return importance.flatten().argsort(stable=True).argsort().view_as(importance)
+
+def show_markdown(text: str) -> None:
+    """Rendered in a notebook, as it is in a terminal."""
+    if not in_notebook():
+        return print(text)
+    from IPython.display import Markdown, display
+
+    display(Markdown(text))
 
 @contextlib.contextmanager
 def hooks(handles):
@@ -1133,36 +679,36 @@ def hooks(handles):
             stack.enter_context(handle)  # leaving it removes the hook
         yield
 
+def first_of(output):
+    """What a module returns, or the first of several things."""
+    return output[0] if isinstance(output, (tuple, list)) else output
 
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title How a run starts: settings, device, folder
 def start_settings(more: str) -> Settings:
     """The settings, from the form and `more` in a notebook, from the command line in a script. Raises UserError."""
     if not in_notebook():
         sys.excepthook = stop_without_traceback
         for stream in (sys.stdout, sys.stderr):  # a sign that a console or a file cannot hold must not end a run
             stream.reconfigure(errors="replace")
-    silence_all_but_first()
+    if int(os.environ.get("RANK", "0")):  # of several processes the first alone speaks
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open as long as the process)
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
     try:
         words = shlex.split(more) if in_notebook() else sys.argv[1:]
     except ValueError as error:
         raise UserError(f"MORE is {more!r}, but must be options as in a shell ({error}): correct it.") from None
     settings = choose_sources(read_settings(words))
-    if settings.max_steps == "auto" and not settings.epochs:
-        slow = find_device(settings.device).type == "cpu"
-        settings = dataclasses.replace(settings, **({"max_steps": "200"} if slow else {"epochs": 1.0}))
     print("\n".join(f"{name:>22}  {value}" for name, value in dataclasses.asdict(settings).items() if value != ""))
     return settings
 
 def start_run(settings: Settings) -> Run:
     """A run on the fastest device, or the one that the settings name. Raises UserError where that is not there."""
-    device = join_processes(find_device(settings.device))
+    device = find_device(settings.device)
     run = Run(settings, device, find_precision(device, settings.precision))
     print(f"{run.metrics['device']}, computing in {run.metrics['precision']}; results: {run.folder}")
     if device.type == "cpu" and "google.colab" in sys.modules:
         print("This runtime has no GPU or TPU; Runtime → Change runtime type gives you one, and all is much faster.")
     return run
-
 
 # %% [markdown]
 # <a name="3.-Start"></a>
@@ -1175,9 +721,6 @@ def start_run(settings: Settings) -> Run:
 # %%
 if __name__ == "__main__":
     settings = start_settings(MORE)
-
-# %%
-if __name__ == "__main__":
     run = start_run(settings)
 
 # %% [markdown]
@@ -1190,18 +733,29 @@ if __name__ == "__main__":
 # SparseGPT and Wanda do, so that perplexities can be compared with published ones.
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Chats are written out by the model's own chat template
-def load_tokenizer(name: str, trust_remote_code: bool = False, revision: str = ""):
-    """A model's tokenizer. Raises UserError where it cannot be had, or knows no tokens."""
-    path, options = name, {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
-    if name.endswith(".gguf"):
-        path, options["gguf_file"] = str(Path(name).parent), Path(name).name
-    remedy = "check the name and the network, or copy the tokenizer's files into the folder"
-    with saying_cannot_be_had(f"the tokenizer of model {name!r}", remedy):
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        if not tokenizer("a b", add_special_tokens=False)["input_ids"]:
-            raise OSError("it knows no tokens")
-    return tokenizer
+# @title Names of models and files, tokenizers
+KINDS = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")  # all but the last also with .gz behind it
+
+def kind_of(path: Path) -> str:
+    """The suffix that says how a file is read, in small letters and without .gz."""
+    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
+
+def find_files(name: str, path: str) -> list[Path]:
+    """The files that a setting means: one that is called so, all of KINDS in a folder, or those that fit a pattern.
+
+    Raises UserError where there is none, or one of another kind.
+    """
+    place, found = Path(path), []
+    if place.is_dir():
+        found = [file for file in place.rglob("*") if kind_of(file) in KINDS]
+    elif not place.is_file():
+        found = map(Path, glob.glob(path, recursive=True))
+    found = [place] if place.is_file() else sorted(file for file in found if file.is_file())
+    if not found or any(kind_of(file) not in KINDS for file in found):
+        raise UserError(f"{name} is {path!r}, but must be an existing file of a kind that can be read "
+                        f"({', '.join(KINDS)}, or .gz of them), a folder with some, or a pattern such as data/*.txt: "
+                        "check the path, or convert it first.")
+    return found
 
 @contextlib.contextmanager
 def saying_cannot_be_had(what: str, remedy: str):
@@ -1214,57 +768,87 @@ def saying_cannot_be_had(what: str, remedy: str):
         remedy = "install that package" if isinstance(error, ImportError) else remedy
         raise UserError(f"{what} cannot be had ({first_sentence(error)}): {remedy}.") from error
 
-ROLES = {"human": "user", "gpt": "assistant"}  # how the turns of `conversations` are called in `messages`
+def place_of(name: str, trust_remote_code: bool = False) -> tuple[str, dict]:
+    """What from_pretrained() takes for a model's name: a folder or hub id, and options."""
+    if name.endswith(".gguf"):
+        return str(Path(name).parent), {"gguf_file": Path(name).name}
+    path, _, revision = name.partition("@") if not Path(name).exists() else (name, "", "")
+    return path, {"revision": revision or "main", "trust_remote_code": trust_remote_code}
 
-def write_chat(turns: list[dict], tokenizer, name: str, row: int) -> str:
-    """One chat as text: turns have role and content, or from and value. Raises UserError where there is no template."""
-    if tokenizer is None or not tokenizer.chat_template:
-        raise UserError(f"{name!r} holds chats, but the model has no chat template to write them out: take a model "
-                        "that has one, or a file with a column 'text'.")
-    named = [{"role": turn.get("role") or ROLES.get(turn.get("from"), turn.get("from")),
-              "content": turn.get("content", turn.get("value"))} for turn in turns]
-    try:
-        return tokenizer.apply_chat_template(named, tokenize=False)
-    except Exception as error:  # a template is a program of the model's maker, and may refuse anything
-        raise UserError(f"the chat in row {row} of {name!r} cannot be written out ({first_sentence(error)}): correct "
-                        "it.") from error
-
+def load_tokenizer(name: str, trust_remote_code: bool = False):
+    """A model's tokenizer. Raises UserError where it cannot be had, or knows no tokens."""
+    remedy = "check the name and the network, or copy the tokenizer's files into the folder"
+    with saying_cannot_be_had(f"the tokenizer of model {name!r}", remedy):
+        path, options = place_of(name, trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        if not tokenizer("a b", add_special_tokens=False)["input_ids"]:
+            raise OSError("it knows no tokens")
+    return tokenizer
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Reading text: files of all kinds, hub datasets, Python's own manual
-SPLITS = ("train", "validation", "test")
+# @title Reading text: files of all kinds, chats, hub datasets
+def write_chat(turns: list[dict], tokenizer) -> str:
+    """One chat as text, by the model's chat template; turns have role and content, or from and value."""
+    roles = {"human": "user", "gpt": "assistant"}  # how the turns of `conversations` are called in `messages`
+    named = [{"role": turn.get("role") or roles.get(turn.get("from"), turn.get("from")),
+              "content": turn.get("content", turn.get("value"))} for turn in turns]
+    return tokenizer.apply_chat_template(named, tokenize=False)
 
-def is_chat(value) -> bool:
-    return (isinstance(value, list) and bool(value)
-            and all(isinstance(turn, dict) and ({"role", "from"} & turn.keys()) for turn in value))
-
-def join_columns(columns: dict[str, list], name: str, tokenizer=lambda: None) -> str:
+def join_rows(table: pandas.DataFrame, name: str, tokenizer=lambda: None) -> str:
     """The text column of a table as one string, rows parted by a blank line; no other column is looked at.
 
     It is 'text'; else chats (`messages`, `conversations`), which `tokenizer()` writes out; else 'content'; else the
     only column that holds text. Raises UserError where there is none.
     """
-    def first(values):
-        return next((value for value in values if value is not None), None)
-
-    texts = [key for key, values in columns.items() if isinstance(first(values), str)]
-    chats = [key for key, values in columns.items() if is_chat(first(values))]
-    liked = [key for key in ("text", *chats, "content") if key in columns]
+    texts = [key for key in table if isinstance(next(iter(table[key].dropna()), None), str)]
+    liked = [key for key in ("text", "messages", "conversations", "content") if key in table]
     column = liked[0] if liked else texts[0] if len(texts) == 1 else None
     if column is None:
-        raise UserError(f"{name!r} has the columns {', '.join(columns) or '(none)'}, but one named 'text' is needed: "
-                        "rename the column that holds the text.")
+        raise UserError(f"{name!r} has the columns {', '.join(map(str, table)) or '(none)'}, but one named 'text' is "
+                        "needed: rename the column that holds the text.")
     if column != "text":
         print(f"{name}: the text is that of the column {column!r}")
-    rows, speaker = [], tokenizer() if column in chats else None
-    for number, value in enumerate(columns[column], 1):
-        if column in chats and is_chat(value):
-            value = write_chat(value, speaker, name, number)
-        if not isinstance(value, str | None):
-            raise UserError(f"{name!r} has a column {column!r}, but row {number} holds a {type(value).__name__} in it: "
-                            "it must hold text.")
-        rows.append(value or "")
+    rows = table[column].dropna()
+    if column in ("messages", "conversations"):
+        if (speaker := tokenizer()) is None or not speaker.chat_template:
+            raise UserError(f"{name!r} holds chats, but the model has no chat template to write them out: take a model "
+                            "that has one, or a file with a column 'text'.")
+        with saying_cannot_be_had(f"a chat of {name!r}", "correct it"):
+            rows = rows.map(lambda turns: write_chat(turns, speaker))
+    if wrong := next((row + 1 for row, value in rows.items() if not isinstance(value, str)), None):
+        raise UserError(f"{name!r} has a column {column!r}, but row {wrong} holds no text in it: correct it.")
     return "\n\n".join(rows)
+
+def read_file(path: str | Path, tokenizer=lambda: None) -> str:
+    """The text of a file of KINDS; of a table, its text column. Raises UserError where it has none."""
+    path, utf8 = Path(path), {"encoding": "utf-8-sig"}
+    with saying_cannot_be_had(f"the text of {str(path)!r}", "correct or convert it"):
+        match kind_of(path):
+            case ".parquet":
+                table = pandas.read_parquet(path)
+            case ".csv":
+                table = pandas.read_csv(path, dtype=str, keep_default_na=False, **utf8)
+            case ".json" | ".jsonl" as kind:
+                table = pandas.read_json(path, lines=kind == ".jsonl", dtype=False, convert_dates=False, **utf8)
+            case _:
+                with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", **utf8) as file:
+                    text = file.read()
+                if "\0" in text:
+                    raise ValueError(f"it has a NUL at character {text.index(chr(0))}")
+                return text
+    return join_rows(table, str(path), tokenizer)
+
+def read_dataset(name: str, tokenizer=lambda: None) -> dict[str, str]:
+    """Split -> text of a hub dataset, `id` or `id:configuration`. Raises UserError where it cannot be had."""
+    with saying_cannot_be_had(f"dataset {name!r}", "check the name, the configuration and the network, or take "
+                              "--train-file or --dataset python-docs"):
+        data = datasets.load_dataset(*name.split(":"))
+    if "train" not in data:
+        raise UserError(f"dataset {name!r} has the splits {', '.join(data)}, but 'train' is needed: take another one.")
+    return {split: join_rows(data[split].to_pandas(), name, tokenizer) for split in SPLITS if split in data}
+
+# %%
+SPLITS = ("train", "validation", "test")
 
 def python_docs() -> str:
     """Python's own reference manual, about half a million characters, from the standard library."""
@@ -1272,78 +856,6 @@ def python_docs() -> str:
 
     return "\n\n".join(topics[name] for name in sorted(topics))
 
-def read_dataset(name: str, config: str, tokenizer=lambda: None) -> dict[str, str]:
-    """Split -> text of a hub dataset. Raises UserError where it cannot be had or has no train split."""
-    try:
-        data = datasets.load_dataset(name, config or None)
-    except (OSError, ValueError) as error:
-        raise UserError(f"dataset {name!r} cannot be had ({first_sentence(error)}): check the name, the configuration "
-                        "and the network, or take --train-file or --dataset python-docs.") from None
-    if "train" not in data:
-        raise UserError(f"dataset {name!r} has the splits {', '.join(data)}, but 'train' is needed.")
-    return {split: join_columns({key: data[split][key] for key in data[split].column_names}, name, tokenizer)
-            for split in SPLITS if split in data}
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Reading one file
-def decode(raw: bytes, path: Path) -> str:
-    """Bytes as text, without a byte-order mark. Raises UserError for what is no text."""
-    encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    try:
-        text = raw.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{str(path)!r} is not UTF-8 text (byte {error.start}): convert it first.") from None
-    if "\0" in text:
-        raise UserError(f"{str(path)!r} has a NUL at character {text.index(chr(0))}, so it is no text: convert it "
-                        "first.")
-    return text
-
-def rows_of(path: Path) -> list[dict] | str:
-    """The rows of a table, or the text of a file that is none."""
-    kind = kind_of(path)
-    text = decode(gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes(), path)
-    if kind == ".csv":
-        csv.field_size_limit(2**31 - 1)
-        return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-    if kind not in (".json", ".jsonl"):
-        return text
-    lines = [(1, text)] if kind == ".json" else [line for line in enumerate(text.split("\n"), 1) if line[1].strip()]
-    rows = []
-    for number, line in lines:
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            place = f"line {number}: " if kind == ".jsonl" else ""
-            raise UserError(f"{str(path)!r} is no {kind} file ({place}{first_sentence(error)}): correct it.") from None
-    if kind == ".json":
-        (whole,) = rows
-        rows = whole if isinstance(whole, list) else next(
-            (part for part in whole.values() if isinstance(part, list) and part and isinstance(part[0], dict)),
-            [whole]) if isinstance(whole, dict) else [whole]
-    return [row if isinstance(row, dict) else {"text": row} for row in rows]
-
-def read_file(path: str | Path, tokenizer=lambda: None) -> str:
-    """The text of a file of KINDS; of a table, its text column. Raises UserError where it has none."""
-    path = Path(path)
-    try:
-        if kind_of(path) == ".parquet":
-            table = pyarrow.parquet.read_table(path, partitioning=None)
-            columns = {key: table[key].to_pylist() for key, kind in zip(table.column_names, table.schema.types)
-                       if key == "text" or not pyarrow.types.is_nested(kind)
-                       or pyarrow.types.is_struct(getattr(kind, "value_type", kind))}  # no numbers by the million
-        else:
-            rows = rows_of(path)
-            if isinstance(rows, str):
-                return rows
-            columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
-    except (OSError, EOFError, zlib.error, csv.Error, pyarrow.ArrowException) as error:
-        raise UserError(f"{str(path)!r} cannot be read ({first_sentence(error)}): check that it is a "
-                        f"{''.join(path.suffixes[-2:])} file.") from error
-    return join_columns(columns, str(path), tokenizer)
-
-
-# %%
 def cut_tail(text: str, share: float) -> tuple[str, str]:
     """Cuts a text in two at `1 - share` of its length, or at a line break (else a space) soon after that place."""
     middle = round(len(text) * (1 - share))
@@ -1354,14 +866,15 @@ def cut_tail(text: str, share: float) -> tuple[str, str]:
 def load_text(settings: Settings) -> dict[str, str]:
     """Split -> text. Splits that do not exist are cut off the end of train, a tenth of the whole each."""
     tokenizer = functools.cache(lambda: None if settings.model == "demo" else load_tokenizer(
-        settings.model, settings.trust_remote_code, settings.revision))
+        settings.model, settings.trust_remote_code))
     if settings.train_file:
-        files = {split: find_files(path) for split in SPLITS if (path := getattr(settings, f"{split}_file"))}
+        names = {split: f"{split}_file" for split in SPLITS if getattr(settings, f"{split}_file")}
+        files = {split: find_files(name, getattr(settings, name)) for split, name in names.items()}
         text = {split: "\n\n".join(read_file(file, tokenizer) for file in those) for split, those in files.items()}
     elif settings.dataset == "python-docs":
         text = {"train": python_docs()}
     else:
-        text = read_dataset(settings.dataset, settings.dataset_config, tokenizer)
+        text = read_dataset(settings.dataset, tokenizer)
     missing = [split for split in SPLITS if split not in text]
     for number, split in enumerate(reversed(missing)):
         text["train"], text[split] = cut_tail(text["train"], 0.1 / (1 - 0.1 * number))
@@ -1370,7 +883,6 @@ def load_text(settings: Settings) -> dict[str, str]:
             raise UserError(f"the {split} text has {size} bytes, but one block of {settings.block_length} tokens is "
                             "needed: take a longer text or a smaller --block-length.")
     return {split: text[split] for split in SPLITS}
-
 
 # %%
 if __name__ == "__main__":
@@ -1383,45 +895,218 @@ if __name__ == "__main__":
 # <a name="5.-Model"></a>
 # ## 5. Model
 #
-# Any causal language model: a hub id, a local folder, or a `.gguf` file. Where there is neither network
-# nor file, a GPT-2 of about a million parameters is trained here, in a minute or two. It is a toy, but
-# a trained one: its heads differ, and closing the wrong ones hurts.
+# Any causal language model: a hub id, a local folder, or a `.gguf` file. It is trained to predict the next
+# token, and judged by how well it does: the loss is the mean negative log-likelihood of the tokens,
+# perplexity its exponential (section 7).
+
+# %%
+def nll(logits: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood of each block of ids (n, time) but for its first token: (n,).
+
+    `logits` are (n, time, vocabulary), or (n, time - 1, vocabulary) without those after the last token.
+    """
+    logits, wanted = logits[:, : batch.shape[1] - 1].flatten(0, 1).float(), batch[:, 1:]
+    losses = torch.nn.functional.cross_entropy(logits, wanted.flatten(), reduction="none")
+    return losses.view_as(wanted).mean(1)
+
+@torch.no_grad()
+def perplexity(model, blocks: torch.Tensor) -> float:
+    """exp(mean negative log-likelihood per token) of token ids (n, time)."""
+    def per_block(batch):
+        return nll(model(batch, use_cache=False).logits, batch)
+
+    return math.exp(over_blocks(model, blocks, per_block, "perplexity").cpu().double().mean())
+
+def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Mean Kullback-Leibler divergence per token, (batch,), from wanted ones; both are logits (batch, time, n)."""
+    given, wanted = logits.float().log_softmax(-1), wanted.float().log_softmax(-1)  # (XLA does not vouch for kl_div)
+    return (wanted.exp() * (wanted - given)).sum(-1).mean(1)
+
+# %% [markdown]
+# There is one training loop in this notebook, and this is it: AdamW, a short warmup, then a cosine decay. A
+# step is `batch_size` blocks, however many fit at once. Every tenth of the way the model is measured on
+# validation text; the weights of its best moment are kept, and training stops early when three
+# measurements in a row brought nothing.
+
+# %%
+WARMUP, WEIGHT_DECAY, PATIENCE, MEASUREMENTS = 0.1, 0.01, 3, 10
+
+def rate_at(step: int, steps: int) -> float:
+    """The learning rate of a step as a share of its peak."""
+    warm = max(1, round(WARMUP * steps))
+    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+
+def loss_of(model, batch: torch.Tensor, teacher, share: float) -> torch.Tensor:
+    """The loss of each block of ids (n, time): (n,); a share of it asks for the teacher's predictions."""
+    logits = model(batch, use_cache=False).logits
+    if teacher is None or not share:
+        return nll(logits, batch)
+    with torch.no_grad():
+        wanted = teacher.eval()(batch, use_cache=False).logits
+    return (1 - share) * nll(logits, batch) + share * divergence(logits[:, :-1], wanted[:, :-1])
+
+def train(run: Run, name: str, model, blocks: dict[str, torch.Tensor], settings: Settings, teacher=None) -> dict:
+    """Trains a model in place for settings.max_steps on blocks (n, time); it ends with the weights of its best moment.
+
+    What is random in a step follows from the step's number, and every measurement is kept: so a training that was
+    interrupted goes on to the same weights, bit for bit. Returns its record. Raises RunError for a loss of no number.
+    """
+    text, seen, steps = blocks["train"], blocks["validation"][:16], settings.max_steps
+    accelerator, optimizer = accelerated(model, settings)
+    file = f"training-{name}-{fingerprint(model, text, seen, training_options(settings))}"
+    kept, done = run.kept(file) or ({}, {"step": 0, "seconds": 0.0, "history": {"loss": [], "perplexity": []}})
+    put_training(kept, done, model, accelerator, optimizer)
+    order = draw(len(text), settings.batch_size, steps, torch.Generator().manual_seed(settings.seed))
+    loss, start, history, live = 0.0, time.perf_counter() - done["seconds"], done["history"], None
+    for step in long_loop(range(done["step"], steps), name, model.device):
+        if measurements_since_the_best(history) >= PATIENCE:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * rate_at(step, steps)
+        each = functools.partial(loss_of, model, teacher=teacher, share=settings.distillation)
+        loss += backward(accelerator, model, text[order[step]], each, settings.seed + step)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % max(1, steps // MEASUREMENTS) == 0 or step + 1 == steps:
+            loss = accelerator.reduce(loss, "sum").item() / (step + 1 - done["step"])
+            if not math.isfinite(loss):
+                raise RunError(f"the loss is {loss} at step {step + 1} of {steps}: take a lower --learning-rate, or "
+                               "--precision fp32")
+            history["loss"].append([step + 1, loss])
+            history["perplexity"].append([step + 1, perplexity(model, seen)])
+            done |= {"step": step + 1, "seconds": time.perf_counter() - start}
+            kept = training_to_keep(kept, done, model, accelerator, optimizer)
+            run.keep(file, kept, done)
+            live, loss = show_training(run, name, done, settings, live), 0.0
+            model.train()
+    return end_training(kept, done, model, settings)
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Folders that hold something else, and what a model's configuration says
-def refuse_other_folders(name: str) -> None:
-    """Raises UserError for the folder of an adapter or of a training's checkpoints, and for a pruned .gguf file."""
-    folder = Path(name)
-    if name.endswith(".gguf") and folder.is_file():
-        with saying_cannot_be_had(f"model {name!r}", "download it again"):
-            kind = gguf.GGUFReader(name).fields["general.architecture"].contents()
-        if kind in ("deci", "openelm"):
-            raise UserError(f"model {name!r} has layers that differ, which only llama.cpp reads: take the folder "
-                            "model-compact or model-zeroed of the same run, or the model that it was made from.")
-    if (folder / "adapter_config.json").is_file():
-        with saying_cannot_be_had(f"model {name!r}", "write adapter_config.json again"):
-            base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-        raise UserError(f"model {name!r} is a LoRA adapter of {base!r}: merge the two first (peft: merge_and_unload, "
-                        "save_pretrained), and take the folder of the whole model.")
-    numbers = {int(path.name.split("-")[-1]): path for path in folder.glob("checkpoint-*")
-               if path.name.split("-")[-1].isdecimal()}
-    if numbers and not (folder / "config.json").exists():
-        raise UserError(f"model {name!r} is the output folder of a training: take its newest checkpoint, "
-                        f"{str(numbers[max(numbers)])!r}.")
+# @title What the loop stands on (1): batches, mixed precision, gradients that fit
+def training_options(settings: Settings) -> list:
+    return [getattr(settings, name) for name in ("max_steps", "learning_rate", "batch_size", "distillation", "seed")]
 
-def open_config(name: str, trust_remote_code: bool, revision: str):
+def measurements_since_the_best(history: dict[str, list]) -> int:
+    values = [value for _, value in history["perplexity"]]
+    return len(values) - 1 - values.index(min(values)) if values else 0
+
+def draw(number: int, per_step: int, steps: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """For each step the numbers of the blocks that it learns from, of `number` blocks in random order: (per_step,)."""
+    order = [torch.randperm(number, generator=generator) for _ in range(math.ceil(steps * per_step / number))]
+    return torch.cat(order).split(per_step)[:steps]
+
+def accelerated(model, settings: Settings):
+    """accelerate's Accelerator for the model's device and COMPUTING.dtype, and AdamW; the model is ready to train."""
+    accelerate.state.AcceleratorState._reset_state()  # the notebook may be run again in another number format
+    kind = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(COMPUTING.dtype, "no")
+    accelerator = accelerate.Accelerator(mixed_precision=kind, cpu=model.device.type == "cpu")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=WEIGHT_DECAY,
+                                  fused=model.device.type in ("cpu", "cuda"))
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    return accelerator, accelerator.prepare(optimizer)  # (the model itself is not wrapped: it stays what it is)
+
+def backward(accelerator, model, batch: torch.Tensor, loss_of, seed: int) -> torch.Tensor:
+    """Gradients of the mean loss of ids (batch, time), of which each process takes a share; that share's loss."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    own, on_cpu = batch[rank::world], model.device.type == "cpu"
+
+    def attempt(size: int) -> torch.Tensor:
+        model.zero_grad()
+        torch.manual_seed(seed * world + rank)
+        loss = torch.zeros((), device=model.device)
+        for part in own.split(size) if len(own) else ():
+            with accelerator.autocast():
+                share = loss_of(part.to(model.device)).sum() / len(batch)
+            accelerator.backward(share)
+            loss += share.detach()
+        return loss
+
+    # About a thousand tokens at a time are fastest on a processor: more logits are too large for its caches.
+    largest = max(1, min(len(own), 1024 // batch.shape[1] if on_cpu else len(own)))
+    loss = fit_batch_size(attempt, largest, "fine-tuning")
+    for parameter in model.parameters() if world > 1 else ():  # each process may have begun the step anew until here
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = accelerator.reduce(grad, "sum")
+    return loss
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title What the loop stands on (2): what it goes on from, and its live picture
+def training_to_keep(kept: dict, done: dict, model, accelerator, optimizer) -> dict[str, torch.Tensor]:
+    """Weights, the best weights so far (from `kept`, if not these), and AdamW's state, as in a state_dict."""
+    weights, best = list(model.parameters()), measurements_since_the_best(done["history"]) == 0
+    tensors = {f"weight {i}": weight for i, weight in enumerate(weights)}
+    tensors |= {f"best {i}": weight.detach().to("cpu", copy=True) if best else kept[f"best {i}"]
+                for i, weight in enumerate(weights)}
+    done["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
+    return tensors | {f"{key} {i}": value for i, weight in enumerate(weights)
+                      for key, value in optimizer.state.get(weight, {}).items()}
+
+@torch.no_grad()
+def put_training(kept: dict, done: dict, model, accelerator, optimizer) -> None:
+    """Puts what was kept (a state_dict) back where it was, if anything was."""
+    for i, weight in enumerate(model.parameters() if kept else ()):
+        weight.copy_(kept[f"weight {i}"])
+        state = {key: kept[f"{key} {i}"].to(weight.device) for key in ("step", "exp_avg", "exp_avg_sq")
+                 if f"{key} {i}" in kept}
+        if state:
+            optimizer.state[weight] = state
+    if done.get("scaler"):
+        accelerator.scaler.load_state_dict(done["scaler"])
+
+@torch.no_grad()
+def end_training(kept: dict, done: dict, model, settings: Settings) -> dict:
+    """The model gets the best weights of `kept` (a state_dict), and is as it was before training; the record."""
+    for i, weight in enumerate(model.parameters()):
+        weight.copy_(kept[f"best {i}"])
+    model.zero_grad()
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    model.eval()
+    best = min(done["history"]["perplexity"], key=lambda point: point[1])[0]
+    tokens = settings.batch_size * settings.block_length
+    return {"steps": done["step"], "planned_steps": settings.max_steps, "kept_step": best, "tokens_per_step": tokens,
+            "train_tokens_per_second": round(tokens * done["step"] / done["seconds"], 1), "history": done["history"]}
+
+def show_training(run: Run, name: str, done: dict, settings: Settings, live):
+    """Loss and validation perplexity so far, in a notebook as a picture in the place of `live`, the last one."""
+    steps, seconds, history = done["step"], done["seconds"], done["history"]
+    minutes, rest = divmod(seconds / steps * (settings.max_steps - steps), 60)
+    words = (f"{STAGES.get(name, name)}: step {steps} of {settings.max_steps} · loss {history['loss'][-1][1]:.3f} · "
+             f"validation perplexity {history['perplexity'][-1][1]:.2f} · "
+             f"{settings.batch_size * settings.block_length * steps / seconds:,.0f} tokens/s · "
+             f"{minutes:.0f} min {rest:02.0f} s left")
+    figure = new_figure(8, 2.8)
+    figure.suptitle(words, fontsize=9)
+    for axes, (title, points) in zip(figure.subplots(1, 2), history.items()):
+        axes.plot(*zip(*points), color="#0072B2", marker="o", markersize=3)
+        axes.set(title=f"{'training' if title == 'loss' else 'validation'} {title}", xlabel="step")
+        axes.grid(alpha=0.3)
+    if run.dense_validation:
+        axes.axhline(run.dense_validation, color="#D55E00", linestyle="--", label="dense, untouched")
+        axes.legend(fontsize=8)
+    if in_notebook():
+        return run.show(figure, f"{name}.png", live=live)
+    print(words)
+    if run.writes:
+        figure.savefig(run.folder / f"{name}.png", dpi=150)
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Opening a model, or saying in one sentence why it cannot be used
+def open_config(name: str, trust_remote_code: bool):
     """A model's configuration. Raises UserError for one whose weights cannot be cut."""
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+    path, options = place_of(name, trust_remote_code)
+    config = AutoConfig.from_pretrained(path, **options)
     origin, kind = "take the model that it was made from", (config.architectures or [""])[0]
-    if hasattr(config, "kept_heads"):
+    if hasattr(config, "pruned") or hasattr(config, "kept_heads"):
         raise UserError(f"model {name!r} is compact, its heads are cut out already: {origin}.")
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"model {name!r} is quantised, and such weights can be neither cut nor trained: {origin}.")
-    if not trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
-        if not hasattr(transformers, kind):
-            raise UserError(f"model {name!r} is a {kind}, which only the code knows that it brings along: read that "
-                            "code, and give --trust-remote-code.")
-        print(f"{name} brings code of its own, which is not run: it is opened as transformers' own {kind}.")
+    if not trust_remote_code and hasattr(config, "auto_map") and not hasattr(transformers, kind):
+        raise UserError(f"model {name!r} is a {kind}, which only the code knows that it brings along: read that "
+                        "code, and give --trust-remote-code.")
     config._attn_implementation = None  # the one that is there here, not the one that it was trained with
     return config
 
@@ -1429,59 +1114,6 @@ def opener_for(config):
     """The class that opens a configuration's model: for causal language models, else for those that read images."""
     kind, (causal, images) = type(config), (AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
     return images if kind not in causal._model_mapping and kind in images._model_mapping else causal
-
-def weights_on_disk(name: str, revision: str = "") -> int | None:
-    """Bytes of the files that a model's weights came in, or None where they cannot be seen."""
-    if Path(name).is_file():
-        return Path(name).stat().st_size
-    config = transformers.utils.cached_file(name, "config.json", revision=revision or "main", local_files_only=True,
-                                            _raise_exceptions_for_missing_entries=False)
-    kinds = ("*.safetensors", "pytorch_model*.bin") if config else ()
-    files = [sorted(Path(config).parent.glob(kind)) for kind in kinds]
-    return sum(file.stat().st_size for file in next(filter(None, files), [])) or None
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Opening a model, or saying in one sentence why it cannot be used
-def load_model(name: str, device: torch.device, trust_remote_code: bool = False, revision: str = ""):
-    """Tokenizer and model in evaluation mode. Raises UserError where the model cannot be had or used.
-
-    It computes with float32 weights, whatever they came in; `model.came_in` is the format that they came in.
-    """
-    path, is_gguf, named = name, name.endswith(".gguf"), f"model {name!r}" + (f" at {revision!r}" if revision else "")
-    options = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
-    refuse_other_folders(name)
-    remedy = ("it must be a causal language model on the hub (with a network), a local folder, a .gguf file, or 'demo'"
-              + ("" if trust_remote_code else "; one with code of its own needs --trust-remote-code"))
-    with saying_cannot_be_had(named, remedy):
-        if is_gguf and not Path(name).is_file():
-            raise OSError("no such file")
-        config = None if is_gguf else open_config(name, **options)
-        came_in = torch.bfloat16 if is_gguf else getattr(config.get_text_config(), "dtype", None) or torch.float32
-    tokenizer = load_tokenizer(name, trust_remote_code, revision)
-    with saying_cannot_be_had(named, remedy):
-        if is_gguf:
-            path, options["gguf_file"] = str(Path(name).parent), Path(name).name
-        else:
-            options["config"] = config
-        model, found = opener_for(config).from_pretrained(path, **options, dtype=torch.float32,
-                                                          output_loading_info=True)
-    if lacking := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
-        raise UserError(f"model {name!r} lacks {len(lacking)} of its weights ({lacking[0]} first), which would be "
-                        "random: download it again.")
-    broken = next((path for path, weight in model.named_parameters() if not weight.isfinite().all()), None)
-    if broken:
-        raise UserError(f"model {name!r} has numbers that are not finite in {broken}: download it again, or take "
-                        "another one.")
-    if is_gguf:  # the weights are plain float32 now, but save_pretrained would refuse the model as quantised
-        model.hf_quantizer, model.is_quantized = None, False
-        model.config.__dict__.pop("quantization_config", None)
-    model.came_in = came_in
-    model = move(model, device).eval()
-    if not is_causal(model):
-        raise UserError(f"model {name!r} is a {type(model).__name__} whose tokens see those after them: take a causal "
-                        "language model.")
-    return tokenizer, model
 
 @torch.no_grad()
 def is_causal(model) -> bool:
@@ -1491,11 +1123,40 @@ def is_causal(model) -> bool:
     first, second = (model(tokens, use_cache=False).logits[:, :-1].float() for tokens in (ids, other))
     return torch.allclose(first, second, rtol=1e-3, atol=1e-3 * first.abs().max().item())
 
+def load_model(name: str, device: torch.device, trust_remote_code: bool = False):
+    """Tokenizer and model in evaluation mode. Raises UserError where the model cannot be had or used.
+
+    It computes with float32 weights, whatever they came in; `model.came_in` is the format that they came in.
+    """
+    (path, options), config = place_of(name, trust_remote_code), None
+    remedy = ("it must be a causal language model on the hub (with a network), a local folder, a .gguf file, or 'demo'"
+              + ("" if trust_remote_code else "; one with code of its own needs --trust-remote-code"))
+    with saying_cannot_be_had(f"model {name!r}", remedy):
+        if "gguf_file" not in options:
+            options["config"] = config = open_config(name, trust_remote_code)
+        elif not Path(name).is_file():
+            raise OSError("no such file")
+    tokenizer = load_tokenizer(name, trust_remote_code)
+    with saying_cannot_be_had(f"model {name!r}", remedy):
+        options |= {"dtype": torch.float32, "output_loading_info": True}
+        model, found = opener_for(config).from_pretrained(path, **options)
+    if lacking := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
+        raise UserError(f"model {name!r} lacks {len(lacking)} of its weights ({lacking[0]} first): download it again.")
+    if broken := next((path for path, weight in model.named_parameters() if not weight.isfinite().all()), None):
+        raise UserError(f"model {name!r} has numbers that are not finite in {broken}: download it again, or take "
+                        "another one.")
+    if config is None:  # the weights are plain float32 now, but save_pretrained would refuse it as quantised
+        model.hf_quantizer, model.is_quantized = None, False
+        model.config.__dict__.pop("quantization_config", None)
+    model.came_in = getattr(config.get_text_config(), "dtype", None) or torch.float32 if config else torch.bfloat16
+    model = move(model, device).eval()
+    if not is_causal(model):
+        raise UserError(f"model {name!r} is a {type(model).__name__} whose tokens see those after them: take a causal "
+                        "language model.")
+    return tokenizer, model
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title The demo's recipe: byte-level BPE of 1,024 tokens, 4 layers of 8 heads, 128 numbers wide
-ADAMW = "adamw_torch" if is_torch_xla_available() else "adamw_torch_fused"  # XLA fuses it by itself
-
+# @title The demo: byte-level BPE of 1,024 tokens, 4 layers of 8 heads, 128 numbers wide, trained by the loop above
 def demo_tokenizer(text: str):
     """A byte-level BPE tokenizer of 1,024 tokens."""
     bpe, end = tokenizers.Tokenizer(tokenizers.models.BPE()), "<|endoftext|>"
@@ -1506,56 +1167,32 @@ def demo_tokenizer(text: str):
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, bos_token=end)
 
-def make_demo(text: str, steps: int = 600) -> str:
-    """Trains the demo model, once; the folder that holds it. Raises UserError in one of several processes."""
+def make_demo(text: str, device: torch.device = torch.device("cpu")) -> str:  # noqa: B008 (a constant)
+    """Trains the demo model, once, on a text; the folder that holds it."""
     # No dropout: on a processor it makes attention several times slower.
     config = transformers.GPT2Config(vocab_size=1024, n_positions=512, n_embd=128, n_layer=4, n_head=8, resid_pdrop=0.0,
                                      embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
-    key = hashlib.sha256(f"{text}{config.to_json_string()}{steps}".encode()).hexdigest()[:12]
+    settings = {"max_steps": 600, "learning_rate": 3e-3, "batch_size": 16, "block_length": 128}
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "PruningAndFineTuningColab")
-    if (folder := cache / f"demo-{key}").exists():
+    folder = cache / f"demo-{fingerprint(text, config.to_json_string(), settings)}"
+    if folder.exists():
         return str(folder)
-    if rank_and_world()[1] > 1:
-        raise UserError("model is 'demo', which several processes cannot train together: run it once without torchrun, "
-                        "or take another model.")
     print("Training the demo model, once: a minute or two.")
-    tokenizer = demo_tokenizer(text)
-    transformers.set_seed(0)
-    model, blocks = transformers.GPT2LMHeadModel(config), pack(text, tokenizer, 128)
-    part = folder.with_name(f"{folder.name}.{os.getpid()}")
-    arguments = TrainingArguments(str(part), max_steps=steps, per_device_train_batch_size=16, learning_rate=3e-3,
-                                  warmup_steps=steps // 10, lr_scheduler_type="cosine", seed=0, report_to="none",
-                                  optim=ADAMW, save_strategy="no", logging_strategy="no", use_cpu=True,
-                                  dataloader_pin_memory=False)
-    Trainer(model, arguments, train_dataset=[{"input_ids": block, "labels": block} for block in blocks]).train()
-    model.config.use_cache = True  # which the Trainer switched off
-    move(model, "cpu").save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    part.rename(folder)
+    tokenizer, before = demo_tokenizer(text), dict(vars(COMPUTING))
+    blocks = pack(text, tokenizer, settings["block_length"])
+    with tempfile.TemporaryDirectory() as place:
+        run = Run(Settings(model="demo", output_dir=place, **settings), device, torch.float32)
+        model = transformers.GPT2LMHeadModel(config).to(device)
+        train(run, "demo", model, {"train": blocks[:-16], "validation": blocks[-16:]}, run.settings)
+        vars(COMPUTING).update(before)
+        if run.writes:
+            part = folder.with_name(f"{folder.name}.{os.getpid()}")
+            move(model, "cpu").save_pretrained(part)
+            tokenizer.save_pretrained(part)
+            part.rename(folder)
+            run.lock.release()
+    accelerate.PartialState().wait_for_everyone()
     return str(folder)
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title A long text is tokenised in pieces: a tokenizer needs some 250 bytes for every token that it makes at once
-def in_pieces(text: str, ids_of, size: int = 1_000_000):
-    """The text in pieces of about `size` characters, whose ids (n,) are together those of the whole text.
-
-    It is cut before a space or a line break where the tokenizer gives the same ids with the cut as without it; one
-    that never does, because it begins every text with a space of its own, gets the whole text.
-    """
-    start = 0
-    while len(text) - start > 1.5 * size:
-        near = (start + size + place.start() for place in re.finditer(r"(?<=\S)\s", text[start + size:][:20_000]))
-        for cut in near:
-            before, after = text[max(start, cut - 200): cut], text[cut: cut + 200]
-            if torch.equal(torch.cat([ids_of(before), ids_of(after)]), ids_of(before + after)):
-                break
-        else:
-            break
-        yield text[start: cut]
-        start = cut
-    yield text[start:]
-
 
 # %% [markdown]
 # The model reads tokens, not letters. They are packed into full blocks: no padding, so nothing is wasted
@@ -1564,24 +1201,19 @@ def in_pieces(text: str, ids_of, size: int = 1_000_000):
 # %%
 def pack(text: str, tokenizer, block_length: int) -> torch.Tensor:
     """Token ids (blocks, block_length): the whole text, in order, but for a tail shorter than one block."""
-    def ids_of(part):
-        return torch.tensor(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
-
-    ids = torch.cat([ids_of(piece) for piece in in_pieces(text, ids_of)])
+    size = 2_000_000  # characters at once: a tokenizer needs some 250 bytes for every token that it makes
+    pieces = [text[start: start + size] for start in range(0, len(text), size)]
+    ids = torch.cat([torch.tensor(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"],
+                                  dtype=torch.long) for piece in pieces or [text]])
     return ids[: len(ids) // block_length * block_length].view(-1, block_length)
 
-
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Do text, tokenizer and model fit together?
-def longest_text(model) -> int | None:
-    """The most tokens that a model can read at once, or None where its configuration names no limit."""
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx", "context_length")
-    config = model.config.get_text_config()
-    return next((getattr(config, name) for name in names if getattr(config, name, None)), None)
-
+# @title Do text, tokenizer, model and number formats fit together?
 def pack_all(text: dict[str, str], tokenizer, model, settings: Settings) -> dict[str, torch.Tensor]:
     """Split -> token ids (blocks, block_length). Raises UserError where text, tokenizer, model or prompt do not fit."""
-    longest, new_tokens = longest_text(model) or settings.block_length + 40, 40
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx", "context_length")
+    limits = [getattr(model.config.get_text_config(), name, None) for name in names]
+    longest, new_tokens = next(filter(None, limits), settings.block_length + 40), 40
     if settings.block_length > longest:
         raise UserError(f"block_length is {settings.block_length}, but the model reads at most {longest} tokens: take "
                         f"--block-length {longest} or less.")
@@ -1602,17 +1234,14 @@ def pack_all(text: dict[str, str], tokenizer, model, settings: Settings) -> dict
                             f"knows only {vocabulary}: they do not belong together.")
     return blocks
 
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title The number format of the saved weights: that of the weights as they came, or the one that was chosen
 def describe_model(model, settings: Settings) -> dict:
-    """What the record says of a model that was just loaded; the model is told the format that it will be saved in."""
-    formats = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    saved = formats.get(settings.save_format, model.came_in if model.came_in in formats.values() else torch.float32)
-    model.saved_in = saved
+    """What the record says of a model that was just loaded. It will be saved in the format that it came in."""
+    path = Path(settings.model)
+    files = [path] if path.is_file() else path.glob("*.safetensors")
+    model.saved_in = model.came_in if model.came_in in (torch.float16, torch.bfloat16) else torch.float32
     return {"class": type(model).__name__, "parameters": model.num_parameters(),
-            "came_in": str(model.came_in).removeprefix("torch."), "saved_in": str(saved).removeprefix("torch."),
-            "file_bytes": None if settings.model == "demo" else weights_on_disk(settings.model, settings.revision)}
+            **{name: str(getattr(model, name)).removeprefix("torch.") for name in ("came_in", "saved_in")},
+            "file_bytes": sum(file.stat().st_size for file in files) or None}
 
 def saved_format(run: Run) -> torch.dtype:
     return getattr(torch, run.metrics["model"]["saved_in"])
@@ -1623,16 +1252,22 @@ def rounded(model, dtype: torch.dtype):
     for name, weight in model.named_parameters():
         weight.copy_(weight.to(dtype))
         if not weight.isfinite().all():
-            raise RunError(f"{name} does not fit into {dtype}: take --save-format bf16 or fp32.")
+            raise RunError(f"{name} does not fit into {dtype}: take a lower --learning-rate")
     return model
 
+def try_float16(run: Run, model, block: torch.Tensor) -> None:
+    """Computes in float32 from here on where float16, tried on a block (1, time), is too narrow for the model."""
+    if COMPUTING.dtype == torch.float16 and (place := first_not_finite(model, block)):
+        COMPUTING.dtype, run.metrics["precision"] = torch.float32, "float32"
+        print(f"float16 is too narrow for this model ({place}): all is computed in float32.")
 
 # %%
 if __name__ == "__main__":
     with run.step("load model"):
-        tokenizer, model = load_model(make_demo(text["train"]) if settings.model == "demo" else settings.model,
-                                      run.device, settings.trust_remote_code, settings.revision)
+        tokenizer, model = load_model(make_demo(text["train"], run.device) if settings.model == "demo"
+                                      else settings.model, run.device, settings.trust_remote_code)
         blocks = pack_all(text, tokenizer, model, settings)
+    try_float16(run, model, blocks["validation"][:1])
     test_blocks = blocks["test"][: settings.eval_blocks or None]
     run.metrics["blocks"] = {split: len(blocks[split]) for split in SPLITS} | {"tested": len(test_blocks)}
     run.metrics["model"] = describe_model(model, settings)
@@ -1654,7 +1289,6 @@ if __name__ == "__main__":
 # The numbers $g_i$ are the **gates**. The same holds for the **neurons** of the MLP: they stand side by
 # side in the input of *its* output projection, each one number wide. So heads and neurons are two kinds of
 # **units**, and everything below works on both. First, the heads have to be found.
-
 # %%
 def inputs_first(projection) -> torch.Tensor:
     """The weight of a Linear or Conv1D as (inputs, outputs): a view, whichever way it is stored."""
@@ -1682,8 +1316,6 @@ class Units:
     def output_weight(self) -> torch.Tensor:
         """The projection's weight as (units, size, hidden), a view."""
         return inputs_first(self.projection).unflatten(0, (self.number, -1))
-
-
 # %%
 OUTPUTS = ("c_proj", "out_proj", "o_proj", "dense")  # names of attention output projections
 
@@ -1709,8 +1341,6 @@ def find_heads(model) -> list[Units]:
                         f"with an output projection {', '.join(OUTPUTS)}): take a transformer such as GPT-2, "
                         "Llama or Qwen.")
     return layers
-
-
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Neurons are units too: one number wide, in the input of the MLP's output projection
 def find_mlp_output(layer: Units):
@@ -1751,18 +1381,14 @@ def heads_part(model, table: torch.Tensor) -> torch.Tensor:
 def all_units(model) -> list[Units]:
     """find_units() in one list."""
     return [units for layer in find_units(model) for units in layer]
-
-
 # %%
 if __name__ == "__main__":
     print(f"{len(find_heads(model))} layers, the first of them:", *find_heads(model)[:3], sep="\n")
-
 # %% [markdown]
 # One hook in front of the output projection is all it takes, for every architecture. It is exact (a
 # closed head contributes nothing, whatever attention kernel runs) and reversible. Multiplying the
 # attention *weights* that a layer returns, as some notebooks do, prunes nothing: the layer's output was
 # computed before.
-
 # %%
 def apply_gates(projection, inputs):
     """Forward pre-hook of an output projection: scales every unit's slice of its input (batch, time, units x size).
@@ -1794,20 +1420,19 @@ def get_gates(model) -> torch.Tensor:
     """The gates of a model, (layers, units), on the processor."""
     return torch.stack([torch.cat([units.projection.gates.detach().float().cpu() for units in layer])
                         for layer in find_units(model)])
-
-
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Gates for a while: all open, or none at all
+# @title Gates for a while: all open, none at all, or such that gradients flow to them
 def sharing_copy(model):
     """A copy of a gated model that shares its weights and has gates of its own."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
-def remove_gates(model) -> None:
-    """Takes all gates away: the model is again as the library made it."""
+def remove_gates(model):
+    """The model, with all gates taken away: again as the library made it."""
     for units in all_units(model):
         if hasattr(units.projection, "gates"):
             units.projection.gate_hook.remove()
             del units.projection.gates, units.projection.gate_hook
+    return model
 
 def prune_only(model, kind: str) -> None:
     """Tells a model what is pruned in it: "heads", "neurons" or "both". Closed gates of the same kind stay closed.
@@ -1830,35 +1455,10 @@ def all_open(model):
         set_gates(model, before)
 
 @contextlib.contextmanager
-def without_gates(model):
-    """Within it the model has no gates at all, not even open ones: for timing it as it came."""
-    before = get_gates(model)
-    remove_gates(model)
-    try:
-        yield
-    finally:
-        set_gates(model, before)
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Gates that gradients flow to, with frozen weights
-@contextlib.contextmanager
-def frozen(model):
-    """Within it no parameter asks for a gradient."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-@contextlib.contextmanager
 def movable_gates(model):
     """Within it weights are frozen; `substitute(rows)` puts tensors in the place of the gates, one for each layer."""
     add_gates(model)
-    layers = find_units(model)
+    layers, trained = find_units(model), [parameter for parameter in model.parameters() if parameter.requires_grad]
     before = [(units.projection, units.projection.gates) for layer in layers for units in layer]
 
     def substitute(rows):  # each (..., units)
@@ -1866,29 +1466,61 @@ def movable_gates(model):
             for units, part in zip(layer, row.split([units.number for units in layer], dim=-1)):
                 units.projection.gates = part
 
-    with frozen(model):
-        try:
-            yield substitute
-        finally:
-            for projection, gates in before:
-                projection.gates = gates
+    try:
+        model.requires_grad_(False)
+        yield substitute
+    finally:
+        for projection, gates in before:
+            projection.gates = gates
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
+# %%
+if __name__ == "__main__":
+    prune_only(model, settings.prune)
+    print(f"{get_gates(model).numel():,} gates, all of them open")
+
+# %% [markdown]
+# <a name="7.-Perplexity"></a>
+# ## 7. Perplexity
+#
+# How good is the model? Perplexity is $\exp\big(\tfrac1N\sum_i -\log p(x_i \mid x_{<i})\big)$: the number
+# of tokens that the model is, on average, undecided between. Lower is better. Try a gate: close one head, see
+# the perplexity move on some validation text, and open it again. Change `layer` and `head` and run the cell
+# again: not all heads matter alike.
+
+# %%
+def try_head(model, blocks: torch.Tensor, layer: int, head: int) -> str:
+    """Perplexity of blocks (n, time) with one head open, closed, open again; the gates stay as they were before."""
+    gates, values = torch.ones_like(get_gates(model)), []
+    with all_open(model):
+        for gate in (1, 0, 1):
+            gates[layer, head] = gate
+            set_gates(model, gates)
+            values.append(f"{perplexity(model, blocks):.3f}")
+    kind = "head" if head < number_of_heads(model) else "neuron"
+    return f"layer {layer}, {kind} {head}: perplexity {values[0]}, closed {values[1]}, open again {values[2]}"
+
+if __name__ == "__main__":
+    print(try_head(model, blocks["validation"][:2], layer=0, head=0))
 
 # %% [markdown]
 # A closed gate still costs what an open one costs: what it multiplies by zero has been computed all the
-# same. To make the model smaller, a closed head is **cut** out: its rows of the query, key and value
-# projections go, and its columns of the output projection. Where several query heads share a key/value
-# head, that one goes when the last query head that reads it is gone. What is left is the same function
-# with fewer numbers.
+# same. In the end (section 13) what is closed is therefore **cut** out: its rows of the projections before,
+# its columns of the output projection. Whether that works for this model is not looked up in a list: it is
+# tried now, before anything takes long. Some units are closed at random, and cut out of a copy that shares all
+# other weights. It has to give the same logits as the gated model, read in one go and written token by token
+# from a key/value cache, also where texts are padded. Where it does not, the model keeps its gates: it is pruned,
+# not smaller.
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Which rows of the query, key and value projections belong to a head
+# @title Cutting (1): which rows of the query, key and value projections belong to a head
 def find_rows(attention, heads: int, head_dim: int) -> list[tuple[str, torch.Tensor]]:
     """For query, key and value: the projection that computes it, and its outputs that each head owns, (n, size).
 
     Models keep these weights as three matrices, as one with queries, keys and values one after the other (GPT-2,
-    Phi-3, MPT), or as one in which every group of heads has its queries, key and value together (GPT-NeoX, BLOOM,
-    Falcon). Raises ValueError for an attention module that keeps them in another way.
+    Phi-3), or as one in which every group of heads has its queries, key and value together (GPT-NeoX, Falcon).
+    Raises ValueError for an attention module that keeps them in another way.
     """
     parts = dict(attention.named_children())
 
@@ -1908,232 +1540,147 @@ def find_rows(attention, heads: int, head_dim: int) -> list[tuple[str, torch.Ten
         return [(fused, rows[:, :-2].flatten(0, 1)), (fused, rows[:, -2]), (fused, rows[:, -1])]
     return [(fused, part) for part in rows.split([heads, shared, shared])]
 
-def norm_over_heads(attention, name: str):
-    """The norm that computes one mean over all heads of a query or key projection (OLMo 2), or None."""
-    norm = getattr(attention, name.replace("_proj", "_norm"), None)
-    weight = getattr(norm, "weight", None)
-    whole = weight is not None and weight.numel() == inputs_first(getattr(attention, name)).shape[1]
-    return norm if whole and weight.dim() == 1 else None
+def heads_that_stay(row: torch.Tensor, sharing: int, together: bool) -> list[int]:
+    """The open heads of gates (heads,), at least one. Where a key and its `sharing` heads stand `together` in one
+    matrix, closed heads, which write zeros, fill the groups up to equally many."""
+    groups = (row != 0).float().view(-1, sharing)
+    if not groups.any():
+        groups[0, 0] = 1
+    if together:
+        readers = int(groups.sum(1).max())
+        order = groups.argsort(dim=1, descending=True, stable=True)[:, :readers]
+        groups = torch.zeros_like(groups).scatter(1, order, 1) * groups.any(1, keepdim=True)
+    return groups.flatten().nonzero().flatten().tolist()
 
-def head_parameters(attention, heads: int, shared: int, head_dim: int):
-    """Parameters beside the projections that have a row for each of `heads`, or of `shared` key/value heads."""
-    for path, parameter in attention.named_parameters():
-        of_attention = "." not in path and parameter.dim() == 1  # the sinks of GPT-OSS
-        of_norm = "norm" in path and parameter.dim() == 2 and parameter.shape[1] == head_dim  # the norms of Cohere
-        if (of_attention or of_norm) and parameter.shape[0] in (heads, shared):
-            yield path, parameter, parameter.shape[0] == heads
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Cutting (2): what a slice leaves to do at run time: an uneven number of readers, a norm over all heads
+class RepeatedKeys:
+    """A KV cache that keeps few key/value heads, and hands out one for each query head that reads it."""
 
+    def __init__(self, cache, key_of):
+        self.cache, self.key_of = cache, key_of
 
-# %%
+    def update(self, keys, values, *position, **options):  # (batch, key/value heads, time, head_dim)
+        if self.cache is not None:
+            keys, values = self.cache.update(keys, values, *position, **options)
+        return keys[:, self.key_of], values[:, self.key_of]
+
+def repeat_keys(attention, args, kwargs):
+    """Forward pre-hook of an attention module some of whose keys are read by more heads than others."""
+    names = ("past_key_values", "layer_past", "cache")  # depends on family and version
+    name = next((name for name in names if name in kwargs), names[0])
+    return args, kwargs | {name: RepeatedKeys(kwargs.get(name), attention.key_of)}
+
+def pick(norm, args, output):
+    """Forward hook of a norm over all heads (OLMo 2), which needs them all: what stays of (batch, time, width)."""
+    return output[..., norm.picked]
+
+def add_hooks(module):
+    """Gives a module of a cut model the hooks that its numbers ask for."""
+    if hasattr(module, "key_of"):
+        module.register_forward_pre_hook(repeat_keys, with_kwargs=True)
+    if hasattr(module, "picked"):
+        module.register_forward_hook(pick)
+    if hasattr(module, "told"):  # Phi-3 asks the configuration, which all layers share
+        module.config = copy.copy(module.config)
+        module.config.num_attention_heads = module.told
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Cutting (3): projections and heads
 def slice_projection(projection, rows: torch.Tensor, inputs: bool = False) -> None:
-    """Keeps only these outputs, or inputs, of a Linear or Conv1D, in this order; rows are (n,)."""
+    """Keeps only these outputs, or inputs, of a Linear or Conv1D; rows are (n,)."""
     is_conv = isinstance(projection, Conv1D)  # its weight is (inputs, outputs), that of a Linear (outputs, inputs)
-    weight, bias = projection.weight, projection.bias
-    rows = rows.to(weight.device)
-    sliced = weight.detach().index_select(int(is_conv != inputs), rows)
-    projection.weight = torch.nn.Parameter(sliced, weight.requires_grad)
-    if bias is not None and not inputs:
-        projection.bias = torch.nn.Parameter(bias.detach()[rows], bias.requires_grad)
+    for name, weight in list(projection.named_parameters()):
+        if name == "weight" or not inputs:
+            dim = int(is_conv != inputs) if weight.dim() > 1 else 0
+            part = weight.detach().index_select(dim, rows.to(weight.device))
+            setattr(projection, name, torch.nn.Parameter(part, weight.requires_grad))
     for name, size in zip(("nx", "nf") if is_conv else ("out_features", "in_features"), projection.weight.shape):
         setattr(projection, name, size)
 
-def cut_attention(attention, output: str, kept: list[int], heads: int):
-    """The attention module of `heads` heads with only those in `kept`, cut in place; `output`: its last projection."""
-    if not kept:
-        return NoHeads(attention, output)
-    projection = getattr(attention, output)
-    columns = torch.arange(inputs_first(projection).shape[0], device="cpu").view(heads, -1)  # (heads, head_dim)
-    parts = find_rows(attention, heads, columns.shape[1])
-    sharing = heads // len(parts[1][1])  # query heads that read the same key/value head
-    kept_shared = sorted({head // sharing for head in kept})
+def cut_heads(layer: Units, row: torch.Tensor) -> tuple[list[int], dict | None]:
+    """Cuts an attention module in place to the heads that gates (heads,) leave open; these, and what families call it.
+
+    The words are those of configurations, or None where no configuration can say that some keys have more readers.
+    """
+    attention, size, parts = layer.module, layer.size, find_rows(layer.module, layer.number, layer.size)
+    keys, sharing = len(parts[1][1]), layer.number // len(parts[1][1])
+    kept = heads_that_stay(row, sharing, together=parts[0][0] == "query_key_value")
+    shared = sorted({head // sharing for head in kept})
+    readers = {sum(head // sharing == key for head in kept) for key in shared}
     rows = {}
-    for (name, table), wanted in zip(parts, (kept, kept_shared, kept_shared)):
-        if (norm := norm_over_heads(attention, name)) is None:
+    for (name, table), wanted in zip(parts, (kept, shared, shared)):
+        norm = getattr(attention, name.replace("_proj", "_norm"), None) if name.endswith("_proj") else None
+        weight = getattr(norm, "weight", torch.empty(0))
+        if weight.dim() == 1 and weight.numel() == table.numel() > size:  # it needs all heads
+            norm.picked = table[wanted].flatten().tolist()
+            add_hooks(norm)
+        else:
             rows.setdefault(name, []).append(table[wanted].flatten())
-        else:  # it needs all heads; those that stay are taken after it
-            norm.order, norm.size = wanted, table.shape[1]
-            norm.register_forward_hook(in_order)
+    for path, parameter in list(attention.named_parameters()):  # a row for each head: GPT-OSS's sinks, Cohere's norms
+        owner, _, name = path.rpartition(".")
+        owner = attention.get_submodule(owner)
+        of_norm = "norm" in path and parameter.dim() == 2 and parameter.shape[1] == size
+        if ((owner is attention and parameter.dim() == 1) or of_norm) and parameter.shape[0] in (layer.number, keys):
+            part = parameter.detach()[kept if parameter.shape[0] == layer.number else shared]
+            setattr(owner, name, torch.nn.Parameter(part, parameter.requires_grad))
     for name, numbers in rows.items():
         slice_projection(getattr(attention, name), torch.cat(numbers).sort().values)
-    slice_projection(projection, columns[kept].flatten(), inputs=True)
-    for path, parameter, of_queries in head_parameters(attention, heads, len(parts[1][1]), columns.shape[1]):
-        owner, _, name = path.rpartition(".")
-        part = parameter.detach()[kept if of_queries else kept_shared]
-        setattr(attention.get_submodule(owner), name, torch.nn.Parameter(part, parameter.requires_grad))
-    tell_attention(attention, kept, heads, parts)
-    return attention
-
-def cut_neurons(model, kept_neurons: dict[str, list[int]]) -> None:
-    """Cuts a model in place. `kept_neurons`: path of an MLP's output projection -> the neurons that stay."""
-    for path, kept in kept_neurons.items():
-        parent, _, output = path.rpartition(".")
-        parts, rows = dict(model.get_submodule(parent).named_children()), torch.tensor(list(kept), device="cpu")
-        number = inputs_first(parts[output]).shape[0]
-        for name, part in parts.items():  # one projection, or gate and up, or both of them in one
-            if name != output and isinstance(part, (torch.nn.Linear, Conv1D)):
-                outputs = inputs_first(part).shape[1]
-                if outputs in (number, 2 * number):
-                    slice_projection(part, torch.cat([rows + number * i for i in range(outputs // number)]))
-        slice_projection(parts[output], rows, inputs=True)
-
-def cut_heads(model, kept_heads: dict[str, list[int]]) -> None:
-    """Cuts a model in place. `kept_heads`: path of an attention output projection -> the heads that stay."""
-    heads = model.config.get_text_config().num_attention_heads
-    for path, kept in kept_heads.items():
-        parent, _, output = path.rpartition(".")
-        model.set_submodule(parent, cut_attention(model.get_submodule(parent), output, kept, heads))
-
+    slice_projection(layer.projection, torch.arange(layer.number * size).view(-1, size)[kept].flatten(), inputs=True)
+    numbers = {"num_heads num_attention_heads n_heads n_head": len(kept), "kv_dim": len(shared) * size,
+               "split_size embed_dim hidden_size": len(kept) * size,
+               "num_key_value_heads num_kv_heads kv_heads": len(shared),
+               "num_key_value_groups": 1 if len(readers) > 1 else max(readers)}
+    vars(attention).update({name: number for names, number in numbers.items() for name in names.split()
+                            if name in vars(attention)})
+    if len(readers) > 1:
+        attention.key_of = [shared.index(head // sharing) for head in kept]
+    if "qkv_proj" in rows:
+        attention.told = len(kept)
+    add_hooks(attention)
+    words = {"num_attention_heads": len(kept), "num_key_value_heads": len(shared), "head_dim": size}
+    return kept, None if len(readers) > 1 else words
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title What the attention has to be told: how many heads it has, and which of them read the same key
-def tell_attention(attention, kept: list[int], heads: int, parts: list) -> None:
-    """Sets what a cut attention module knows of its heads; `parts` are what find_rows() said of it before."""
-    (fused, query), (name, key), (_, value) = parts
-    sharing, size = heads // len(key), key.shape[1]
-    kept_shared = sorted({head // sharing for head in kept})
-    readers = [sum(head // sharing == shared for head in kept) for shared in kept_shared]
-    group, shared = readers[0], len(kept_shared)
-    if len(set(readers)) > 1 and fused == "query_key_value":  # every query gets a key and a value of its own
-        blocks = [part[:, 0] // size for part in (query, key, value)]  # where each stood, counted in heads
-        stay = sorted({int(block) for part, wanted in zip(blocks, (kept, kept_shared, kept_shared))
-                       for block in part[wanted]})
-        projection, group, shared = getattr(attention, fused), 1, len(kept)
-        projection.size, projection.order = size, [stay.index(int(block)) for head in kept for block in (
-            blocks[0][head], blocks[1][head // sharing], blocks[2][head // sharing])]
-        projection.register_forward_hook(in_order)
-    elif len(set(readers)) > 1:
-        attention.queries_per_key, group = readers, 1
-        attention.register_forward_pre_hook(repeat_keys, with_kwargs=True)
-    if {"alibi", "position_bias"} & set(inspect.signature(attention.forward).parameters):
-        attention.kept_of = (kept, heads)
-        attention.register_forward_pre_hook(pick_bias, with_kwargs=True)
-    numbers = {len(kept): ("num_heads", "num_attention_heads", "n_heads", "n_head"),
-               len(kept) * size: ("split_size", "embed_dim", "hidden_size")}
-    numbers = [*numbers.items(), (shared, ("num_key_value_heads", "num_kv_heads", "kv_heads")),
-               (group, ("num_key_value_groups",)), (shared * size, ("kv_dim",))]
-    for number, names in numbers:
-        for name in names:
-            if hasattr(attention, name):
-                setattr(attention, name, number)
-    if hasattr(attention, "config"):
-        attention.config = LayerConfig(attention.config, len(kept))
+# @title Cutting (4): neurons, and the whole model
+def cut_neurons(layer: Units, row: torch.Tensor) -> tuple[list[int], dict]:
+    """Cuts an MLP in place to the neurons that gates (neurons,) leave open, at least one; these, and words for it."""
+    rows = row.nonzero().flatten() if row.any() else torch.zeros(1, dtype=torch.long)
+    for part in layer.module.children():  # one projection, or gate and up, or both of them in one
+        if isinstance(part, (torch.nn.Linear, Conv1D)) and part is not layer.projection:
+            times = inputs_first(part).shape[1] // layer.number
+            slice_projection(part, torch.cat([rows + layer.number * i for i in range(times)]))
+    slice_projection(layer.projection, rows, inputs=True)
+    return rows.tolist(), dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim"), len(rows))
 
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Hooks with which an attention module reads its heads in another order, or one key for several queries
-def in_order(module, args, output):
-    """Forward hook: the parts of an output (batch, time, width) that `order` names, each `size` wide."""
-    return output.unflatten(-1, (-1, module.size))[..., module.order, :].flatten(-2)
-
-def pick_bias(attention, args, kwargs):
-    """Forward pre-hook: of biases that have a row for every head (ALiBi), those of the heads that stay."""
-    kept, heads = attention.kept_of
-
-    def pick(bias):  # (batch, heads, time, time), (batch x heads, time, time), or for all heads alike
-        if not isinstance(bias, torch.Tensor) or bias.dim() == 4:
-            return bias[:, kept] if isinstance(bias, torch.Tensor) and bias.shape[1] == heads else bias
-        return bias.unflatten(0, (-1, heads))[:, kept].flatten(0, 1)
-
-    names = {"alibi", "position_bias", "attention_mask"} & set(kwargs)
-    return args, kwargs | {name: pick(kwargs[name]) for name in names}
-
-def find_cache(arguments: dict):
-    """(name, KV cache) among an attention module's arguments; the name depends on family and version."""
-    names = (name for name in ("past_key_values", "layer_past", "cache") if name in arguments)
-    return next(((name, arguments[name]) for name in names), ("", None))
-
-def repeat_keys(attention, args, kwargs):
-    """Forward pre-hook: the cache holds few key/value heads, but hands out one for each query head that reads it."""
-    name, cache = find_cache(kwargs)
-
-    def repeat(states):  # (batch, key/value heads, time, head_dim)
-        copies = [states[:, i, None].expand(-1, n, -1, -1) for i, n in enumerate(attention.queries_per_key)]
-        return torch.cat(copies, dim=1)
-
-    def update(keys, values, *position, **options):
-        if cache is not None:
-            keys, values = cache.update(keys, values, *position, **options)
-        return repeat(keys), repeat(values)
-
-    return args, kwargs | {name: SimpleNamespace(update=update)}
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title What transformers does not expect: a layer without heads, and a number of heads for each layer
-class NoHeads(torch.nn.Module):
-    """The attention of a layer that has lost all its heads: what remains is the output projection's bias."""
-
-    def __init__(self, attention, output: str):
-        super().__init__()
-        self.layer_idx, self.names = attention.layer_idx, list(inspect.signature(attention.forward).parameters)
-        dropout = getattr(attention, "resid_dropout", None)
-        self.dropout = dropout if isinstance(dropout, torch.nn.Module) else torch.nn.Identity()
-        self.register_parameter("output_bias", getattr(attention, output).bias)
-
-    def forward(self, *args, **kwargs):
-        arguments = dict(zip(self.names, args)) | kwargs
-        hidden, (_, cache) = arguments[self.names[0]], find_cache(arguments)
-        if cache is not None:  # it knows how many tokens it has seen by what its layers hold: here one number each
-            token = hidden.new_zeros(len(hidden), 1, hidden.shape[1], 1)
-            cache.update(token, token, self.layer_idx)
-        written = torch.zeros_like(hidden) if self.output_bias is None else torch.zeros_like(hidden) + self.output_bias
-        return self.dropout(written) + arguments.get("residual", 0), None  # BLOOM's attention adds the stream itself
-
-class LayerConfig:
-    """The model's config as one layer sees it: with the number of heads that this layer has left."""
-
-    def __init__(self, config, heads: int):
-        self.config, self.num_attention_heads = config, heads
-
-    def __getattr__(self, name):
-        if name == "config":  # asked for while a copy is made, when nothing is there yet
-            raise AttributeError(name)
-        return getattr(self.config, name)
-
-
-# %% [markdown]
-# To compact a model is to cut out all heads whose gates are closed, and to multiply the other gates into
-# the weights.
-
-# %%
 @torch.no_grad()
-def cut_closed(model):
-    """The gated model without gates and without the units that they close; its config lists what stays.
+def cut(model, gates: torch.Tensor, fold: bool = True):
+    """A model without gates, cut in place to the units that gates (layers, units) leave open.
 
-    `kept_heads` has the heads of each layer, `kept_neurons` their number; which neurons is in `model.neurons_kept`.
+    Gates that are neither 0 nor 1 are multiplied into the weights (`fold`). `model.kept` says which units stay,
+    `model.words` what each layer has left, in the words of configurations.
     """
-    kept, values = {"heads": {}, "neurons": {}}, {}
-    for units in all_units(model):
-        gates = values[units.path] = units.projection.gates.cpu()
-        needed = units.kind == "neurons" or getattr(model, "needs_heads", False)  # one stays, and writes zeros
-        kept[units.kind][units.path] = gates.nonzero().flatten().tolist() or [0] * needed
-    remove_gates(model)
-    cut_heads(model, kept["heads"])
-    cut_neurons(model, kept["neurons"])
-    for path, stay in (kept["heads"] | kept["neurons"]).items():
-        if stay:  # a gate that was trained may be any number
-            weight = inputs_first(model.get_submodule(path))
-            weight.mul_(values[path][stay].to(weight).repeat_interleave(len(weight) // len(stay))[:, None])
-    model.config.kept_heads, model.neurons_kept = kept["heads"], kept["neurons"]
-    if kept["neurons"]:
-        model.config.kept_neurons = {path: len(stay) for path, stay in kept["neurons"].items()}
+    model.kept, model.words = torch.zeros_like(gates), []
+    for layer, row, left in zip(find_units(model), gates, model.kept, strict=True):
+        words, sizes = {}, [units.number for units in layer]
+        for units, part, stay in zip(layer, row.split(sizes), left.split(sizes)):
+            kept, named = (cut_heads if units.kind == "heads" else cut_neurons)(units, part)
+            stay[kept] = 1
+            words = None if words is None or named is None else words | named
+            if fold:
+                weight = inputs_first(units.projection)
+                weight.mul_(part[kept].to(weight).repeat_interleave(len(weight) // len(kept))[:, None])
+        model.words.append(words)
     return model
 
-def compact(model):
-    """A copy of a gated model without the heads that its gates close. Raises UserError where they cannot be cut out."""
-    if not can_compact(model):
-        raise UserError(f"the heads of {type(model).__name__} cannot be cut out ({why_not_compact(model)}): keep its "
-                        "gates.")
-    return cut_closed(copy.deepcopy(model))
-
-# %% [markdown]
-# Does it work for this model? That is not looked up in a list of models: it is tried. Some heads are
-# closed at random, and cut out of a copy that shares all other weights. It has to give the same logits as
-# the gated model, read in one go and written token by token from a key/value cache, also where texts of
-# different length are padded. Where it does not, the model keeps its gates: it is pruned, not smaller.
+def without_weights(model):
+    """A copy of a model without gates whose weights are only shapes: it takes no memory, and computes nothing."""
+    shapes = {id(t): t.to("meta") for t in [*model.parameters(), *model.buffers()]}
+    shapes |= {id(p): torch.nn.Parameter(shapes[id(p)]) for p in model.parameters()}
+    return remove_gates(copy.deepcopy(model, shapes))
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title The proof that heads can be cut out
+# @title The proof that it works for this model
 @torch.no_grad()
 def largest_difference(model, other, blocks: torch.Tensor) -> float:
     """The largest difference between two models' float32 logits on blocks (n, time), relative to the largest logit."""
@@ -2151,13 +1698,13 @@ def written_logits(model) -> torch.Tensor:
     return torch.stack(output.logits).float()
 
 def try_cutting(model, gates: torch.Tensor) -> str:
-    """What goes wrong where heads are cut out that gates (layers, heads) close; "" where nothing does."""
+    """What goes wrong where units are cut out that gates (layers, units) close; "" where nothing does."""
     gated = sharing_copy(model)
     set_gates(gated, gates)
     ids = (torch.arange(24).view(2, 12) * 7) % model.get_input_embeddings().num_embeddings
     wanted = written_logits(gated)
     try:
-        small = cut_closed(sharing_copy(gated))
+        small = cut(remove_gates(sharing_copy(gated)), gates)
         difference = max(largest_difference(gated, small, ids),
                          ((written_logits(small) - wanted).abs().max() / wanted.abs().max()).item())
     except Exception as error:  # code that was written for whole layers breaks in many ways; the sentence says how
@@ -2165,310 +1712,22 @@ def try_cutting(model, gates: torch.Tensor) -> str:
     return "" if difference < 1e-3 else f"cut, its logits differ by {difference:.0e} of the largest"
 
 def why_not_compact(model) -> str:
-    """Why the heads of a gated model cannot be cut out, or "" where they can; tried once, and then known."""
+    """Why units of a gated model cannot be cut out, or "" where they can; tried once, and then known."""
     prunes = getattr(model, "prunes", "heads")
     if getattr(model, "tried", "") != prunes:
         plain = move(copy.deepcopy(model), "cpu") if model.device.type == "xla" else model
-        layers, heads = find_units(model), number_of_heads(model)
-        number = sum(units.number for units in layers[0])
-        gates = torch.rand(len(layers), number, generator=torch.Generator().manual_seed(0)).gt(0.5).float()
-        gates[:, 0], gates[:, 1:2], gates[0, heads - 1] = 1, 0, 0.5
-        model.tried, model.not_compact, model.needs_heads = prunes, "its class brings its own code", False
+        gates = torch.rand(get_gates(model).shape, generator=torch.Generator().manual_seed(0)).gt(0.5).float()
+        gates[:, 0], gates[:, 1:2], gates[0, number_of_heads(model) - 1] = 1, 0, 0.5
+        model.tried, model.not_compact = prunes, "its class brings its own code"
         if type(model).__module__.startswith("transformers.models."):
             model.not_compact = try_cutting(plain, gates)
-        gates[-1, :heads] = 0
-        model.needs_heads = not model.not_compact and heads > 0 and bool(try_cutting(plain, gates))
     return model.not_compact
 
 def can_compact(model) -> bool:
     return not why_not_compact(model)
 
-
-# %% [markdown]
-# llama.cpp, and Ollama and LM Studio with it, reads **GGUF** files. One of its architectures, `deci`, is Llama
-# with other numbers of heads and neurons in every layer, so it has a place for what is left here. Whether a
-# model fits into it is tried, too, where `SAVE_MODEL` asks for `gguf`: its weights, arranged as they will be
-# written, have to give the same logits by llama.cpp's formulas.
-
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title What llama.cpp computes: the formulas of its architectures whose layers may differ
-@torch.no_grad()
-def llama_cpp_logits(tensors: dict[str, torch.Tensor], numbers: dict, ids: torch.Tensor) -> torch.Tensor:
-    """Logits (time, vocabulary) of ids (time,), as llama.cpp computes them from what is written to a file.
-
-    Its `deci` is Llama; `openelm` normalises queries and keys, has them in one matrix, and no output matrix.
-    """
-    size, positions = numbers["head_dim"], torch.arange(len(ids)).double()
-    frequencies = numbers["base"] ** -(torch.arange(0, size, 2).double() / size)
-    angles = positions[:, None] * frequencies / tensors.get("rope_freqs.weight", torch.ones(())).double()
-    turns = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
-
-    def norm(x, name):
-        return torch.nn.functional.rms_norm(x, x.shape[-1:], tensors[f"{name}.weight"].float(), numbers["epsilon"])
-
-    def linear(x, name):
-        bias = tensors.get(f"{name}.bias")
-        return torch.nn.functional.linear(x, tensors[f"{name}.weight"].float(), None if bias is None else bias.float())
-
-    def rotated(x, name):  # (heads, time, size): neighbours are turned together; openelm: halves, which stay so here
-        if f"{name}.weight" in tensors:
-            x = norm(x, name).unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turns).flatten(-2)
-
-    x = tensors["token_embd.weight"][ids].float()
-    for layer, (heads, shared) in enumerate(zip(numbers["heads"], numbers["key_value_heads"])):
-        name = f"blk.{layer}"
-        if heads:
-            inner, names = norm(x, f"{name}.attn_norm"), [f"{name}.attn_{part}" for part in ("q", "k", "v", "qkv")]
-            parts = torch.cat([linear(inner, part) for part in names if f"{part}.weight" in tensors], dim=-1)
-            parts = parts.split([heads * size, shared * size, shared * size], dim=-1)
-            queries, *others = (part.unflatten(-1, (-1, size)).transpose(0, 1) for part in parts)
-            keys, values = (part.repeat_interleave(heads // shared, 0) for part in others)
-            queries, keys = rotated(queries, f"{name}.attn_q_norm"), rotated(keys, f"{name}.attn_k_norm")
-            read = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-            x = x + linear(read.transpose(0, 1).flatten(1), f"{name}.attn_output")
-        inner = norm(x, f"{name}.ffn_norm")
-        gate = torch.nn.functional.silu(linear(inner, f"{name}.ffn_gate"))
-        x = x + linear(gate * linear(inner, f"{name}.ffn_up"), f"{name}.ffn_down")
-    return linear(norm(x, "output_norm"), "output" if "output.weight" in tensors else "token_embd")
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Heads in groups, and in the order that llama.cpp rotates them
-def plan_groups(readers: list[int]) -> tuple[list[int], list[int]]:
-    """Query heads and key/value heads to write, by number, -1 being one of zeros; `readers` of each key/value head.
-
-    llama.cpp wants equally many query heads for every key/value head. One that has more is written several times, and
-    where a group lacks some, they are heads of zeros; the size of the groups is the one that needs fewest heads.
-    """
-    # Where two sizes need as many, the larger one has the smaller KV cache.
-    size = min(range(1, max(readers) + 1), key=lambda g: (sum(math.ceil(n / g) for n in readers) * (g + 1), -g))
-    queries, shared, first = [], [], 0
-    for number, count in enumerate(readers):
-        for start in range(0, count, size):
-            part = range(first + start, first + min(start + size, count))
-            queries += [*part, *[-1] * (size - len(part))]
-            shared.append(number)
-        first += count
-    return queries, shared
-
-def pick_heads(weight: torch.Tensor, heads: list[int], size: int, turned: bool = False) -> torch.Tensor:
-    """Rows of a weight or bias (heads x size, ...) by head, -1 being zeros.
-
-    `turned` heads are rotated by position: transformers pairs the halves of a head, llama.cpp neighbours.
-    """
-    rows = weight.unflatten(0, (-1, size))
-    rows = torch.cat([rows, torch.zeros_like(rows[:1])])[heads]
-    if turned:
-        rows = rows.unflatten(1, (2, size // 2)).transpose(1, 2).flatten(1, 2)
-    return rows.flatten(0, 1)
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title An attention module in the words of llama.cpp
-def fuse(parts: dict, attention, size: int) -> dict:
-    """Weights of an attention module as `openelm` has them: one matrix, with norms of queries and keys."""
-    parts["qkv.weight"] = torch.cat([parts.pop(f"{name}.weight") for name in "qkv"])
-    norms = {name: getattr(attention, name, None) for name in ("q_norm", "k_norm")}
-    return parts | {f"{name}.weight": norm.weight if norm else torch.ones(size) for name, norm in norms.items()}
-
-def attention_for_llama_cpp(attention, size: int, width: int, first: bool, normed: bool) -> tuple[dict, int, int]:
-    """({name: weight or bias}, heads, key/value heads) of a cut attention module; heads are `size` wide.
-
-    `normed` says that queries and keys are normalised in this model.
-    """
-    if isinstance(attention, NoHeads):
-        if not first and attention.output_bias is None and not normed:
-            return {}, 0, 0
-        # llama.cpp finds the size of heads in the first layer, and wants a head where there is a bias: one of zeros.
-        zeros = torch.zeros(size, width)
-        parts = {"q.weight": zeros, "k.weight": zeros, "v.weight": zeros, "output.weight": zeros.T}
-        parts |= {"output.bias": attention.output_bias}
-        return fuse(parts, attention, size) if normed else parts, 1, 1
-    output, parts = attention.o_proj, {}
-    inputs = [part for part in attention.children() if isinstance(part, torch.nn.Linear) and part is not output]
-    heads = output.in_features // size
-    shared = (sum(part.out_features for part in inputs) // size - heads) // 2
-    queries, keys = plan_groups(getattr(attention, "queries_per_key", [heads // shared] * shared))
-    for kind in ("weight", "bias"):
-        if getattr(inputs[0], kind) is not None:
-            rows = torch.cat([getattr(part, kind) for part in inputs])
-            rows = rows.split([heads * size, shared * size, shared * size])
-            for name, part, wanted in zip("qkv", rows, (queries, keys, keys)):
-                parts[f"{name}.{kind}"] = pick_heads(part, wanted, size, turned=name != "v" and not normed)
-    parts |= {"output.weight": pick_heads(output.weight.T, queries, size).T, "output.bias": output.bias}
-    return fuse(parts, attention, size) if normed else parts, len(queries), len(keys)
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title A compact model in the words of llama.cpp
-def context_length(config) -> int:
-    """Tokens up to which a model reads as llama.cpp's plain attention does: before windows and stretched positions."""
-    rope, window = config.rope_parameters, getattr(config, "sliding_window", None)
-    stretched = rope.get("rope_type", "default") not in ("default", "linear", "llama3")
-    limits = [config.max_position_embeddings, window, stretched and rope.get("original_max_position_embeddings")]
-    return min(limit for limit in limits if limit)
-
-@torch.no_grad()
-def in_words_of_llama_cpp(small) -> tuple[dict[str, torch.Tensor], dict]:
-    """(tensors, numbers) of a compact model: its weights by llama.cpp's names, and what each layer has.
-
-    Raises AttributeError where the model is not built like Llama, ValueError where it rotates heads in another way.
-    """
-    base, config = small.base_model, small.config
-    width, rope = config.hidden_size, config.rope_parameters
-    size = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    tensors = {"token_embd.weight": base.embed_tokens.weight, "output_norm.weight": base.norm.weight}
-    normed = any(hasattr(block.self_attn, "q_norm") for block in base.layers)
-    if small.lm_head.weight is not base.embed_tokens.weight:
-        tensors["output.weight"] = small.lm_head.weight
-        if normed:
-            raise ValueError("queries and keys are normalised, and there is an output matrix")
-    plain, used = rope["rope_theta"] ** -(torch.arange(0, size, 2).double() / size), base.rotary_emb.inv_freq.cpu()
-    if len(plain) != len(used):
-        raise ValueError("only a part of each head is rotated by position")
-    if ((factors := plain / used.double()) - 1).abs().max() > 1e-4:  # Llama 3's and linear scaling
-        tensors["rope_freqs.weight"] = factors.float()
-    numbers = {"heads": [], "key_value_heads": [], "neurons": [], "head_dim": size, "base": rope["rope_theta"],
-               "epsilon": config.rms_norm_eps, "width": width, "context": context_length(config),
-               "architecture": "openelm" if normed else "deci"}
-    for layer, block in enumerate(base.layers):
-        parts, heads, shared = attention_for_llama_cpp(block.self_attn, size, width, layer == 0, normed)
-        parts = {f"attn_{name}": part for name, part in parts.items()}
-        parts |= {"attn_norm.weight": block.input_layernorm.weight if heads else None,
-                  "ffn_norm.weight": block.post_attention_layernorm.weight}
-        down = block.mlp.down_proj
-        inputs = [part for part in block.mlp.children() if isinstance(part, torch.nn.Linear) and part is not down]
-        for kind in ("weight", "bias"):
-            if getattr(down, kind) is not None:
-                gate, up = torch.cat([getattr(part, kind) for part in inputs]).chunk(2)
-                parts |= {f"ffn_gate.{kind}": gate, f"ffn_up.{kind}": up, f"ffn_down.{kind}": getattr(down, kind)}
-        tensors |= {f"blk.{layer}.{name}": part for name, part in parts.items() if part is not None}
-        for name, number in (("heads", heads), ("key_value_heads", shared), ("neurons", down.in_features)):
-            numbers[name].append(number)
-    return {name: part.detach().cpu() for name, part in tensors.items()}, numbers
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Does a model fit? It is arranged, computed by these formulas, and compared
-def largest_difference_from(small, tensors: dict[str, torch.Tensor], numbers: dict, ids: torch.Tensor) -> float:
-    """The largest difference of llama_cpp_logits() of ids (time,) from the model's, relative to the largest logit."""
-    with torch.no_grad():
-        wanted = small.eval()(ids[None].to(small.device), use_cache=False).logits[0].float().cpu()
-    return ((llama_cpp_logits(tensors, numbers, ids) - wanted).abs().max() / wanted.abs().max()).item()
-
-def why_not_gguf(model) -> str:
-    """Why a gated model, cut, cannot be written for llama.cpp; "" where it can. Tried with some heads and neurons."""
-    if not can_compact(model):
-        return f"nothing can be cut out, because {why_not_compact(model)}"
-    small = sharing_copy(model)
-    gates = torch.rand(get_gates(model).shape, generator=torch.Generator().manual_seed(0)).gt(0.5).float()
-    gates[:, 0] = 1
-    set_gates(small, gates)
-    small = cut_closed(small)
-    ids = torch.arange(24) * 7 % model.get_input_embeddings().num_embeddings
-    try:
-        difference = largest_difference_from(small, *in_words_of_llama_cpp(small), ids)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:  # parts are elsewhere
-        return f"it is not built like Llama: {first_sentence(error)}"
-    return "" if difference < 1e-3 else f"by llama.cpp's formulas its logits differ by {difference:.0e} of the largest"
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Does its tokenizer have a name in llama.cpp? Unknown ones are refused, not guessed
-LETTERS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-           r"|\s+(?!\S)|\s+")
-BYTES = {"type": "ByteLevel", "add_prefix_space": False}
-PRE_TOKENIZERS = {  # llama.cpp's name -> how a text is cut before its bytes are merged
-    "gpt-2": [BYTES | {"use_regex": True}],
-    "smollm": [{"type": "Digits", "individual_digits": True}, BYTES | {"use_regex": True}],
-    "llama-bpe": [{"type": "Split", "pattern": {"Regex": LETTERS % "{1,3}"}}, BYTES | {"use_regex": False}],
-    "qwen2": [{"type": "Split", "pattern": {"Regex": LETTERS % ""}}, BYTES | {"use_regex": False}],
-}
-
-def pre_tokenizer_name(tokenizer) -> str:
-    """What llama.cpp calls the way in which a tokenizer cuts texts. Raises UserError where that has no name here."""
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    steps = (parts["pre_tokenizer"] or {}).get("pretokenizers", [parts["pre_tokenizer"] or {}])
-    for name, wanted in PRE_TOKENIZERS.items():
-        if parts["model"]["type"] == "BPE" and len(steps) == len(wanted) and all(
-                want.items() <= step.items() for want, step in zip(wanted, steps)):
-            return name
-    raise UserError("save_model asks for gguf, but llama.cpp's name for the tokenizer is not known here (known are "
-                    f"{', '.join(PRE_TOKENIZERS)}): take --save-model compact, or a .gguf file of the same model as "
-                    "--model, whose tokenizer is copied.")
-
-def check_gguf(model, tokenizer, settings: Settings) -> None:
-    """Raises UserError, before the run, where a .gguf is wanted and model or tokenizer have no place in llama.cpp."""
-    if "gguf" not in settings.save_model.split():
-        return
-    if reason := why_not_gguf(model):
-        raise UserError(f"save_model asks for gguf, but llama.cpp cannot run a pruned {type(model).__name__} "
-                        f"({reason}): take --save-model compact.")
-    if not settings.model.endswith(".gguf"):
-        pre_tokenizer_name(tokenizer)
-    print("tried: it can be written for llama.cpp")
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title What a model can: which level it can reach, in all or in every layer
-def heads_to_close(layers: int, heads: int, level: float, min_heads: int) -> int:
-    """round(level x all heads). Raises UserError where `min_heads` open heads in every layer do not allow so many."""
-    wanted, possible = round(level * layers * heads), layers * max(heads - min_heads, 0)
-    if wanted > possible:
-        raise UserError(f"pruning_level is {level:g} with min_heads {min_heads}, but at most {possible} of "
-                        f"{layers * heads} heads ({possible / (layers * heads):.2f}) can be closed so: lower one of "
-                        "the two.")
-    return wanted
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Can the family's own configuration say it? Tried, without weights
-def without_weights(model):
-    """A copy of a model whose weights are only shapes: it takes no memory, and computes nothing."""
-    shapes = {id(t): t.to("meta") for t in [*model.parameters(), *model.buffers()]}
-    for parameter in model.parameters():
-        shapes[id(parameter)] = torch.nn.Parameter(shapes[id(parameter)])
-    return copy.deepcopy(model, shapes)
-
-def native_class(model) -> type:
-    """The class of transformers that a model has, or is derived from."""
-    return next(base for base in type(model).__mro__ if base.__module__.startswith("transformers.models."))
-
-def why_not_shaped(small, config) -> str:
-    """Why a cut model's class, built from a config without weights, has other shapes; "" where it has the same."""
-    with torch.device("meta"):
-        built = native_class(small)(config)
-    shapes = [{name: tuple(part.shape) for name, part in model.named_parameters()} for model in (built, small)]
-    return "" if shapes[0] == shapes[1] else "the shapes of its weights differ then"
-
-def config_with_fewer(small, heads: int, key_value_heads: int, head_dim: int):
-    """The config of a cut model in the words of its family. Raises UserError where the family has no words for it.
-
-    Tried, not looked up: the family's class is built from it, without weights, and must have the shapes of `small`.
-    """
-    config, name = copy.deepcopy(small.config), type(small).__name__
-    fewer = {"num_attention_heads": heads, "num_key_value_heads": key_value_heads, "head_dim": head_dim}
-    try:
-        config.__dict__.pop("kept_heads", None)
-        text = config.get_text_config()
-        changed = type(text).from_dict(text.to_dict() | fewer)
-        if text is config:
-            config = changed
-        else:
-            setattr(config, next(key for key in config.sub_configs if getattr(config, key) is text), changed)
-        reason = why_not_shaped(small, config)
-    except Exception as error:  # a config of numbers that nobody foresaw fails in every way; the sentence says how
-        reason = first_sentence(str(error).strip().rpartition("\n")[2] or error)
-    if reason:
-        raise UserError(f"the configuration of {name} cannot say that it has {heads} heads over {key_value_heads} "
-                        f"key/value heads in every layer ({reason}): take another pruning_level, or leave uniform off, "
-                        "compacting does not need it.")
-    return config
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title What a unit costs: the parameters that go with it
+# @title What a unit costs, and which units hang together
 def own_weights(units: Units) -> list[torch.Tensor]:
     """What computes a layer's units: [query, key, value] weights, each (heads, size, hidden), shared key/value heads
     repeated; or the weights of an MLP's first projections, each (neurons, 1, hidden).
@@ -2496,108 +1755,191 @@ def relative_costs(model) -> torch.Tensor:
     costs = unit_costs(model)
     return costs / costs.max()
 
+class Layout(NamedTuple):
+    """What a row of gates means: so many heads, of which `readers` read the same key and are treated alike, then
+    neurons, which go in chunks; and what a head and a neuron cost."""
+
+    heads: int
+    readers: int = 1
+    chunk: int = 1
+    head_cost: float = 1.0
+    neuron_cost: float = 1.0
+
+def layout_of(model, settings: Settings) -> Layout:
+    """Heads are single, or in groups where the settings want these even; in wide layers 32 neurons suit kernels."""
+    layer, costs, heads = find_heads(model)[0], unit_costs(model)[0], number_of_heads(model)
+    even, keys = {"auto": "gguf" in settings.save_model.split(), "no": False}.get(settings.uniform, True), layer.number
+    if even and can_compact(model):  # else nobody can say which heads read the same key
+        keys = len(find_rows(layer.module, layer.number, layer.size)[1][1])
+    chunk = 32 if len(costs) - heads >= 1024 else 1
+    return Layout(heads, layer.number // keys, chunk, costs[0].item(), costs[-1].item())
+
+def weakest_first(scores: list[float], layout: Layout) -> tuple[list[list[int]], list[list[int]]]:
+    """A layer's groups of heads and chunks of neurons, the weakest first, each with its weakest unit first."""
+    groups = [sorted(range(first, first + layout.readers), key=scores.__getitem__)
+              for first in range(0, layout.heads, layout.readers)]
+    neurons = sorted(range(layout.heads, len(scores)), key=scores.__getitem__)
+    rest = len(neurons) % layout.chunk  # goes first, so that multiples of a chunk are left
+    chunks = [neurons[i:i + layout.chunk] for i in range(rest, len(neurons), layout.chunk)]
+    return (sorted(groups, key=lambda group: sum(scores[head] for head in group)),
+            [neurons[:rest]] * bool(rest) + chunks)
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title How many heads the settings will close, before anything is computed
-def plan_uniform(model, level: float, min_heads: int) -> tuple[int, int]:
-    """(query heads in a group, groups to close in every layer). Raises UserError where level or family do not allow it.
+# @title The same in every layer (uniform): what the family's own configuration can say, tried without weights
+def native_config(small):
+    """A cut model's configuration in the words of its family alone, or None where they do not suffice.
 
-    Heads that share a key/value head are a group, and stay or go together.
+    Its class is built from it, without weights, and must have the same shapes. What LlamaConfig refuses, MistralConfig
+    can say: with its own head_dim and without a window it is the same model.
     """
-    layer, config = find_heads(model)[0], model.config.get_text_config()
-    groups = getattr(config, "num_key_value_heads", None) or layer.number
-    size, close = layer.number // groups, round(level * groups)
-    if (level and not close) or (groups - close) * size < max(min_heads, 1):
-        possible = [f"{n / groups:.2f}" for n in range(1, groups) if (groups - n) * size >= min_heads]
-        raise UserError(f"pruning_level is {level:g} with uniform and min_heads {min_heads}, but every layer has "
-                        f"{groups} groups of heads: take {', '.join(possible) or 'a smaller min_heads'}.")
+    words, text, own = small.words[0], small.config.get_text_config(), type(small)
+    wanted = {name: part.shape for name, part in small.named_parameters()}
+    if words is None or any(layer != words for layer in small.words):
+        return None
+    for kind in [own] + [transformers.MistralForCausalLM] * (own is transformers.LlamaForCausalLM):
+        said = text.to_dict() | {word: n for word, n in words.items() if word == "head_dim" or hasattr(text, word)}
+        config = copy.deepcopy(small.config)
+        try:
+            if kind is not own:
+                said |= {"sliding_window": None, "model_type": "mistral"}
+                config = kind.config_class.from_dict(said)
+            elif text is small.config:
+                config = type(text).from_dict(said)
+            else:
+                name = next(key for key in config.sub_configs if getattr(small.config, key) is text)
+                setattr(config, name, type(text).from_dict(said))
+            config.architectures = [kind.__name__]
+            with torch.device("meta"):
+                built = kind(copy.deepcopy(config))
+        except Exception:  # numbers that nobody foresaw fail in every way: then this class cannot say them
+            continue
+        if {name: part.shape for name, part in built.named_parameters()} == wanted:
+            return config
+    return None
+
+def close_alike(importance: torch.Tensor, level: float, layout: Layout) -> torch.Tensor:
+    """Gates (layers, units): in every layer the share `level` of groups of heads and of chunks of neurons is 0."""
+    gates = torch.ones_like(importance)
+    for row, scores in zip(gates, importance.tolist()):
+        for parts in weakest_first(scores, layout):
+            row[[unit for part in parts[:round(level * len(parts))] for unit in part]] = 0
+    return gates
+
+def check_uniform(model, settings: Settings) -> None:
+    """Raises UserError, which names levels that do, where a level does not leave an ordinary smaller checkpoint."""
+    layout, scores = layout_of(model, settings), torch.zeros(get_gates(model).shape)
+    groups, chunks = weakest_first(scores[0].tolist(), layout)
+
+    def fits(level):
+        gates = close_alike(scores, level, layout)
+        heads, neurons = gates[0].split([layout.heads, len(gates[0]) - layout.heads])
+        enough = (not groups or heads.sum() >= settings.min_heads) and (not chunks or neurons.any())
+        return enough and not (level and gates.all()) and native_config(cut(without_weights(model), gates, False))
+
     if not can_compact(model):
-        raise UserError(f"uniform is on, but no head can be cut out, because {why_not_compact(model)}: leave it off.")
-    stay, small = (groups - close) * size, without_weights(model)
-    remove_gates(small)
-    cut_heads(small, {layer.path: list(range(stay)) for layer in find_heads(model)})
-    config_with_fewer(small, stay, groups - close, layer.size)
-    return size, close
+        raise UserError(f"uniform is on, but nothing can be cut out, because {why_not_compact(model)}: leave it off.")
+    if not fits(settings.pruning_level):
+        number = len(groups or chunks)
+        levels = [f"{n / number:.3g}" for n in range(1, number, max(1, number // 12)) if fits(n / number)]
+        raise UserError(f"pruning_level is {settings.pruning_level:g} with uniform, but every layer of this "
+                        f"{type(model).__name__} has {number} parts that go together, and its configuration has words "
+                        f"for some numbers only: {'take ' + ', '.join(levels) if levels else 'leave uniform off'}.")
 
-def has_shared_keys(model) -> bool:
-    """True where several heads read the same key/value head, and heads are pruned."""
-    layer = find_heads(model)[0]
-    return number_of_heads(model) > 0 and len(find_rows(layer.module, layer.number, layer.size)[1][1]) < layer.number
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title llama.cpp: which models and tokenizers it can run is known before the run, too
+LLAMA_CPP = ("LlamaForCausalLM", "MistralForCausalLM", "MinistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+             "Phi3ForCausalLM", "SeedOssForCausalLM")  # each is proved in tests/test_gguf.py
+LETTERS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+           r"|\s+(?!\S)|\s+")
+BYTES = {"type": "ByteLevel", "add_prefix_space": False}
+PRE_TOKENIZERS = {  # llama.cpp's name -> how a text is cut before its bytes are merged
+    "gpt-2": [BYTES | {"use_regex": True}],
+    "smollm": [{"type": "Digits", "individual_digits": True}, BYTES | {"use_regex": True}],
+    "llama-bpe": [{"type": "Split", "pattern": {"Regex": LETTERS % "{1,3}"}}, BYTES | {"use_regex": False}],
+    "qwen2": [{"type": "Split", "pattern": {"Regex": LETTERS % ""}}, BYTES | {"use_regex": False}],
+}
 
+def why_not_gguf(model) -> str:
+    """Why a gated model, cut, cannot be written for llama.cpp; "" where it can."""
+    if not can_compact(model):
+        return f"nothing can be cut out, because {why_not_compact(model)}"
+    if type(model).__name__ not in LLAMA_CPP:
+        return f"it has layers that differ only for {', '.join(name.removesuffix('ForCausalLM') for name in LLAMA_CPP)}"
+    rope, tied = model.config.rope_parameters, model.config.tie_word_embeddings
+    if model.config.hidden_act != "silu":
+        return f"it has no activation {model.config.hidden_act!r} there"
+    if (kind := rope.get("rope_type", "default")) not in ("default", "linear", "llama3"):
+        return f"it has no positions of the type {kind!r}"
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        return "only a part of each head is rotated by position"
+    if "Qwen3" in type(model).__name__ and not tied:
+        return "queries and keys are normalised, and there is an output matrix"
+    return ""
+
+def pre_tokenizer_name(tokenizer) -> str:
+    """What llama.cpp calls the way in which a tokenizer cuts texts. Raises UserError where that has no name here."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    steps = (parts["pre_tokenizer"] or {}).get("pretokenizers", [parts["pre_tokenizer"] or {}])
+    for name, wanted in PRE_TOKENIZERS.items():
+        if parts["model"]["type"] == "BPE" and parts["model"]["merges"] and len(steps) == len(wanted) and all(
+                want.items() <= step.items() for want, step in zip(wanted, steps)):
+            return name
+    raise UserError("save_model asks for gguf, but llama.cpp's name for the tokenizer is unknown here, or it has "
+                    f"no merges (known: {', '.join(PRE_TOKENIZERS)}): take --save-model compact, or a .gguf of the "
+                    "same model as --model, whose tokenizer is copied.")
+
+def check_gguf(model, tokenizer, settings: Settings) -> None:
+    """Raises UserError, before the run, where a .gguf is wanted and model or tokenizer have no place in llama.cpp."""
+    if "gguf" not in settings.save_model.split():
+        return
+    if reason := why_not_gguf(model):
+        raise UserError(f"save_model asks for gguf, but llama.cpp cannot run a pruned {type(model).__name__} "
+                        f"({reason}): take --save-model compact.")
+    if not settings.model.endswith(".gguf"):
+        pre_tokenizer_name(tokenizer)
+    print("llama.cpp can run it")
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title What the settings will close, said before anything takes long
 def check_reach(model, settings: Settings) -> None:
     """Raises UserError where so much cannot be closed, because every layer keeps some heads and some neurons."""
-    layer, heads, costs = find_units(model)[0], number_of_heads(model), unit_costs(model)
-    if len(layer) == 1 and heads:
-        heads_to_close(len(costs), heads, settings.pruning_level, settings.min_heads)
-        return
-    kept = {"heads": min(settings.min_heads, heads), "neurons": settings.multiple(len(costs[0]) - heads)}
-    spare = sum(max(units.number - kept[units.kind], 0) * costs[:, 0 if units.kind == "heads" else -1].sum().item()
-                for units in layer) / costs.sum().item()
-    if settings.pruning_level > spare:
-        raise UserError(f"pruning_level is {settings.pruning_level:g} with min_heads {settings.min_heads} and "
-                        f"round_neurons {kept['neurons']}, but at most {spare:.2f} can be closed so: lower one "
-                        "of the three.")
+    layout, costs = layout_of(model, settings), unit_costs(model)
+    neurons = len(costs[0]) - layout.heads
+    spare = len(costs) * (max(layout.heads - settings.min_heads, 0) * layout.head_cost
+                          + max(neurons - layout.chunk, 0) * layout.neuron_cost)
+    step = layout.head_cost if layout.heads else layout.neuron_cost * layout.chunk
+    if settings.pruning_level * costs.sum().item() > spare + step / 2:
+        raise UserError(f"pruning_level is {settings.pruning_level:g} with min_heads {settings.min_heads}, but at most "
+                        f"{spare / costs.sum().item():.2f} can be closed so: lower one of the two.")
 
 def plan_closing(model, settings: Settings) -> str:
     """What the settings will close, in words; the model is told. Raises UserError where they cannot."""
     prune_only(model, settings.prune)
     layers, heads = len(find_units(model)), number_of_heads(model)
     neurons, level = sum(units.number for units in find_units(model)[0]) - heads, settings.pruning_level
-    wanted, words = 0, f"{layers * heads} heads and {layers * neurons} neurons, {level:.0%} of whose parameters will go"
-    if not neurons:
-        wanted = heads_to_close(layers, heads, level, settings.min_heads)
-        if settings.uniform:
-            wanted = layers * math.prod(plan_uniform(model, level, settings.min_heads))
-        words = f"{layers * heads} gates, {wanted} of which will be closed"
-        if settings.even() and has_shared_keys(model):
-            words = f"{layers * heads} heads, {level:.0%} of whose parameters will go, in even groups"
-    for other in {level, *map(float, settings.sweep_levels.split() if settings.sweep else ())}:
+    for other in {level, *strategies_and_levels(settings.sweep)[1]}:
         check_reach(model, dataclasses.replace(settings, pruning_level=other))
-    cut = f"nothing can be cut out, because {why_not_compact(model)}: the model keeps its gates, and its size"
-    return f"{words}\n{'tried: what is closed can be cut out' if can_compact(model) else cut}"
-
+    if settings.uniform == "yes":
+        check_uniform(model, settings)
+    numbers = {"heads": layers * heads, "neurons": layers * neurons}
+    kinds = " and ".join(f"{number} {kind}" for kind, number in numbers.items() if number)
+    how = ", in every layer alike" if settings.uniform == "yes" else ""
+    whole = f"nothing can be cut out, because {why_not_compact(model)}: the model keeps its gates, and its size"
+    return (f"{kinds}, {level:.0%} of {'whose parameters' if neurons else 'which'} will be closed{how}\n"
+            + ("tried: what is closed can be cut out" if can_compact(model) else whole))
 
 # %%
 if __name__ == "__main__":
-    print(plan_closing(model, settings))
-    check_gguf(model, tokenizer, settings)
+    with run.step("plan"):
+        print(plan_closing(model, settings))
+        check_gguf(model, tokenizer, settings)
 
 # %% [markdown]
-# <a name="7.-Perplexity"></a>
-# ## 7. Perplexity
-#
-# How good is the model? Perplexity is $\exp\big(\tfrac1N\sum_i -\log p(x_i \mid x_{<i})\big)$: the number
-# of tokens that the model is, on average, undecided between. Lower is better. It is measured on test
-# blocks that do not overlap; the first token of each block is context only.
-
-# %%
-def nll(logits: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
-    """Mean negative log-likelihood of each block of ids (n, time) but for its first token: (n,).
-
-    `logits` are (n, time, vocabulary), or (n, time - 1, vocabulary) without those after the last token.
-    """
-    logits, wanted = logits[:, : batch.shape[1] - 1].flatten(0, 1).float(), batch[:, 1:]
-    losses = torch.nn.functional.cross_entropy(logits, wanted.flatten(), reduction="none")
-    return losses.view_as(wanted).mean(1)
-
-@torch.no_grad()
-def perplexity(model, blocks: torch.Tensor) -> float:
-    """exp(mean negative log-likelihood per token) of token ids (n, time)."""
-    def per_block(batch):
-        return nll(model(batch, use_cache=False).logits, batch)
-
-    return math.exp(over_blocks(model, blocks, per_block, "perplexity").cpu().double().mean())
-
-
-# %% [markdown]
-# A number says how much; a sample says what it feels like. Both are recorded at every stage.
+# Now the whole test text. A number says how much; a sample says what it feels like. Both are recorded at every
+# stage.
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Recording a stage: its test perplexity, a sample, and the conditions that belong to the numbers
-STAGES = {"dense": "dense, untouched", "pruned": "pruned", "repaired": "pruned + repaired",
-          "fine_tuned": "pruned + fine-tuned", "dense_fine_tuned": "dense + fine-tuned",
-          "fine_tuned_as_long": "pruned + fine-tuned for the same time"}
-
 @torch.no_grad()
 def sample(model, tokenizer, prompt: str, new_tokens: int = 40) -> str:
     """The prompt and the model's most likely continuation, the same every time."""
@@ -2625,10 +1967,9 @@ def measure(run: Run, stage: str, model, tokenizer, blocks: torch.Tensor) -> Non
                     "parameters": model.num_parameters()}
 
     with run.step(f"measure {stage}"):
-        _, record = run.load_or_compute(f"measure_{stage}", (model, blocks, prompt), compute)
-        for name, value in record.items():
+        for name, value in run.cached(f"measure_{stage}", (model, blocks, prompt), compute)[1].items():
             run.metrics[name][stage] = value
-    print(f"{stage}: perplexity {record['perplexity']:.2f}")
+    print(f"{stage}: perplexity {run.metrics['perplexity'][stage]:.2f}")
 
 def bare_name(name: str) -> str:
     """A model or file name without the folders of this machine."""
@@ -2636,49 +1977,26 @@ def bare_name(name: str) -> str:
 
 def conditions(metrics: dict) -> str:
     """One paragraph: everything that the numbers depend on."""
-    s, blocks, versions = metrics["settings"], metrics["blocks"], metrics["versions"]
-    files = [(split, s[f"{split}_file"]) for split in SPLITS]
-    text = s["train_file"] and ", ".join(bare_name(file) if file else f"{split} cut from it" for split, file in files)
-    by_hand = metrics.get("heads", {}).get("by_hand")
-    how = " in every layer alike" if s["uniform"] else ""
-    how += f" of {'the neurons' if s['prune'] == 'neurons' else 'parameters'}" if s["prune"] != "heads" else ""
-    how += f", {by_hand} gates set by hand" if by_hand else ""
-    how += f", {s['gate_steps']} gate steps" if s["strategy"] == "learned" else ""
-    how += f", repaired on {min(s['repair_blocks'], blocks['train'])} training blocks" if s["repair"] else ""
-    precision = metrics["precision"]
-    precision += f" (float32 from {metrics['float32_from']!r} on)" if "float32_from" in metrics else ""
-    how += f", distillation {s['distillation']:g} in fine-tuning" if s["distillation"] else ""
-    return (f"Model {bare_name(s['model'])}; text {text or s['dataset']}; strategy {s['strategy']}, level "
-            f"{s['pruning_level']:g}{how}, scored on {min(s['calibration_blocks'], blocks['validation'])} validation "
-            f"blocks; tested on {blocks['tested']} test blocks of {s['block_length']} tokens; seed {s['seed']}; "
-            f"{precision} on {metrics['device']}; "
-            + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
-
+    s, blocks, by_hand = metrics["settings"], metrics["blocks"], metrics["heads"].get("by_hand")
+    text = ", ".join(f"{split} {bare_name(s[f'{split}_file']) or 'cut from it'}" for split in SPLITS)
+    said = ("model dataset train_file validation_file test_file strategy prune pruning_level repair calibration_blocks "
+            "eval_blocks block_length seed precision device prompt output_dir save_model save_to_drive sweep").split()
+    other = [f"{field.name} {s[field.name]}" for field in dataclasses.fields(Settings)
+             if field.name not in said and s[field.name] != field.default]
+    words = [f"Model {bare_name(s['model'])}", f"text {text if s['train_file'] else s['dataset']}",
+             f"strategy {s['strategy']}, level {s['pruning_level']:g} of {s['prune']}", *other,
+             *([f"{by_hand} gates set by hand"] if by_hand else []),
+             f"scored on {min(s['calibration_blocks'], blocks['validation'])} validation blocks",
+             f"repaired on {min(s['repair'], blocks['train'])} training blocks",
+             f"tested on {blocks['tested']} test blocks of {s['block_length']} tokens", f"seed {s['seed']}",
+             f"{metrics['precision']} on {metrics['device']}",
+             ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())]
+    return "; ".join(words) + "."
 
 # %%
 if __name__ == "__main__":
     measure(run, "dense", model, tokenizer, test_blocks)
     print(run.metrics["samples"]["dense"])
-
-# %% [markdown]
-# Now try a gate: close one head, see the perplexity move on some validation text, and open it again. Change
-# `layer` and `head` and run the cell again: not all heads matter alike.
-
-# %%
-def try_head(model, blocks: torch.Tensor, layer: int, head: int) -> str:
-    """Perplexity of blocks (n, time) with one head open, closed, open again; the gates stay as they were before."""
-    gates, values = torch.ones_like(get_gates(model)), []
-    with all_open(model):
-        for gate in (1, 0, 1):
-            gates[layer, head] = gate
-            set_gates(model, gates)
-            values.append(f"{perplexity(model, blocks):.3f}")
-    kind = "head" if head < number_of_heads(model) else "neuron"
-    return f"layer {layer}, {kind} {head}: perplexity {values[0]}, closed {values[1]}, open again {values[2]}"
-
-if __name__ == "__main__":
-    print(try_head(model, blocks["validation"][:2], layer=0, head=0))
-
 # %% [markdown]
 # <a name="8.-Importance"></a>
 # ## 8. Importance
@@ -2690,7 +2008,6 @@ if __name__ == "__main__":
 # small class and one line in `STRATEGIES`.
 #
 # **Random** is the yardstick: a strategy that is no better knows nothing.
-
 # %%
 @dataclasses.dataclass
 class Random:
@@ -2706,12 +2023,9 @@ class Random:
 
 if __name__ == "__main__":
     print("the first layer's heads, at random:", Random().score(model)[0].numpy().round(2))
-
-
 # %% [markdown]
 # **Magnitude** looks at no text: it is the L2 norm of everything a head owns, its rows of the query, key
 # and value projections and its columns of the output projection.
-
 # %%
 @dataclasses.dataclass
 class Magnitude:
@@ -2730,8 +2044,6 @@ class Magnitude:
             scores.append(torch.cat([sum(weight.float().flatten(1).square().sum(1) for weight in weights).sqrt().cpu()
                                      for weights in own]))
         return torch.stack(scores) / relative_costs(model)
-
-
 # %% [markdown]
 # **Entropy** asks how a head reads. With $a_{ij}$ the attention that token $i$ pays to token $j$, the
 # entropy $H_i = -\sum_j a_{ij}\log a_{ij}$ is 0 where the head looks at one token, and $\log i$ where it
@@ -2750,7 +2062,6 @@ class Magnitude:
 #
 # $$\text{importance}(h)=\operatorname*{mean}_i\;\frac{\lVert W_O^{(h)} h_i\rVert}{\lVert x_i\rVert}
 # \Big(1+\underbrace{1-\tfrac{H_i}{\log i}}_{\text{focus}}\Big)$$
-
 # %%
 def entropy(attention: torch.Tensor) -> torch.Tensor:
     """Entropy of every row of attention (..., time, time): (..., time)."""
@@ -2764,9 +2075,8 @@ def focus(attention: torch.Tensor) -> torch.Tensor:
 if __name__ == "__main__":
     print(f"focus on the fourth token: even {focus(torch.ones(4, 4) / 4)[3]:.2f}, "
           f"two tokens {focus(torch.tensor([[0.5, 0.5, 0, 0]] * 4))[3]:.2f}, one token {focus(torch.eye(4))[3]:.2f}")
-
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Attention weights, which the fast kernels never build
+# @title Attention weights, which the fast kernels never build; what comes into a layer, and what goes out
 @contextlib.contextmanager
 def eager_attention(model):
     """Within it the model hands out its attention weights, which the fast kernels never build."""
@@ -2781,19 +2091,12 @@ def eager_attention(model):
         for name, value in before.items():
             setattr(config, name, value)
 
-def first_of(output):
-    """What a module returns, or the first of several things."""
-    return output[0] if isinstance(output, (tuple, list)) else output
-
 def maps_in(output, heads: int) -> torch.Tensor | None:
     """Attention weights (batch, heads, time, time) among what an attention module returns, or None."""
     others = output[1:] if isinstance(output, (tuple, list)) else []
     return next((part for part in others if isinstance(part, torch.Tensor) and part.dim() == 4
                  and part.shape[1] == heads and part.shape[2] == part.shape[3] == first_of(output).shape[1]), None)
 
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Watching a layer: what comes in, what heads and MLP write, what goes out
 def watch_layer(layer: Units, seen: dict):
     """Hooks that note in `seen`, and yield their handles:
 
@@ -2826,8 +2129,6 @@ def head_norms(layer: Units, heads: torch.Tensor) -> torch.Tensor:
     gram = weight @ weight.mT  # |W h|^2 = h' W W' h, so that what a head writes (hidden wide) is never built
     power = (torch.einsum("bthd,hde->bthe", parts, gram) * parts).sum(-1)
     return power.clamp_min(0).sqrt().transpose(1, 2)
-
-
 # %%
 @dataclasses.dataclass
 class Entropy:
@@ -2869,17 +2170,14 @@ class Entropy:
 
         watched = zip(find_heads(model), find_units(model))
         with eager_attention(model), hooks(handle for pair in watched for handle in watch(*pair)):
-            scored = over_blocks(model, blocks, per_block, "scoring by entropy", memory="maps")
+            scored = over_blocks(model, blocks, per_block, "scoring by entropy")
         return scored.mean(0).cpu() / relative_costs(model)
-
-
 # %% [markdown]
 # **Gradient** asks the loss instead: by how much would it change if the head's gate moved a little? One
 # backward pass answers for all heads at once. The importance is the mean over texts of
 # $|\partial L/\partial g|$ ([Michel et al. 2019](https://arxiv.org/abs/1905.10650)); squared, it is the
 # diagonal of the **Fisher** information, which says how fast the model's predictions change
 # ([Kwon et al. 2022](https://arxiv.org/abs/2204.09656)).
-
 # %%
 SCALE = 1024.0  # lifts small gradients into the range of float16; a power of two, so that nothing else changes
 
@@ -2901,10 +2199,8 @@ class Gradient:
                 (slope,) = torch.autograd.grad(SCALE * loss, own)  # no block's gate moves another block's loss
                 return slope[:, :, 0].transpose(0, 1) / SCALE  # (batch, layers, heads)
 
-            slopes = over_blocks(model, blocks, per_block, "scoring by gradient", memory="backward")
+            slopes = over_blocks(model, blocks, per_block, "scoring by gradient", backward=True)
         return (slopes.square() if self.squared else slopes.abs()).mean(0).cpu() / relative_costs(model)
-
-
 # %% [markdown]
 # **Learned** goes all the way: the gates are trained, with all weights frozen, to keep the predictions of
 # the dense model while only so many may be open. In training a gate is a number between 0 and 1,
@@ -2923,7 +2219,6 @@ class Gradient:
 #
 # It takes minutes where Fisher takes half a minute, and costs the least perplexity on most models that we
 # measured, because whether a head can go depends on which others go.
-
 # %%
 def soft_gates(scores: torch.Tensor, budget: float, temperature: float, costs: torch.Tensor | float = 1.0):
     """sigmoid((scores - threshold) / temperature) of scores (..., layers, units), in the same shape.
@@ -2945,20 +2240,12 @@ def soft_gates(scores: torch.Tensor, budget: float, temperature: float, costs: t
 if __name__ == "__main__":
     print("scores 2, 1, 0, -1, of which two may be open; gates while the temperature falls:",
           *(soft_gates(torch.tensor([[2.0, 1, 0, -1]]), 2, t)[0].numpy().round(2) for t in (1.0, 0.3, 0.1)))
-
-
 # %%
 def cut_shorter(blocks: torch.Tensor, longest: int = 128) -> torch.Tensor:
     """Blocks (n, time) cut into equal parts of at most `longest` tokens: (more, shorter time)."""
     parts = math.ceil(blocks.shape[1] / longest)
     length = blocks.shape[1] // parts
     return blocks[:, : parts * length].reshape(-1, length)
-
-def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Mean Kullback-Leibler divergence per token, (batch,), from wanted ones; both are logits (batch, time, n)."""
-    given, wanted = logits.float().log_softmax(-1), wanted.float().log_softmax(-1)  # (XLA does not vouch for kl_div)
-    return (wanted.exp() * (wanted - given)).sum(-1).mean(1)
-
 
 # %%
 @dataclasses.dataclass
@@ -2989,7 +2276,8 @@ class Learned:
         optimizer, generator = torch.optim.Adam(learned, betas=(0.9, 0.98)), torch.Generator().manual_seed(self.seed)
         with movable_gates(model) as substitute:
             per_text = functools.partial(self.slope, model, substitute)
-            for step, chosen in enumerate(long_loop(self.draw(*texts.shape, generator), "learning gates")):
+            order = draw(len(texts), min(len(texts), max(1, 256 // texts.shape[1])), self.steps, generator)
+            for step, chosen in enumerate(long_loop(order, "learning gates", model.device)):
                 done = step / max(self.steps - 1, 1)
                 optimizer.param_groups[0]["lr"] = self.rate * (1 - 0.9 * done)
                 temperature = self.first_temperature * (self.last_temperature / self.first_temperature) ** done
@@ -2997,7 +2285,7 @@ class Learned:
                 noise = self.noise * temperature * chance.to(model.device)  # every text has its own
                 scores = torch.cat([own + noise, (start[:, heads:] + moved).expand(len(chosen), -1, -1)], dim=-1)
                 gates = soft_gates(scores, budget, temperature, costs)  # (texts, layers, units)
-                slopes = over_blocks(model, (texts[chosen], gates.detach()), per_text, "learning gates", "backward")
+                slopes = over_blocks(model, (texts[chosen], gates.detach()), per_text, "learning gates", backward=True)
                 for part, slope in zip(learned, torch.autograd.grad(gates, learned, slopes / len(chosen))):
                     part.grad = slope
                 optimizer.step()
@@ -3007,12 +2295,6 @@ class Learned:
                                    "fp32, or another strategy.")
         return (torch.cat([own, start[:, heads:] + moved], dim=1).detach().cpu() * spread + middle).exp()
 
-    def draw(self, texts: int, length: int, generator) -> list[torch.Tensor]:
-        """For each step the numbers of the texts that it learns from."""
-        per_step = min(texts, max(1, 256 // length))
-        order = [torch.randperm(texts, generator=generator) for _ in range(math.ceil(self.steps * per_step / texts))]
-        return torch.cat(order).split(per_step)[: self.steps]
-
     def slope(self, model, substitute, batch: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """d divergence / d gate of each text: (batch, layers, heads), like `gates`; `batch` is (batch, time)."""
         with torch.no_grad():
@@ -3021,11 +2303,8 @@ class Learned:
         substitute(gates.requires_grad_()[:, None].unbind(2))  # for each layer (batch, 1, heads)
         loss = divergence(model(batch, use_cache=False).logits, wanted).sum()
         return torch.autograd.grad(SCALE * loss, gates)[0] / SCALE
-
-
 # %% [markdown]
 # All strategies by name, and the one that you chose at work, on validation text:
-
 # %%
 STRATEGIES = {"learned": Learned, "fisher": functools.partial(Gradient, squared=True), "gradient": Gradient,
               "entropy": Entropy, "magnitude": Magnitude, "random": Random,
@@ -3046,27 +2325,24 @@ def options_for(settings: Settings) -> dict:
     """What the chosen strategy takes from the settings."""
     learned = {"level": settings.pruning_level, "steps": settings.gate_steps, "seed": settings.seed}
     return {"learned": learned, "random": {"seed": settings.seed}}.get(settings.strategy, {})
-
-
 # %%
-def score_heads(run: Run, model, calibration: torch.Tensor, settings: Settings) -> torch.Tensor:
-    """Importance (layers, heads) by the chosen strategy on blocks (n, time), kept with the run."""
+def scores_of(run: Run, model, blocks: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """Importance (layers, units) by the chosen strategy on blocks (n, time), all gates open, kept with the run."""
     options = options_for(settings)
 
     def compute():
-        return {"importance": get_strategy(settings.strategy, **options).score(model, calibration)}, {}
+        return {"importance": get_strategy(settings.strategy, **options).score(model, blocks)}, {}
 
-    with run.step("importance"), all_open(model):
-        stored, _ = run.load_or_compute("importance", (model, calibration, settings.strategy, options), compute)
-    run.metrics["importance"] = heads_part(model, stored["importance"]).tolist()
-    return stored["importance"]
+    with all_open(model):
+        return run.cached("importance", (model, blocks, settings.strategy, options), compute)[0]["importance"]
 
 if __name__ == "__main__":
     calibration = blocks["validation"][: settings.calibration_blocks]
-    importance = score_heads(run, model, calibration, settings)
+    with run.step("importance"):
+        importance = scores_of(run, model, calibration, settings)
+    run.metrics["importance"] = heads_part(model, importance).tolist()
     print(f"{settings.strategy}, on {len(calibration)} blocks of validation text; of the first layer's heads:")
-    print(importance[0])
-
+    print(importance[0][:12])
 # %% [markdown]
 # <a name="9.-Prune"></a>
 # ## 9. Prune
@@ -3082,173 +2358,73 @@ if __name__ == "__main__":
 # dense model after the same fine-tuning (section 15).
 
 # %%
-def choose_gates(importance: torch.Tensor, level: float, min_heads: int = 1) -> torch.Tensor:
-    """Gates (layers, heads): the least important of a table (layers, heads) are 0, as many as heads_to_close() says."""
-    layers, heads = importance.shape
-    wanted, gates = heads_to_close(layers, heads, level, min_heads), torch.ones(layers, heads)
-    for index in importance.flatten().argsort(stable=True).tolist():
-        layer, head = divmod(index, heads)
-        if wanted and gates[layer].sum() > min_heads:
-            gates[layer, head] = 0
-            wanted -= 1
+def ways_down(groups: list, chunks: list, scores: list[float], min_heads: int, layout: Layout):
+    """What a layer can lose next, as (importance lost for its cost, cost, (groups, chunks) that are left then).
+
+    The lists have their weakest part first, and something of each always stays.
+    """
+    def way(gone, unit_cost, number, *left):
+        return sum(scores[unit] for unit in gone) / number, unit_cost * number, left
+
+    key = 1 / (layout.readers + 1) if layout.readers > 1 else 0.0  # of a head's cost with its share of the key
+    heads = sum(map(len, groups))
+    if len(groups) > 1 and heads - len(groups[0]) >= min_heads:  # a head, or a group with its key
+        yield way(groups[0], layout.head_cost, len(groups[0]) * (1 - key) + layout.readers * key, groups[1:], chunks)
+    if groups and len(groups[0]) > 1 and heads - len(groups) >= min_heads:  # a head of every group
+        weakest, stay = zip(*((group[0], group[1:]) for group in groups))
+        yield way(weakest, layout.head_cost, len(groups) * (1 - key),
+                  sorted(stay, key=lambda group: sum(scores[head] for head in group)), chunks)
+    if len(chunks) > 1:
+        yield way(chunks[0], layout.neuron_cost, len(chunks[0]), groups, chunks[1:])
+
+def choose_gates(importance: torch.Tensor, level: float, min_heads: int = 1, layout=None) -> torch.Tensor:
+    """Gates (layers, units): step by step what is least important for its cost goes, until `level` of all cost is gone.
+
+    Importance is (layers, units); without a `layout` all units are heads, each for itself. Raises UserError where the
+    layers have to keep too much.
+    """
+    layout = layout or Layout(importance.shape[1])
+    layers, neurons = importance.tolist(), importance.shape[1] - layout.heads
+    left = [weakest_first(scores, layout) for scores in layers]
+    unit = layout.neuron_cost if not layout.heads else layout.head_cost
+    total = len(layers) * (layout.heads * layout.head_cost + neurons * layout.neuron_cost)
+    wanted = budget = level * total if layout.heads and neurons else round(level * importance.numel()) * unit
+
+    def ways(number):
+        return [(number, *way) for way in ways_down(*left[number], layers[number], min_heads, layout)]
+
+    open_ways = [ways(number) for number in range(len(layers))]
+    while fitting := [way for each in open_ways for way in each if way[2] / 2 <= budget]:
+        number, _, cost, left[number] = min(fitting, key=lambda way: way[1])
+        budget, open_ways[number] = budget - cost, ways(number)
+    if not any(open_ways) and budget > unit / 2:
+        raise UserError(f"pruning_level is {level:g} with min_heads {min_heads}, but at most "
+                        f"{(wanted - budget) / total:.2f} can be closed so: lower one of the two.")
+    gates = torch.zeros_like(importance)
+    for row, (groups, chunks) in zip(gates, left):
+        row[[unit for part in (*groups, *chunks) for unit in part]] = 1
     return gates
 
-def choose_uniform_gates(importance: torch.Tensor, size: int, close: int) -> torch.Tensor:
-    """Gates (layers, heads): in every layer the `close` least important groups of `size` neighbouring heads are 0."""
-    groups = importance.unflatten(1, (-1, size)).mean(-1)
-    lowest = groups.argsort(dim=1, stable=True)[:, :close]
-    return torch.ones_like(groups).scatter(1, lowest, 0).repeat_interleave(size, 1)
-
-def choose_units(model, importance: torch.Tensor, settings: Settings) -> torch.Tensor:
-    """Gates (layers, units): the least important of a table (layers, units) are 0, `level` of all parameters' worth.
-
-    Every layer keeps `min_heads` heads, and a multiple of `round_neurons` neurons, at least one. Raises UserError where
-    so many cannot be closed.
-    """
-    check_reach(model, settings)
-    costs, heads = unit_costs(model), number_of_heads(model)
-    multiple = settings.multiple(costs.shape[1] - heads)
-    number, each, left = importance.shape[1], costs.flatten().tolist(), settings.pruning_level * costs.sum().item()
-    spare = [[heads - settings.min_heads, number - heads - multiple] for _ in importance]
-    closed = []
-    for index in importance.flatten().argsort(stable=True).tolist():
-        layer, kind = index // number, int(index % number >= heads)
-        if each[index] / 2 <= left and spare[layer][kind] > 0:
-            closed.append(index)
-            spare[layer][kind] -= 1
-            left -= each[index]
-    gates = torch.ones_like(importance)
-    gates.view(-1)[closed] = 0
-    return round_neurons(gates, importance, heads, multiple)
-
-def round_neurons(gates: torch.Tensor, importance: torch.Tensor, heads: int, multiple: int) -> torch.Tensor:
-    """Gates (layers, units) that leave a multiple of neurons in every layer, by importance (layers, units)."""
-    for row, scores in zip(gates[:, heads:], importance[:, heads:]):
-        if multiple > 1 and len(row):
-            keep = min(max(round(int(row.sum()) / multiple), 1) * multiple, len(row))
-            row.zero_()[scores.argsort(descending=True, stable=True)[:keep]] = 1
-    return gates
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Even groups: a choice for each layer, under one budget of parameters
-def best_groups(worth: torch.Tensor, sharing: int, min_heads: int) -> dict[int, tuple[float, list]]:
-    """For every cost, in heads and key/value heads, the (worth, gates of each layer) of the best even choice.
-
-    `worth` is (layers, heads); `sharing` heads in a row read the same key/value head.
-    """
-    best = {0: (0.0, [])}
-    for row in worth.unflatten(1, (-1, sharing)):
-        choices = [(0, 0.0, torch.zeros_like(row))] if min_heads == 0 else []
-        for readers in range(1, sharing + 1):
-            top, order = row.sort(dim=1, descending=True)
-            groups = top[:, :readers].sum(1).argsort(descending=True)
-            for number in range(1, len(row) + 1):
-                gates = torch.zeros_like(row)
-                for group in groups[:number]:
-                    gates[group, order[group, :readers]] = 1
-                if gates.sum() >= min_heads:
-                    choices.append((number * (readers + 1), (gates * row).sum().item(), gates))
-        longer = {}
-        for cost, (value, rows) in best.items():
-            for extra, gain, gates in choices:
-                if cost + extra not in longer or longer[cost + extra][0] < value + gain:
-                    longer[cost + extra] = (value + gain, [*rows, gates.flatten()])
-        best = longer
-    return best
-
-def choose_even(model, importance: torch.Tensor, settings: Settings) -> torch.Tensor:
-    """Gates (layers, units) whose worth is the largest, where every key/value head that stays has equally many readers.
-
-    The level is the share of parameters; worth is importance x cost, so that scores are additive as Fisher's are.
-    """
-    check_reach(model, settings)
-    layer, heads, costs = find_heads(model)[0], number_of_heads(model), unit_costs(model)
-    sharing = layer.number // len(find_rows(layer.module, layer.number, layer.size)[1][1])
-    worth = (importance - min(importance.min().item(), 0)) * costs
-    unit = costs[0, 0].item() * sharing / (sharing + 1)  # what a head costs without its share of the key/value head
-    budget, (layers, number) = (1 - settings.pruning_level) * costs.sum().item(), costs.shape
-    neurons, multiple = worth[:, heads:].clone(), settings.multiple(number - heads)
-    if number > heads:  # so many stay in every layer
-        neurons.scatter_(1, neurons.topk(multiple, dim=1).indices, math.inf)
-    order = neurons.flatten().argsort(descending=True, stable=True)
-    sums = torch.cat([torch.zeros(1), worth[:, heads:].flatten()[order].cumsum(0)])
-
-    def total(cost):  # the worth of the best even choice of that cost, with the neurons that the rest pays for
-        rest = int((budget - cost * unit) // costs[0, -1].item()) if number > heads else 0
-        small = rest < layers * multiple if number > heads else cost * unit > budget
-        return (-math.inf, 0) if small else (found[cost][0] + sums[min(rest, len(order))].item(), rest)
-
-    found = best_groups(worth[:, :heads], sharing, settings.min_heads)
-    cost = max(found, key=total)
-    if total(cost)[0] == -math.inf:
-        raise UserError(f"pruning_level is {settings.pruning_level:g} with even_groups and min_heads "
-                        f"{settings.min_heads}, which leaves too little in every layer: lower one of the two.")
-    gates = torch.zeros(layers, number - heads)
-    gates.view(-1)[order[: total(cost)[1]]] = 1
-    gates = torch.cat([torch.stack(found[cost][1]), gates], dim=1)
-    return round_neurons(gates, importance, heads, multiple)
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title The gates that the settings want
 def gates_for(model, importance: torch.Tensor, settings: Settings) -> torch.Tensor:
-    """Gates (layers, units) as the settings want them, from importance (layers, units)."""
-    if settings.uniform:
-        return choose_uniform_gates(importance, *plan_uniform(model, settings.pruning_level, settings.min_heads))
-    if settings.even() and has_shared_keys(model):
-        return choose_even(model, importance, settings)
-    if number_of_heads(model) == importance.shape[1]:
-        return choose_gates(importance, settings.pruning_level, settings.min_heads)
-    return choose_units(model, importance, settings)
-
+    """Gates (layers, units) as the settings want them, from importance (layers, units). Raises UserError."""
+    layout = layout_of(model, settings)
+    if settings.uniform == "yes":
+        return close_alike(importance, settings.pruning_level, layout)
+    return choose_gates(importance, settings.pruning_level, settings.min_heads, layout)
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title What gates save, by arithmetic: parameters, bytes, FLOPs
-def lost_weights(layer: Units, row: torch.Tensor) -> tuple[int, int]:
-    """(parameters, weights of matrix products) that go where a layer keeps the heads that `row` (heads,) says."""
-    freed, biases = int((~row).sum()) * layer.output_weight[0].numel(), 0
-    parts = find_rows(layer.module, layer.number, layer.size)
-    for name, rows in parts:
-        if norm_over_heads(layer.module, name) is None:
-            projection = getattr(layer.module, name)
-            closed = int((~row.view(len(rows), -1).any(1)).sum()) * rows.shape[1]  # outputs that nobody reads
-            freed += closed * inputs_first(projection).shape[0]
-            biases += closed * (projection.bias is not None)
-    shared = len(parts[1][1])
-    for _, parameter, of_queries in head_parameters(layer.module, layer.number, shared, layer.size):
-        open_rows = row if of_queries else row.view(shared, -1).any(1)
-        biases += int((~open_rows).sum()) * parameter[0].numel()
-    return freed + biases, freed
-
+# @title What gates save: the model is cut without its weights, and counted
 def predict_cost(model, gates: torch.Tensor, tokens: int) -> dict[str, float]:
-    """`parameters` and `flops_per_token` of the model with only the heads that gates (layers, heads) leave.
+    """`parameters` and `flops_per_token` of the model with only the units that gates (layers, units) leave.
 
-    A closed query head frees its rows of the query projection and its columns of the output projection; a key/value
-    head is free when no open head reads it any more. FLOPs are those of matrix products in texts of `tokens` tokens.
+    FLOPs are those of matrix products in texts of `tokens` tokens.
     """
-    products = sum(m.weight.numel() for m in model.modules() if isinstance(m, (torch.nn.Linear, Conv1D)))
-    layers, parameters, heads = find_heads(model), model.num_parameters(), number_of_heads(model)
-    for (*_, units), row in zip(find_units(model), gates == 0):
-        if units.kind == "neurons":
-            inputs = [part for part in units.module.children() if isinstance(part, (torch.nn.Linear, Conv1D))
-                      and part is not units.projection and part.bias is not None]
-            closed, weights = int(row[heads:].sum()), [*own_weights(units), units.output_weight]
-            biases = sum(len(part.bias) // units.number for part in inputs)
-            freed = closed * sum(weight[0].numel() for weight in weights)
-            parameters, products = parameters - freed - closed * biases, products - freed
-    open_heads = gates[:, :heads] != 0 if heads else torch.ones(len(layers), layers[0].number, dtype=torch.bool)
-    for layer, row in zip(layers, open_heads):
-        if row.any() or getattr(model, "needs_heads", False):
-            row = row if row.any() else torch.arange(layer.number) == 0
-            fewer, freed = lost_weights(layer, row)
-        else:  # all goes but the output projection's bias
-            freed = sum(m.weight.numel() for m in layer.module.modules() if isinstance(m, (torch.nn.Linear, Conv1D)))
-            bias = layer.projection.bias
-            fewer = sum(p.numel() for p in layer.module.parameters()) - (0 if bias is None else bias.numel())
-        parameters, products = parameters - fewer, products - freed
-    attention = 4 * tokens * layers[0].size * int(open_heads.sum())
-    return {"parameters": parameters, "flops_per_token": 2 * products + attention}
+    empty = without_weights(model)
+    outputs = [layer.projection for layer in find_heads(empty)]
+    small = cut(empty, gates, fold=False)
+    width = sum(inputs_first(output).shape[0] for output in outputs)
+    products = sum(m.weight.numel() for m in small.modules() if isinstance(m, (torch.nn.Linear, Conv1D)))
+    return {"parameters": small.num_parameters(), "flops_per_token": 2 * products + 4 * tokens * width}
 
 def words_for_size(model, gates: torch.Tensor, tokens: int) -> str:
     """predict_cost() of gates (layers, units) in words, beside the dense model's."""
@@ -3258,9 +2434,12 @@ def words_for_size(model, gates: torch.Tensor, tokens: int) -> str:
     return (f"{after['parameters'] / 1e6:,.2f} M parameters ({fewer}), {saved / 1e6:,.1f} MB as saved, "
             f"{after['flops_per_token'] / 1e6:,.1f} MFLOP a token ({less})")
 
+def describe_heads(gates: torch.Tensor) -> dict:
+    """Counts for the record, of gates (layers, heads); closed_list has [layer, head] pairs."""
+    closed = gates == 0
+    return {"total": gates.numel(), "closed": int(closed.sum()), "open_per_layer": (~closed).sum(1).tolist(),
+            "closed_per_layer": closed.sum(1).tolist(), "closed_list": closed.nonzero().tolist()}
 
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title The record of what was closed
 def describe_neurons(model, gates: torch.Tensor) -> dict | None:
     """Counts for the record, of gates (layers, units); None where neurons are not pruned."""
     part = gates[:, number_of_heads(model):] != 0
@@ -3268,12 +2447,11 @@ def describe_neurons(model, gates: torch.Tensor) -> dict | None:
         return None
     return {"total": part.numel(), "closed": int((~part).sum()), "open_per_layer": part.sum(1).tolist()}
 
-def describe_heads(gates: torch.Tensor) -> dict:
-    """Counts for the record, of gates (layers, heads); closed_list has [layer, head] pairs."""
-    closed = gates == 0
-    return {"total": gates.numel(), "closed": int(closed.sum()), "open_per_layer": (~closed).sum(1).tolist(),
-            "closed_per_layer": closed.sum(1).tolist(), "closed_list": closed.nonzero().tolist()}
-
+def words_for_closed(metrics: dict) -> str:
+    """What was closed, in words: heads, neurons, or both."""
+    counts = [f"{counts['closed']:,} of {counts['total']:,} {kind}"
+              for kind in ("heads", "neurons") if (counts := metrics.get(kind)) and counts["closed"]]
+    return " and ".join(counts) or "nothing"
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title The picture of what was closed
@@ -3287,12 +2465,6 @@ def plot_heads(axes, importance: torch.Tensor, gates: torch.Tensor) -> None:
              yticks=range(0, heads, math.ceil(heads / 16)))
     bar = axes.figure.colorbar(image, ax=axes, label="importance (rank)", ticks=[0, 1], pad=0.01)
     bar.ax.set_yticklabels(["least", "most"])
-
-def words_for_closed(metrics: dict) -> str:
-    """What was closed, in words: heads, neurons, or both."""
-    counts = [f"{counts['closed']:,} of {counts['total']:,} {kind}"
-              for kind in ("heads", "neurons") if (counts := metrics.get(kind)) and counts["closed"]]
-    return " and ".join(counts) or "nothing"
 
 def plot_neurons(axes, neurons: dict) -> None:
     """How many neurons each layer has left, beside how many it had."""
@@ -3318,25 +2490,23 @@ def draw_units(run: Run, model, importance: torch.Tensor) -> Figure:
                              f"perplexity {perplexities['dense']:.1f} → {perplexities['pruned']:.1f}")
     return figure
 
-def close_heads(run: Run, model, tokenizer, gates: torch.Tensor, blocks: torch.Tensor, taken: dict | None = None):
-    """Sets a model's gates (layers, units), and measures it on blocks (n, time). `taken` is section 10's choice."""
+def close_units(run: Run, model, tokenizer, gates: torch.Tensor, blocks: torch.Tensor, by_hand: int = 0) -> None:
+    """Sets a model's gates (layers, units), of which some were set by hand, and measures it on blocks (n, time)."""
     set_gates(model, gates)
-    run.metrics["heads"] = describe_heads(heads_part(model, gates)) | {"by_hand": taken["by_hand"] if taken else 0}
+    run.metrics["heads"] = describe_heads(heads_part(model, gates)) | {"by_hand": by_hand}
     run.metrics["neurons"] = describe_neurons(model, gates)
-    run.metrics["taken"] = taken or run.taken
     measure(run, "pruned", model, tokenizer, blocks)
-    print(f"heads lost, layer by layer: {' '.join(map(str, run.metrics['heads']['closed_per_layer']))}")
+    print(f"heads closed, layer by layer: {' '.join(map(str, run.metrics['heads']['closed_per_layer']))}")
     if run.metrics["neurons"]:
         print(f"neurons left, layer by layer: {' '.join(map(str, run.metrics['neurons']['open_per_layer']))}")
     if can_compact(model):
         print(f"when that is cut out: {words_for_size(model, gates, blocks.shape[1])}")
 
-
 # %%
 if __name__ == "__main__":
     run.settings = settings
     pruned = model  # until it is repaired
-    close_heads(run, model, tokenizer, gates_for(model, importance, settings), test_blocks)
+    close_units(run, model, tokenizer, gates_for(model, importance, settings), test_blocks)
     run.show(draw_units(run, model, importance), "heads.png")
     print(run.metrics["samples"]["pruned"])
 
@@ -3346,243 +2516,141 @@ if __name__ == "__main__":
 #
 # Look and play before you go on. In the explorer every square is a head, layers from left to right, dark
 # where it matters least, × where its gate is closed. Drag the level, change the strategy, click single
-# heads; see what the smaller model would weigh, measure it on validation text, let it write. Nothing of
-# that touches the run, until you press *Take it*: then go on from section 11.
+# heads; see what the smaller model would weigh, measure it on validation text, let it write. To stop what
+# takes long, interrupt the kernel. Nothing of that touches the run, until you press *Take it*: then go on from
+# section 11.
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title A panel: one long job at a time, in a thread, with a bar, and whatever goes wrong is said in it
-class Cancelled(Exception):
-    """Somebody pressed Cancel."""
-
-class Panel:
-    """A line of text, and a bar with a button to cancel while a job runs; who shows them puts them into a box."""
-
-    def __init__(self):
-        self.text, self.bar = widgets.HTML(), widgets.FloatProgress(max=1.0)
-        self.cancel = widgets.Button(description="Cancel")
-        self.busy = widgets.HBox([self.bar, self.cancel], layout=widgets.Layout(display="none"))
-        self.stop, self.thread = threading.Event(), None
-        self.cancel.on_click(lambda _: self.stop.set())
-
-    def say(self, words: str, wrong: bool = False):
-        color = "color: #d55e00" if wrong else ""
-        self.text.value = f'<div style="line-height: 1.4; white-space: pre-wrap; {color}">{html.escape(words)}</div>'
-
-    def guard(self, work):
-        """work(), and what it returns is said; what it raises too, for nobody reads the log that it would end in."""
-        try:
-            self.say(work() or "")
-        except Cancelled:
-            self.say("Cancelled.")
-        except Exception as error:
-            self.say(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}", wrong=True)
-
-    def start(self, work):
-        """guard(work) in a thread, with the bar."""
-        if self.thread is not None and self.thread.is_alive():
-            return self.say("One thing at a time: wait, or cancel.", wrong=True)
-
-        def job():
-            PROGRESS.set(self.count)
-            self.bar.value, self.busy.layout.display = 0.0, ""
-            self.guard(work)
-            self.busy.layout.display = "none"
-
-        self.stop.clear()
-        self.thread = threading.Thread(target=job, daemon=True)
-        self.thread.start()
-
-    def count(self, items, title: str):
-        self.bar.description = title
-        for number, item in enumerate(items):
-            if self.stop.is_set():
-                raise Cancelled
-            self.bar.value = number / len(items)
-            yield item
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title The grid of heads: a button for each, coloured by a stylesheet
+# @title The explorer: strategy, level, a button for every head; measure, write, take
 COLORS = [to_hex(color) for color in matplotlib.colormaps["cividis"].resampled(16).colors]
-STYLE = """<style>
-.prune-head.prune-head {width: 22px; height: 17px; line-height: 17px; padding: 0; margin: 0; min-width: 0; border: 0;
-  border-radius: 2px; font-size: 13px; font-weight: bold; overflow: hidden}
-.prune-head.prune-head:hover {outline: 2px solid #d55e00}
-.prune-label.prune-label, .prune-label .widget-html-content {width: 22px; height: 17px; line-height: 17px; margin: 0;
-  font-size: 10px; text-align: center; overflow: hidden}
-""" + "".join(f".prune-head.prune-head.prune-{number} {{background: {color}; "
-              f"color: {'#fff' if number < 10 else '#000'}}}\n" for number, color in enumerate(COLORS)) + "</style>"
+STYLE = "<style>.prune-head {color: white; text-shadow: 0 0 2px black; font-weight: bold; min-width: 0}</style>"
 
-class HeadGrid:
-    """Layers from left to right, heads from top to bottom; `clicked(layer, head)` is called where one is clicked."""
+class ExplorerPanel:
+    """What the explorer shows: controls, a grid of heads, counts, and an output for words, bars and errors."""
 
-    def __init__(self, layers: int, heads: int, clicked):
-        layout, self.buttons, self.colors = widgets.Layout(), {}, {}
-        cells = [widgets.HTML(str(name)).add_class("prune-label") for name in ("", *range(layers))]
-        for head in range(heads):
-            cells.append(widgets.HTML(str(head)).add_class("prune-label"))
-            for layer in range(layers):
-                button = widgets.Button(tooltip=f"layer {layer}, head {head}", layout=layout).add_class("prune-head")
-                button.on_click(lambda _, place=(layer, head): clicked(*place))
-                self.buttons[layer, head] = button
-                cells.append(button)
-        columns = f"repeat({layers + 1}, 22px)"
-        self.box = widgets.GridBox(cells, layout=widgets.Layout(grid_template_columns=columns, grid_gap="1px",
-                                                                align_items="center", overflow="auto"))
+    def __init__(self, settings: Settings, layers: int, heads: int):
+        self.strategy = widgets.Dropdown(options=STRATEGY_NAMES, value=settings.strategy, description="strategy")
+        self.level = widgets.FloatSlider(settings.pruning_level, min=0, max=0.95, step=0.01, description="level",
+                                         readout_format=".0%", continuous_update=False)
+        self.prompt = widgets.Text(settings.prompt, description="prompt", layout=widgets.Layout(width="480px"))
+        self.measuring, self.writing, self.taking = map(
+            lambda name: widgets.Button(description=name), ("Measure", "Write", "Take it"))
+        self.counts, self.output = widgets.HTML(), widgets.Output()
+        small = widgets.Layout(width="22px", height="18px", padding="0", margin="0")
+        self.styles = [widgets.ButtonStyle(button_color=color) for color in COLORS]
+        self.buttons = {(layer, head): widgets.Button(tooltip=f"layer {layer}, head {head}", layout=small,
+                                                      style=self.styles[0]).add_class("prune-head")
+                        for head in range(heads) for layer in range(layers)}
+        grid = widgets.GridBox(list(self.buttons.values()), layout=widgets.Layout(
+            grid_template_columns=f"repeat({layers}, 22px)", grid_gap="1px", overflow="auto"))
+        rows = ([self.strategy, self.level], [grid], [self.counts], [self.measuring, self.taking],
+                [self.prompt, self.writing], [self.output])
+        self.box = widgets.VBox([widgets.HTML(STYLE), *map(widgets.HBox, rows)])
 
-    def show(self, importance: torch.Tensor, gates: torch.Tensor):
-        """Colours by the rank of importance (layers, heads), a cross where a gate is 0. Only what changes is sent."""
+    def show(self, importance: torch.Tensor, gates: torch.Tensor) -> None:
+        """Colours by the rank of importance (layers, heads), and a cross where a gate is 0."""
         shades = ranks(importance) * 16 // importance.numel()
         for (layer, head), button in self.buttons.items():
-            color = f"prune-{shades[layer, head]}"
-            if self.colors.get((layer, head)) != color:
-                button.remove_class(self.colors.get((layer, head), ""))
-                button.add_class(color)
-                self.colors[layer, head] = color
+            button.style = self.styles[shades[layer, head]]
             button.description = "\N{NO-BREAK SPACE}" if gates[layer, head] else "×"  # (an empty one is not sent)
 
+    def do(self, work) -> None:
+        """work(), with its bars, and the words that it returns, in the panel; a mistake is said there, too."""
+        with self.output:
+            self.output.clear_output()
+            try:
+                print(work() or "")
+            except UserError as error:
+                print(error)
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title The explorer (1): what it shows
-class ExplorerView(Panel):
-    """Strategy, level, grid and buttons. Scores (layers, heads) of each strategy scored are in `importance`."""
-
-    def __init__(self, model, settings: Settings, importance: torch.Tensor):
-        super().__init__()
+# @title The explorer: what its controls do
+class Explorer(ExplorerPanel):
+    """`take` gets what *Take it* hands over, and returns a perplexity; `validation` are blocks (n, time)."""
+    def __init__(self, model, tokenizer, validation: torch.Tensor, settings: Settings, importance: torch.Tensor, take):
         self.model, self.settings, self.importance = sharing_copy(model), settings, {settings.strategy: importance}
         self.gates, self.chosen, self.heads = get_gates(model), get_gates(model), number_of_heads(model)
-        wide, names = {"style": {"description_width": "70px"}}, ("Measure", "Take it", "Write")
-        slider = {"min": 0, "max": 0.95, "step": 0.01, "readout_format": ".0%"}
-        self.strategy = widgets.Dropdown(options=STRATEGY_NAMES, description="strategy", **wide)
-        self.strategy.value = settings.strategy
-        self.level = widgets.FloatSlider(settings.pruning_level, description="level", **slider, **wide)
-        self.min_heads = widgets.BoundedIntText(settings.min_heads, min=0, max=self.heads,
-                                                description="min heads", **wide)
-        self.prompt = widgets.Text(settings.prompt, description="prompt", layout=widgets.Layout(width="480px"), **wide)
-        self.measure, self.taking, self.write = (widgets.Button(description=name) for name in names)
-        self.counts, self.grid = widgets.HTML(), HeadGrid(len(importance), self.heads, self.toggle)
-        rows = ([self.strategy, self.level, self.min_heads], [self.grid.box], [self.counts],
-                [self.measure, self.taking], [self.prompt, self.write])
-        self.box = widgets.VBox([widgets.HTML(STYLE), *map(widgets.HBox, rows), self.busy, self.text])
+        self.tokenizer, self.validation, self.take = tokenizer, validation, take
+        super().__init__(settings, len(importance), self.heads)
+        for control in (self.strategy, self.level):
+            control.observe(lambda _: self.do(self.choose), "value")
+        for button, work in ((self.measuring, self.measure), (self.writing, self.write), (self.taking, self.take_it)):
+            button.on_click(lambda _, work=work: self.do(work))
+        for place, button in self.buttons.items():
+            button.on_click(lambda _, place=place: self.do(lambda: self.toggle(*place)))
         self.refresh()
 
-    def toggle(self, layer: int, head: int):
+    def refresh(self) -> None:
+        """Grid and counts as the gates are."""
+        gates, neurons = self.gates[:, :self.heads], describe_neurons(self.model, self.gates)
+        self.show(self.importance[self.strategy.value][:, :self.heads], gates)
+        words = [f"<b>{int((gates != 0).sum())} heads open, {int((gates == 0).sum())} closed</b>"]
+        words += [f"{neurons['closed']:,} of {neurons['total']:,} neurons closed"] if neurons else []
+        words += [words_for_size(self.model, self.gates, self.settings.block_length)] * can_compact(self.model)
+        self.counts.value = " · ".join(words)
+
+    def toggle(self, layer: int, head: int) -> None:
         self.gates[layer, head] = 1 - (self.gates[layer, head] != 0).float()
         self.refresh()
 
-    def refresh(self):
-        """Grid and counts as the gates are."""
-        scores, gates = self.importance.get(self.strategy.value, self.gates), self.gates[:, :self.heads]
-        self.grid.show(scores[:, :self.heads], gates)
-        closed, total = int((gates == 0).sum()), gates.numel()
-        words = f"<b>{total - closed} heads open, {closed} closed</b> ({closed / total:.0%})"
-        if neurons := describe_neurons(self.model, self.gates):
-            words += f" · {neurons['closed']:,} of {neurons['total']:,} neurons closed"
-        if can_compact(self.model):
-            words += f" · {words_for_size(self.model, self.gates, self.settings.block_length)}"
-        self.counts.value = words
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title The explorer (2): what its controls do
-class Explorer(ExplorerView):
-    """`take` gets what the button *Take it* hands over, and returns a perplexity; `validation` are blocks (n, time)."""
-
-    def __init__(self, model, tokenizer, validation: torch.Tensor, settings: Settings, importance: torch.Tensor, take):
-        super().__init__(model, settings, importance)
-        self.tokenizer, self.validation, self.take, self.dense = tokenizer, validation, take, None
-        for control in (self.strategy, self.level, self.min_heads):
-            control.observe(lambda _: self.choose(), "value")
-        for button, job in ((self.measure, self.perplexity), (self.taking, self.take_it), (self.write, self.samples)):
-            button.on_click(lambda _, job=job: self.start(job))
-
-    def choose(self):
-        """The gates that strategy, level and minimum ask for; scores first where there are none yet."""
-        if self.strategy.value in self.importance:
-            self.guard(self.close)
-        else:
-            self.say(f"Scoring with {self.strategy.value}, once.")
-            self.start(self.score)
-
-    def close(self):
-        settings = dataclasses.replace(self.settings, pruning_level=self.level.value, min_heads=self.min_heads.value,
-                                       uniform=False)
-        self.gates = gates_for(self.model, self.importance[self.strategy.value], settings)
+    def choose(self) -> None:
+        """The gates that strategy and level ask for; scores first where there are none yet."""
+        name = self.strategy.value
+        settings = dataclasses.replace(self.settings, strategy=name, pruning_level=self.level.value)
+        if name not in self.importance:
+            print(f"Scoring with {name}, once.")
+            text = self.validation[: settings.calibration_blocks]
+            with all_open(self.model):
+                self.importance[name] = get_strategy(name, **options_for(settings)).score(self.model, text)
+        self.gates = gates_for(self.model, self.importance[name], settings)
         self.chosen = self.gates.clone()
         self.refresh()
 
-    def score(self):
-        name = self.strategy.value
-        options = options_for(dataclasses.replace(self.settings, strategy=name, pruning_level=self.level.value))
+    def both(self, look) -> list:
+        """What `look(model)` returns of the model with all gates open, and with those that are shown."""
+        set_gates(self.model, self.gates)
         with all_open(self.model):
-            calibration = self.validation[: self.settings.calibration_blocks]
-            self.importance[name] = get_strategy(name, **options).score(self.model, calibration)
-        self.close()
+            dense = look(self.model)
+        return [dense, look(self.model)]
 
-    def perplexity(self) -> str:
-        gates, text = self.gates.clone(), self.validation[:16]
-        if self.dense is None:
-            with all_open(self.model):
-                self.dense = perplexity(self.model, text)
-        set_gates(self.model, gates)
-        return (f"Validation perplexity {perplexity(self.model, text):.2f}, dense {self.dense:.2f} ({len(text)} "
-                "blocks), before repair and fine-tuning.")
+    def measure(self) -> str:
+        words = "Validation perplexity: dense {:.2f}, shown {:.2f}, before repair and fine-tuning."
+        return words.format(*self.both(lambda model: perplexity(model, self.validation[:16])))
 
-    def samples(self) -> str:
-        set_gates(self.model, self.gates.clone())
-        shown = sample(self.model, self.tokenizer, self.prompt.value)
-        with all_open(self.model):
-            return f"dense:\n{sample(self.model, self.tokenizer, self.prompt.value)}\n\nshown:\n{shown}"
+    def write(self) -> str:
+        return "dense:\n{}\n\nshown:\n{}".format(*self.both(lambda m: sample(m, self.tokenizer, self.prompt.value)))
 
     def take_it(self) -> str:
-        strategy, scores = self.strategy.value, self.importance[self.strategy.value]
-        value = self.take({"gates": self.gates.tolist(), "scores": scores.tolist(), "strategy": strategy,
-                           "level": self.level.value, "by_hand": int((self.gates != self.chosen).sum())})
+        name, by_hand = self.strategy.value, int((self.gates != self.chosen).sum())
+        value = self.take(self.gates, self.importance[name], name, self.level.value, by_hand)
         return f"Taken: test perplexity {value:.2f}. Now run the cells from section 11 on."
 
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Heads that are taken become those of the run, also of one that goes on after an interruption
-def take_heads(run: Run, model, tokenizer, blocks: torch.Tensor, taken: dict) -> float:
-    """Closes heads that were chosen in the explorer; the perplexity of blocks (n, time). `taken` is recorded."""
-    gates, scores = torch.tensor(taken["gates"]), torch.tensor(taken["scores"])
-    run.settings = dataclasses.replace(run.settings, strategy=taken["strategy"], pruning_level=taken["level"],
-                                       uniform=False, min_heads=int(heads_part(model, gates).sum(1).min()))
-    run.metrics["importance"] = heads_part(model, scores).tolist()
-    close_heads(run, model, tokenizer, gates, blocks, taken)
-    run.keep(draw_units(run, model, scores), "heads.png")
-    return run.metrics["perplexity"]["pruned"]
-
-def show_explorer(run: Run, model, tokenizer, blocks: dict[str, torch.Tensor], importance: torch.Tensor):
-    """The Explorer, shown; None in a script, where there is nobody to press a button, and where no heads are pruned.
-
-    Blocks are (n, time), importance is (layers, units).
-    """
-    tested = blocks["test"][: run.settings.eval_blocks or None]
-    take = functools.partial(take_heads, run, model, tokenizer, tested)
-    if run.taken:
-        take(run.taken)
-        print("These are the heads that were taken before the run was interrupted (section 9, run again, goes back to "
-              "the strategy's).")
-    run.taken = None
-    if in_notebook() and number_of_heads(model):
-        explorer = Explorer(model, tokenizer, blocks["validation"], run.settings, importance, take)
-        show_widget(explorer.box, run.folder / "heads.png")
-        return explorer
-
-
 # %%
+def show_explorer(run: Run, model, tokenizer, blocks: dict[str, torch.Tensor], importance: torch.Tensor) -> None:
+    """The Explorer, in a notebook and where heads are pruned; blocks are (n, time), importance is (layers, units)."""
+    def take(gates, scores, strategy, level, by_hand):
+        run.settings = dataclasses.replace(run.settings, strategy=strategy, pruning_level=level)
+        run.metrics["importance"] = heads_part(model, scores).tolist()
+        close_units(run, model, tokenizer, gates, blocks["test"][: run.settings.eval_blocks or None], by_hand)
+        run.show(draw_units(run, model, scores), "heads.png")
+        return run.metrics["perplexity"]["pruned"]
+
+    if in_notebook() and number_of_heads(model):
+        from IPython.display import display
+
+        widgets.Widget.close_all()  # else an earlier explorer keeps its model for as long as the kernel lives
+        display(Explorer(model, tokenizer, blocks["validation"], run.settings, importance, take).box)
+
 if __name__ == "__main__":
-    explorer = show_explorer(run, model, tokenizer, blocks, importance)
+    show_explorer(run, model, tokenizer, blocks, importance)
 
 # %% [markdown]
 # What does a head look at? The map of a head has a row for every token: how it spreads its attention over
 # the tokens before it. A column that is bright from top to bottom is an attention sink: there the head
-# rests. On such a map you can see why a low entropy does not make a head important. First the most and
-# the least important head, then a viewer for any head and sentence.
-
+# rests. On such a map you can see why a low entropy does not make a head important. Here are the most and
+# the least important head; run the cell again with a sentence and heads of your own.
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Attention maps, and a viewer for them
+# @title Attention maps
 @torch.no_grad()
 def attention_maps(model, tokenizer, sentence: str, longest: int = 40) -> tuple[torch.Tensor, list[str]]:
     """Attention (layers, heads, time, time) of a sentence's first tokens, all gates open, and each token as text.
@@ -3623,55 +2691,23 @@ def draw_attention(maps: list[torch.Tensor], titles: list[str], tokens: list[str
     figure.colorbar(image, ax=figure.axes, label="attention", ticks=[0, 0.1, 0.3, 1], shrink=0.7, pad=0.01)
     return figure
 
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title The viewer: any head, any sentence
-def attention_viewer(model, tokenizer, sentence: str, importance: dict[str, torch.Tensor]):
-    """Sliders for layer and head, a sentence, and the map; `importance` holds scores (layers, units), and may grow."""
-    from IPython.display import Image, display
-
-    model, (layers, heads) = sharing_copy(model), heads_part(model, get_gates(model)).shape
-    maps_of = functools.lru_cache(1)(lambda sentence: attention_maps(model, tokenizer, sentence))
-
-    def look(sentence, layer, head):
-        try:
-            maps, tokens = maps_of(sentence)
-        except UserError as error:
-            print(error)
-            return str(error)
-        of_heads = {name: heads_part(model, scores) for name, scores in importance.items()}
-        title = describe_head(maps[layer, head], of_heads, layer, head)
-        picture = png(draw_attention([maps[layer, head]], [title], tokens))
-        display(Image(picture))
-        return picture
-
-    wide = widgets.Layout(width="600px")
-    words = widgets.Text(sentence, description="sentence", continuous_update=False, layout=wide)
-    layer, head = (widgets.IntSlider(0, 0, top - 1) for top in (layers, heads))
-    viewer = widgets.interactive(look, sentence=words, layer=layer, head=head)
-    viewer.update()
-    return viewer
-
-
 # %%
-def show_attention(run: Run, model, tokenizer, explorer: Explorer | None) -> None:
-    """The maps of the most and the least important head, and in a notebook the viewer."""
-    importance, strategy = torch.tensor(run.metrics["importance"]), run.settings.strategy
+def show_attention(run: Run, model, tokenizer, sentence: str = "", places: list[tuple[int, int]] | None = None) -> None:
+    """Draws what heads look at in a sentence: those at `places` (layer, head), else the most and least important."""
+    importance = torch.tensor(run.metrics["importance"])
     if not number_of_heads(model):
         return print("No heads are pruned: no map is drawn.")
-    sentence = f"{run.settings.prompt}. The city was old, and the river was older than the city."
+    sentence = sentence or f"{run.settings.prompt}. The city was old, and the river was older than the city."
+    places = places or [divmod(int(index), importance.shape[1]) for index in (importance.argmax(), importance.argmin())]
     try:
         maps, tokens = attention_maps(model, tokenizer, sentence)
     except UserError as error:  # nothing that follows needs the picture
         return print(error)
-    places = [divmod(int(index), importance.shape[1]) for index in (importance.argmax(), importance.argmin())]
-    titles = [describe_head(maps[place], {strategy: importance}, *place) for place in places]
+    titles = [describe_head(maps[place], {run.settings.strategy: importance}, *place) for place in places]
     run.show(draw_attention([maps[place] for place in places], titles, tokens), "attention.png", width=1000)
-    if explorer is not None:
-        show_widget(attention_viewer(model, tokenizer, sentence, explorer.importance), run.folder / "attention.png")
 
 if __name__ == "__main__":
-    show_attention(run, model, tokenizer, explorer)
+    show_attention(run, model, tokenizer)  # or (run, model, tokenizer, "A sentence of yours.", [(0, 0), (3, 5)])
 
 # %% [markdown]
 # <a name="11.-Repair"></a>
@@ -3688,7 +2724,6 @@ if __name__ == "__main__":
 # has to receive to be where the dense model's is, so a layer also corrects what was lost below it. The
 # MLP's output projection is refitted too, more carefully where it lost no neuron. (Relatives:
 # [FLAP](https://arxiv.org/abs/2312.11983), [SlimGPT](https://arxiv.org/abs/2412.18110).)
-
 # %%
 RIDGE = {"attention": 0.1, "mlp": 1.0, "mlp that lost neurons": 0.1}  # lambda, as a share of X'X's mean diagonal
 
@@ -3709,8 +2744,6 @@ def refit(projection, inputs: torch.Tensor, target: torch.Tensor, ridge: float, 
     weight[kept] += change
     if bias is not None:
         bias += error_mean - x_mean @ change
-
-
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Where the dense model's stream is
 @torch.no_grad()
@@ -3750,8 +2783,6 @@ def dense_streams(model, blocks: torch.Tensor) -> tuple[torch.Tensor, list[bool]
         numbered = (blocks, torch.arange(len(blocks)))
         adds_up = over_blocks(model, numbered, per_block, "looking at the dense model", share=False)
     return streams, adds_up.bool().all(0).tolist()
-
-
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Hooks that refit a layer when its turn comes
 def refit_layer(layer: Units, stream: torch.Tensor, adds_up: bool):
@@ -3778,8 +2809,6 @@ def refit_layer(layer: Units, stream: torch.Tensor, adds_up: bool):
     if find_mlp_output(layer) is not None:
         yield find_mlp_output(layer).register_forward_pre_hook(before_mlp_output)
     yield layer.block.register_forward_hook(lambda *_: seen.clear())  # what is noted of a layer is large
-
-
 # %% [markdown]
 # Both passes are ordinary forward passes with hooks: the first notes where the dense model's stream is,
 # the second refits each projection just before it is used.
@@ -3787,33 +2816,36 @@ def refit_layer(layer: Units, stream: torch.Tensor, adds_up: bool):
 # %%
 @torch.no_grad()
 def repair(model, blocks: torch.Tensor):
-    """A copy of a gated model, refitted on blocks (n, time) to follow the model with open gates."""
+    """A copy of a gated model, refitted on blocks (n, time) to follow the model with open gates. Raises RunError."""
     streams, adds_up = dense_streams(model, blocks)
 
-    def refitted(blocks):
+    def refitted(number: int):
         fixed = copy.deepcopy(model).eval()
-        layers = zip(find_heads(fixed), streams[:len(blocks)].unbind(1), adds_up)
-        with hooks(handle for layer in layers for handle in refit_layer(*layer)):
-            fixed.base_model(blocks, use_cache=False)
+        layers = zip(find_heads(fixed), streams[:number].unbind(1), adds_up)
+        with autocast(model.device), hooks(handle for layer in layers for handle in refit_layer(*layer)):
+            fixed.base_model(blocks[:number].to(model.device), use_cache=False)
         return fixed
 
-    return all_at_once(model, blocks, refitted, "repair")
-
+    each = (4 * streams.shape[1] + 60) * streams.shape[3] * streams.shape[4]  # bytes of a block's streams and inputs
+    fixed = fit_batch_size(refitted, len(blocks), "repair", room_for(model.device, each))
+    if accelerate.PartialState().num_processes > 1:
+        broadcast([parameter.detach() for parameter in fixed.parameters()])
+    return fixed
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Repaired weights are kept with the run
 def put_weights(model, weights: dict[str, torch.Tensor]) -> None:
     """Gives a model kept weights (name -> tensor, as in its state_dict); others stay. Raises RunError for strangers."""
-    strangers = model.load_state_dict(weights, strict=False).unexpected_keys
-    if strangers:
-        raise RunError(f"what was kept is of another model ({strangers[0]}): start anew with --resume no.")
+    if strangers := model.load_state_dict(weights, strict=False).unexpected_keys:
+        raise RunError(f"what was kept is of another model ({strangers[0]}): remove the run's folder and start anew")
 
 def evenly_spaced(blocks: torch.Tensor, number: int) -> torch.Tensor:
     """So many blocks (number, time), evenly spaced over all of them (n, time)."""
     return blocks[torch.linspace(0, len(blocks) - 1, min(number, len(blocks))).round().long()]
 
-def repaired(run: Run, model, text: torch.Tensor):
-    """repair() on blocks (n, time), kept with the run; the model itself where nothing is to be repaired."""
+def repaired(run: Run, model, tokenizer, text: torch.Tensor, test_blocks: torch.Tensor):
+    """repair() on blocks (n, time), kept with the run and measured; the model itself where there is nothing to do."""
+    drop_outdated(run, "repaired")
     if not run.settings.repair or get_gates(model).all():
         return model
 
@@ -3822,293 +2854,193 @@ def repaired(run: Run, model, text: torch.Tensor):
         return {name: value for name, value in fixed.named_parameters() if not torch.equal(value, old[name])}, {}
 
     with run.step("repair"):
-        stored, _ = run.load_or_compute("repair", (model, text, RIDGE), compute)
+        stored, _ = run.cached("repair", (model, text, RIDGE), compute)
         fixed = copy.deepcopy(model)
         put_weights(fixed, stored)
+    measure(run, "repaired", fixed, tokenizer, test_blocks)
     return fixed
-
 
 # %%
 if __name__ == "__main__":
-    repair_text = evenly_spaced(blocks["train"], run.settings.repair_blocks)
-    drop_outdated(run, "repaired")
-    pruned = repaired(run, model, repair_text)
-    if pruned is not model:
-        measure(run, "repaired", pruned, tokenizer, test_blocks)
+    repair_text = evenly_spaced(blocks["train"], run.settings.repair)
+    pruned = repaired(run, model, tokenizer, repair_text, test_blocks)
 
 # %% [markdown]
-# <a name="12.-Sweep"></a>
-# ## 12. Sweep
+# <a name="12.-How-far"></a>
+# ## 12. How far
 #
-# Which strategy, how many heads? One strategy at one level says little. With `SWEEP` every strategy meets
-# every level, on the same model and text. Heads are scored once per strategy (once per level where the
-# score depends on it). A point is written down the moment it is known, so an interrupted sweep goes on. A
-# second picture asks what to prune: heads, neurons or both, each against the size and speed that it leaves.
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Strategies x levels: the points, kept one by one
-def sweep_file(run: Run, settings: Settings, texts: tuple[torch.Tensor, ...]) -> Path:
-    """Where the points of a sweep are kept: one file for each model, blocks (n, time) and settings."""
-    names = ("model", "seed", "prune", "round_neurons", "min_heads", "gate_steps", "repair")
-    depends = [run.metrics["perplexity"]["dense"], run.metrics["versions"], run.metrics["precision"], settings.even(),
-               [getattr(settings, name) for name in names]]
-    return run.folder.parent / f"sweep-{fingerprint(*depends, *texts)}.json"
-
-def closed_share(model, gates: torch.Tensor) -> float:
-    """The share of what is pruned that gates (layers, units) close, in parameters: with heads only, of all heads."""
-    costs = unit_costs(model)
-    return ((costs * (gates == 0)).sum() / costs.sum()).item()
-
-def sweep(model, texts: tuple[torch.Tensor, ...], settings: Settings, file: Path, known=()) -> list[dict]:
-    """Prunes with every strategy at every level: a list of {strategy, level, closed, …, pruned, repaired}.
-
-    `texts` are the blocks (n, time) to score on, to repair on and to test on. Points that are in `file` or `known` are
-    not computed again. Raises UserError, before anything is computed, for a level that is out of reach.
-    """
-    calibration, repair_text, test = texts
-    names, levels = settings.sweep_strategies.split(), [float(level) for level in settings.sweep_levels.split()]
-    for level in levels:
-        check_reach(model, dataclasses.replace(settings, pruning_level=level))
-    before = from_all_processes(json.loads(file.read_text()) if file.exists() else [])[0]
-    points = {(point["strategy"], point["level"]): point for point in [*before, *known]}
-    wanted, last = [(name, level) for name in names for level in levels], None
-    with all_open(model):
-        for name, level in long_loop([pair for pair in wanted if pair not in points], "sweep"):
-            options = options_for(dataclasses.replace(settings, strategy=name, pruning_level=level))
-            if last != name or "level" in options:  # else the score of the last level serves this one too
-                set_gates(model, torch.ones_like(get_gates(model)))
-                importance, last = get_strategy(name, **options).score(model, calibration), name
-            gates = gates_for(model, importance, dataclasses.replace(settings, pruning_level=level))
-            set_gates(model, gates)
-            point = {"strategy": name, "level": level, "closed": int((gates == 0).sum()),
-                     "share": closed_share(model, gates), **predict_cost(model, gates, test.shape[1]),
-                     "pruned": perplexity(model, test), "repaired": None}
-            if settings.repair:
-                point["repaired"] = perplexity(repair(model, repair_text) if point["closed"] else model, test)
-            points[name, level] = point
-            if rank_and_world()[0] == 0:
-                with in_one_move(file) as part:
-                    part.write_text(json.dumps(list(points.values()), indent=1))
-    return [points[pair] for pair in wanted]
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title The sweep as a table and as a picture
-def sweep_table(points: list[dict], dense: float) -> str:
-    """Strategies x levels as a Markdown table: perplexity after pruning → after repair."""
-    levels = sorted({point["level"] for point in points})
-    rows = ["| strategy | " + " | ".join(f"{level:.0%}" for level in levels) + " |", "|---" * (len(levels) + 1) + "|"]
-    for name in dict.fromkeys(point["strategy"] for point in points):
-        mine = {point["level"]: [point["pruned"], *filter(None, [point["repaired"]])]
-                for point in points if point["strategy"] == name}
-        cells = [" → ".join(f"{value:.2f}" for value in mine[level]) for level in levels]
-        rows.append(f"| {name} | {' | '.join(cells)} |")
-    after = " → after repair" if points[0]["repaired"] else ""
-    return "\n".join([*rows, "", f"Test perplexity after pruning{after}; dense: {dense:.2f}."])
-
-def draw_sweep(points: list[dict], dense: float, kind: str = "heads") -> Figure:
-    """Perplexity (log axis) against the share that is closed of a kind: a line a strategy, dotted before repair."""
-    figure = new_figure(8, 4.6)
-    axes, end = figure.subplots(), lambda point: point["repaired"] or point["pruned"]
-    axes.axhline(dense, color="#555555", linestyle="--", linewidth=1.2, label="dense")
-    colors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-    for name, color, marker in zip(STRATEGY_NAMES, colors, "os^Dv<>"):
-        if mine := sorted((point for point in points if point["strategy"] == name), key=lambda point: point["closed"]):
-            shares = [point["share"] for point in mine]
-            if mine[0]["repaired"]:
-                axes.plot(shares, [point["pruned"] for point in mine], color=color, linestyle=":", linewidth=1)
-            axes.plot(shares, [end(point) for point in mine], color=color, marker=marker, markersize=5, label=name)
-    best = min(points, key=lambda point: (-point["level"], end(point)))
-    what = "parameters of heads and neurons" if kind == "both" else kind
-    axes.set(yscale="log", xlabel=f"share of {what} closed", ylabel="test perplexity (log scale)",
-             title=f"Closing {best['level']:.0%} of the {what}: {best['strategy']} leaves perplexity {end(best):.1f} "
-                   f"(dense {dense:.1f})")
-    axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    axes.yaxis.set_major_formatter("{x:g}")
-    low, high = axes.get_ylim()
-    axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else "")
-    axes.grid(alpha=0.3, which="both")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Heads, neurons or both? The run's strategy with each of the three, against size and speed
-@contextlib.contextmanager
-def pruning(model, kind: str):
-    """Within it another kind of units is pruned in the model; afterwards its gates are as they were."""
-    before, gates = getattr(model, "prunes", "heads"), get_gates(model)
-    prune_only(model, kind)
-    try:
-        yield
-    finally:
-        prune_only(model, before)
-        set_gates(model, gates)
-
-def sweep_kinds(run: Run, model, texts: tuple[torch.Tensor, ...]) -> dict[str, list[dict]]:
-    """sweep() on blocks (n, time) with the run's strategy for heads, neurons and both, as far as there are such."""
-    found = {}
-    for kind in ("heads", "neurons", "both"):
-        try:
-            settings = dataclasses.replace(run.settings, prune=kind, sweep_strategies=run.settings.strategy)
-            with pruning(model, kind):
-                found[kind] = sweep(model, texts, settings, sweep_file(run, settings, texts))
-        except UserError as error:  # no neurons, or a level that is out of reach there
-            print(f"{kind}: left out, {error}")
-    return found
-
-def draw_frontier(frontier: dict[str, list[dict]], dense: dict, strategy: str) -> Figure:
-    """Perplexity (log axis) against parameters and FLOPs, a line for each kind, repaired; the dense model is a point.
-
-    The title says how small each kind makes the model with at most a tenth more perplexity.
-    """
-    figure, end = new_figure(11, 4.2), lambda point: point["repaired"] or point["pruned"]
-    axes, within = figure.subplots(1, 2, sharey=True), []
-    looks = {"heads": ("#0072B2", "o"), "neurons": ("#009E73", "s"), "both": ("#D55E00", "^")}
-    units = {"parameters": "parameters, million", "flops_per_token": "forward pass, MFLOP per token"}
-    for kind, points in frontier.items():
-        fine = [point["parameters"] for point in points if end(point) <= 1.1 * dense["perplexity"]]
-        within.append(f"{kind} {1 - min([*fine, dense['parameters']]) / dense['parameters']:.0%}")
-        for part, (name, label) in zip(axes, units.items()):
-            line = sorted((point[name] / 1e6, end(point)) for point in points)
-            part.plot(*zip(*line, (dense[name] / 1e6, dense["perplexity"])), color=looks[kind][0],
-                      marker=looks[kind][1], label=kind)
-            part.set(xlabel=label, yscale="log")
-    for part, name in zip(axes, units):
-        part.plot(dense[name] / 1e6, dense["perplexity"], "o", color="#000000", markersize=9, label="dense")
-        part.grid(alpha=0.3, which="both")
-        part.yaxis.set_major_formatter("{x:g}")
-        part.yaxis.set_minor_formatter("{x:g}")
-        part.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("test perplexity (log scale)")
-    axes[1].legend(frameon=False, fontsize=9)
-    figure.suptitle(f"Parameters gone within +10 % perplexity, by {strategy}: {', '.join(within)}", fontsize=11)
-    return figure
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title The sweep, recorded and shown; a script ends with it
-def run_sweep(run: Run, model, texts: tuple[torch.Tensor, ...]) -> None:
-    """sweep() on blocks (n, time), recorded, as a CSV file, and shown; what sections 9 and 11 measured is known."""
-    heads, values, settings, gates = run.metrics["heads"], run.metrics["perplexity"], run.settings, get_gates(model)
-    own = {"strategy": settings.strategy, "level": settings.pruning_level, "closed": int((gates == 0).sum()),
-           "share": closed_share(model, gates), **predict_cost(model, gates, texts[-1].shape[1]),
-           "pruned": values["pruned"], "repaired": values.get("repaired")}
-    with run.step("sweep"):
-        known = [own] if own["closed"] and not heads["by_hand"] else []
-        points = run.metrics["sweep"] = sweep(model, texts, settings, sweep_file(run, settings, texts), known)
-        frontier = run.metrics["frontier"] = sweep_kinds(run, model, texts)
-        if run.writes:
-            with (run.folder / "sweep.csv").open("w", newline="") as file:
-                rows = [{"prune": settings.prune} | point for point in points]
-                rows += [{"prune": kind} | point for kind in frontier if kind != settings.prune
-                         for point in frontier[kind]]
-                table = csv.DictWriter(file, rows[0])
-                table.writeheader()
-                table.writerows(rows)
-    show_markdown(sweep_table(points, values["dense"]) + "\n\n" + conditions(run.metrics))
-    run.show(draw_sweep(points, values["dense"], settings.prune), "sweep.png")
-    dense = predict_cost(model, torch.ones_like(gates), texts[-1].shape[1]) | {"perplexity": values["dense"]}
-    run.show(draw_frontier(frontier, dense, settings.strategy), "frontier.png", width=1000)
-    if not in_notebook():
-        if run.writes:
-            print(f"results: {run.finish()}")
-        raise SystemExit
-
+# Which strategy, how many heads? One strategy at one level says little. With `SWEEP = "fisher random 0.1 0.3"`
+# each of these strategies meets each of these levels, on the same model and text, and the first one also prunes
+# heads, neurons and both, each against the size and speed that it leaves. And how far may it go? With
+# `--pruning-level auto --max-loss 0.05` the level is found: the largest one whose repaired model is at most 5 %
+# worse than the dense one, on validation text. Both ask for points, one by one: prune, repair, measure.
 
 # %%
-if __name__ == "__main__" and settings.sweep:
-    run_sweep(run, model, (calibration, repair_text, test_blocks))
+def try_level(run: Run, model, importance: torch.Tensor, texts: tuple[torch.Tensor, ...], settings: Settings) -> dict:
+    """A point: size and perplexities at a level, by importance (layers, units), kept with the run.
 
-# %% [markdown]
-# **How far may it go?** With `--pruning-level auto --max-loss 0.05` the level is found: the largest one whose
-# repaired model is at most 5 % worse than the dense one, on validation text. The units are scored once; the
-# level is halved in, six times, and every point is recorded. Then the model is pruned and repaired at that level.
+    `texts` are blocks (n, time) to repair on and to measure on. The gates stay as they were. Raises UserError for a
+    level that is out of reach.
+    """
+    repair_text, seen = texts
+    gates = gates_for(model, importance, settings)
+
+    def compute():
+        with all_open(model):
+            set_gates(model, gates)
+            point = {"prune": settings.prune, "strategy": settings.strategy, "level": settings.pruning_level,
+                     "closed": int((gates == 0).sum()), **predict_cost(model, gates, seen.shape[1]),
+                     "pruned": perplexity(model, seen), "repaired": None}
+            if settings.repair:
+                point["repaired"] = perplexity(repair(model, repair_text), seen) if point["closed"] else point["pruned"]
+        return {}, point
+
+    names = ("prune", "strategy", "pruning_level", "repair")
+    return run.cached("point", (model, gates, *texts, [getattr(settings, name) for name in names]), compute)[1]
+
+def sweep(run: Run, model, texts: tuple[torch.Tensor, ...], settings: Settings) -> list[dict]:
+    """The points of settings.sweep: its strategies at its levels, then the first of them for other kinds of units.
+
+    `texts` are blocks (n, time): to score on, to repair on, to measure on.
+    """
+    (names, levels), points, gates = strategies_and_levels(settings.sweep), [], get_gates(model)
+    others = [kind for kind in ("heads", "neurons", "both") if kind != settings.prune]
+    for kind, name in [*((settings.prune, name) for name in names), *((kind, names[0]) for kind in others)]:
+        try:
+            prune_only(model, kind)
+            for level in levels:
+                own = dataclasses.replace(settings, prune=kind, strategy=name, pruning_level=level)
+                points.append(try_level(run, model, scores_of(run, model, texts[0], own), texts[1:], own))
+                print(f"{kind}, {name}, {level:.0%}: {words_for_point(points[-1])}")
+        except UserError as error:  # no neurons, or a level that is out of reach there
+            print(f"{kind}, {name}: left out, {error}")
+    prune_only(model, settings.prune)
+    set_gates(model, gates)
+    return points
+
+def find_level(run: Run, model, importance: torch.Tensor, texts: tuple[torch.Tensor, ...], dense: float) -> dict:
+    """Halves in on the largest level within settings.max_loss of `dense`, with importance (layers, units).
+
+    `texts` are blocks (n, time) to repair on and to look at. Returns the level found, and all points that were tried.
+    """
+    low, high, points = 0.0, 1.0, []
+    for _ in range(6):
+        settings = dataclasses.replace(run.settings, pruning_level=(low + high) / 2)
+        try:
+            points.append(try_level(run, model, importance, texts, settings))
+            value = points[-1]["repaired"] or points[-1]["pruned"]
+            print(f"level {settings.pruning_level:.3f}: validation perplexity {value:.2f}, {value / dense - 1:+.1%}")
+            within = value <= dense * (1 + settings.max_loss)
+        except UserError:  # out of reach: every layer keeps some
+            within = False
+        low, high = (settings.pruning_level, high) if within else (low, settings.pruning_level)
+    return {"dense": dense, "found": low, "points": points}
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Halving in on the level
-def find_level(run: Run, model, importance: torch.Tensor, texts: tuple[torch.Tensor, ...]) -> float:
-    """The largest level within settings.max_loss, by importance (layers, units); recorded, with all points.
+# @title Points as a table and as a picture, recorded and shown
+def words_for_point(point: dict) -> str:
+    return f"{point['pruned']:.2f}" + (f" → {point['repaired']:.2f}" if point["repaired"] else "")
 
-    `texts` are blocks (n, time) to repair on and to look at. The gates stay as they were.
+def points_table(points: list[dict]) -> str:
+    """Kinds and strategies x levels as a Markdown table: perplexity after pruning → after repair."""
+    levels, rows = sorted({point["level"] for point in points}), {}
+    for point in points:
+        rows.setdefault(f"{point['prune']}, {point['strategy']}", {})[point["level"]] = words_for_point(point)
+    head = ["| | " + " | ".join(f"{level:.0%}" for level in levels) + " |", "|---" * (len(levels) + 1) + "|"]
+    return "\n".join(head + [f"| {name} | {' | '.join(row.get(level, '') for level in levels)} |"
+                             for name, row in rows.items()])
+
+def draw_points(points: list[dict], dense: dict, limit: float | None = None) -> Figure:
+    """Perplexity (log axis) against parameters and FLOPs: a line for each kind and strategy, dotted before repair.
+
+    `dense` is the dense model as a point, where every line begins; `limit` is the share that it may lose.
     """
-    (repair_text, seen), length = texts, run.settings.block_length
-    with all_open(model):
-        dense = perplexity(model, seen)
-        low, high, points = 0.0, 1.0, []
-        for _ in range(6):
-            level = (low + high) / 2
-            try:
-                gates = gates_for(model, importance, dataclasses.replace(run.settings, pruning_level=level))
-            except UserError:  # out of reach: every layer keeps some
-                high = level
-                continue
-            set_gates(model, gates)
-            value = perplexity(repair(model, repair_text) if run.settings.repair else model, seen)
-            points.append({"level": level, "perplexity": value, **predict_cost(model, gates, length),
-                           "within": value <= dense * (1 + run.settings.max_loss)})
-            low, high = (level, high) if points[-1]["within"] else (low, level)
-            size = words_for_size(model, gates, length)
-            print(f"level {level:.3f}: validation perplexity {value:.2f}, {value / dense - 1:+.1%}; {size}")
-    run.metrics["level"] = {"dense": dense, "found": low, "points": points}
-    return low
-
-def draw_levels(record: dict, max_loss: float) -> Figure:
-    """Validation perplexity against the level, every point that was tried, and the line that it may not cross."""
-    figure, points = new_figure(6, 3.6), sorted(record["points"], key=lambda point: point["level"])
-    axes, levels = figure.subplots(), [point["level"] for point in points]
-    axes.plot([0, *levels], [record["dense"], *(point["perplexity"] for point in points)], "o-", color="#0072B2")
-    axes.axhline(record["dense"] * (1 + max_loss), color="#D55E00", linestyle="--", label=f"dense + {max_loss:.0%}")
-    axes.axvline(record["found"], color="#009E73", linewidth=1, label=f"level {record['found']:.2f}")
-    axes.set(xlabel="level", ylabel="validation perplexity, repaired", yscale="log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    figure = new_figure(11, 4.2)
+    for axes, unit in zip(figure.subplots(1, 2, sharey=True), ("parameters", "flops_per_token")):
+        for name in dict.fromkeys((point["prune"], point["strategy"]) for point in points):
+            mine = [dense, *(point for point in points if (point["prune"], point["strategy"]) == name)]
+            mine.sort(key=lambda point: point[unit])
+            sizes = [point[unit] / 1e6 for point in mine]
+            repaired = [point["repaired"] or point["pruned"] for point in mine]
+            (line,) = axes.plot(sizes, repaired, marker="o", markersize=4, label=", ".join(name))
+            axes.plot(sizes, [point["pruned"] for point in mine], color=line.get_color(), linestyle=":", linewidth=1)
+        axes.plot(dense[unit] / 1e6, dense["pruned"], "o", color="black", markersize=8, label="dense")
+        if limit:
+            axes.axhline(dense["pruned"] * (1 + limit), color="#D55E00", linestyle="--", label=f"dense + {limit:.0%}")
+        axes.set(xlabel={"parameters": "parameters, million"}.get(unit, "forward pass, MFLOP per token"), yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        if max(point["pruned"] for point in points) < 10 * dense["pruned"]:
+            axes.yaxis.set_minor_formatter("{x:g}")
+        axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False, fontsize=9)
+    figure.axes[0].set_ylabel("perplexity (log scale), dotted: before repair")
     return figure
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title The sweep and the level: recorded, shown, and the model pruned as far as the loss allows
+def dense_point(model, tokens: int, value: float) -> dict:
+    """The dense model as a point: its size in texts of so many tokens, and its perplexity."""
+    return predict_cost(model, torch.ones_like(get_gates(model)), tokens) | {"pruned": value, "repaired": None}
+
+def run_sweep(run: Run, model, texts: tuple[torch.Tensor, ...]) -> None:
+    """sweep() on blocks (n, time), recorded, also as a CSV file, and shown; a script ends with it."""
+    dense = dense_point(model, texts[-1].shape[1], run.metrics["perplexity"]["dense"])
+    with run.step("sweep"):
+        points = run.metrics["sweep"] = sweep(run, model, texts, run.settings)
+    show_markdown(f"{points_table(points)}\n\nTest perplexity after pruning → after repair; dense: "
+                  f"{dense['pruned']:.2f}.\n\n{conditions(run.metrics)}")
+    run.show(draw_points(points, dense), "sweep.png", width=1000)
+    if run.writes:
+        pandas.DataFrame(points).to_csv(run.folder / "sweep.csv", index=False)
+    if not in_notebook():
+        print(f"results: {run.finish()}" if run.writes else "")
+        raise SystemExit
 
 def prune_as_far(run: Run, model, tokenizer, importance: torch.Tensor, blocks: dict[str, torch.Tensor]):
     """The model pruned and repaired at the level of find_level(); blocks are (n, time), importance (layers, units)."""
-    text, tested = evenly_spaced(blocks["train"], run.settings.repair_blocks), blocks["test"]
-    tested = tested[: run.settings.eval_blocks or None]
+    text, seen = evenly_spaced(blocks["train"], run.settings.repair), blocks["validation"][-16:]
+    tested = blocks["test"][: run.settings.eval_blocks or None]
     with run.step("level"):
-        level = find_level(run, model, importance, (text, blocks["validation"][-16:]))
-    run.settings = dataclasses.replace(run.settings, pruning_level=level)
-    run.show(draw_levels(run.metrics["level"], run.settings.max_loss), "level.png", width=500)
-    close_heads(run, model, tokenizer, gates_for(model, importance, run.settings), tested)
-    run.keep(draw_units(run, model, importance), "heads.png")
-    pruned = repaired(run, model, text)
-    if pruned is not model:
-        measure(run, "repaired", pruned, tokenizer, tested)
-    return pruned
-
+        with all_open(model):
+            dense = perplexity(model, seen)
+        found = run.metrics["level"] = find_level(run, model, importance, (text, seen), dense)
+    run.settings = dataclasses.replace(run.settings, pruning_level=found["found"])
+    start = dense_point(model, seen.shape[1], dense)
+    run.show(draw_points(found["points"], start, run.settings.max_loss), "level.png", width=1000)
+    close_units(run, model, tokenizer, gates_for(model, importance, run.settings), tested)
+    run.show(draw_units(run, model, importance), "heads.png")
+    return repaired(run, model, tokenizer, text, tested)
 
 # %%
-if __name__ == "__main__" and settings.max_loss:
-    pruned = prune_as_far(run, model, tokenizer, importance, blocks)
+if __name__ == "__main__":
+    if settings.sweep:
+        run_sweep(run, model, (calibration, repair_text, test_blocks))
+    if settings.max_loss:
+        pruned = prune_as_far(run, model, tokenizer, importance, blocks)
 
 # %% [markdown]
 # <a name="13.-Compact"></a>
 # ## 13. Compact
 #
-# So far the model is as large and as slow as before. Now the closed heads really go, as section 6 has
-# tried: the same function with fewer numbers. The cell that does it checks that the logits agree, counts
-# what was saved, and measures what that brings, in turns with the dense model.
+# So far the model is as large and as slow as before. Now what is closed really goes, as section 7 has tried: a
+# closed head's rows of the query, key and value projections, its columns of the output projection, and a key/value
+# head with the last head that reads it. What is left is the same function with fewer numbers. The cell below checks
+# that the logits agree, counts what was saved, and measures what that brings, in turns with the dense model.
 #
 # No configuration file can say "layer 3 has 7 heads", which is why pruned models usually cannot be opened
-# again. Here the functions that cut travel with the saved model (section 16), and cut the full model
-# anew when it is opened. So they need torch and transformers, and nothing else.
+# again. Here the shapes that are left stand in the configuration, and a short file gives them to the model when it
+# is opened (section 16).
+
+# %%
+def compact(model):
+    """A copy of a gated model without the units that its gates close. Raises UserError where they cannot be cut out."""
+    if not can_compact(model):
+        raise UserError(f"the heads of {type(model).__name__} cannot be cut out ({why_not_compact(model)}): keep its "
+                        "gates.")
+    return cut(remove_gates(copy.deepcopy(model)), get_gates(model))
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title What did it bring? Counted: parameters, bytes, KV cache, FLOPs. Measured in turns: speed
-@torch.no_grad()
-def count_flops(model, block: torch.Tensor) -> float:
-    """Floating-point operations of matrix products per token, in a forward pass over a block (1, time)."""
-    # Eager attention and experts, because the counter does not know the fast kernels of every device.
-    with frozen(model), eager_attention(model), FlopCounterMode(display=False) as counter:
-        model.eval()(block.to(model.device), use_cache=False)
-    return counter.get_total_flops() / block.numel()
-
+# @title What did it bring? Counted: parameters, KV cache, FLOPs. Measured in turns: speed
 @torch.no_grad()
 def cache_bytes(model, tokens: int = 8) -> int:
     """Bytes of keys and values that the model keeps for each token it has read; 0 where it keeps none."""
@@ -4136,33 +3068,22 @@ def tokens_per_second(models: dict, batch: torch.Tensor, training: bool = False,
             model.eval()
     return {name: round(batch.numel() / statistics.median(times[1:]), 1) for name, times in seconds.items()}
 
-def measure_sizes(models: dict, block: torch.Tensor) -> dict[str, dict]:
-    """Size and speed of models without gates, as {name: {quantity: number}}; speeds on one block (1, time)."""
-    sizes = {name: {"parameters": model.num_parameters(), "bytes": sum(p.nbytes for p in model.parameters()),
-                    "cache_bytes_per_token": cache_bytes(model), "flops_per_token": count_flops(model, block)}
-             for name, model in models.items()}
-    for kind, training in (("forward", False), ("training", True)):
-        for name, speed in tokens_per_second(models, block, training).items():
-            sizes[name][f"{kind}_tokens_per_second"] = speed
-    return sizes
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Compacting, checked and recorded
 def size_table(sizes: dict[str, dict]) -> str:
     """Dense and compact model side by side, as a Markdown table."""
-    rows = [("parameters, million", "parameters", 1e-6, ",.2f"), ("weights as saved, MB", "bytes", 1e-6, ",.1f"),
-            ("KV cache, bytes per token", "cache_bytes_per_token", 1, ",.0f"),
-            ("forward pass, MFLOP per token", "flops_per_token", 1e-6, ",.1f"),
-            ("forward pass, tokens/s", "forward_tokens_per_second", 1, ",.0f"),
-            ("training, tokens/s", "training_tokens_per_second", 1, ",.0f")]
+    rows = {"parameters, million": ("parameters", 1e-6, ".2f"),
+            "KV cache, bytes per token": ("cache_bytes_per_token", 1, ",.0f"),
+            "forward pass, MFLOP per token": ("flops_per_token", 1e-6, ".1f"),
+            "forward pass, tokens/s": ("forward_tokens_per_second", 1, ",.0f"),
+            "training, tokens/s": ("training_tokens_per_second", 1, ",.0f")}
     lines = ["| | dense | compact | ratio |", "|---|---|---|---|"]
-    for title, key, unit, form in rows:
+    for title, (key, unit, form) in rows.items():
         before, after = sizes["dense"][key], sizes["pruned"][key]
         ratio = f"{after / before:.3f}" if before else "-"
         lines.append(f"| {title} | {before * unit:{form}} | {after * unit:{form}} | {ratio} |")
     return "\n".join(lines)
 
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Compacting, checked and recorded
 def require_same_gates(model, pruned) -> None:
     """Raises UserError where heads were taken in section 10, and what was repaired before belongs to others."""
     if not torch.equal(get_gates(model), get_gates(pruned)):
@@ -4171,30 +3092,32 @@ def require_same_gates(model, pruned) -> None:
 def check_compact(run: Run, model, pruned, block: torch.Tensor) -> str:
     """Compacts `pruned`, compares logits on a block (1, time), and measures it beside the dense `model`; in words."""
     require_same_gates(model, pruned)
-    run.metrics["size"] = {}
+    run.metrics["size"], gates = {}, get_gates(model)
     if not can_compact(model):
         return f"{type(model).__name__} keeps its gates, and its size: {why_not_compact(model)}."
+
     def compute():
-        with without_gates(model):
-            return {}, measure_sizes({"dense": model, "pruned": small}, block)
+        costs = {"dense": torch.ones_like(gates), "pruned": gates}
+        sizes = {name: predict_cost(model, table, block.shape[1]) for name, table in costs.items()}
+        models = {"dense": remove_gates(sharing_copy(model)), "pruned": small}  # (gates would cost the dense one time)
+        for kind in ("forward", "training"):
+            for name, speed in tokens_per_second(models, block, kind == "training").items():
+                sizes[name][f"{kind}_tokens_per_second"] = speed
+        for name, each in models.items():
+            sizes[name]["cache_bytes_per_token"] = cache_bytes(each)
+        return {}, sizes
 
     with run.step("compact"):
         small = compact(pruned)
         difference = run.metrics["compact_difference"] = largest_difference(pruned, small, block)
-        _, sizes = run.load_or_compute("size", (model, pruned, block), compute)
-        run.metrics["size"] = sizes
-        for size in sizes.values():
-            size["bytes"] = size["parameters"] * saved_format(run).itemsize
+        if difference > 1e-3:
+            raise RunError(f"the compact model differs from the gated one by {difference:.1e}: please report this, "
+                           "naming the model")
+        run.metrics["size"] = run.cached("size", (model, pruned, block), compute)[1]
         for stage in {"pruned", "repaired"} & set(run.metrics["parameters"]):
             run.metrics["parameters"][stage] = small.num_parameters()
-    if difference > 1e-3:
-        raise RuntimeError(f"the compact model differs from the gated one by {difference:.1e}: please report this, "
-                           "naming the model.")
-    expected = sizes["dense"]["flops_per_token"] / sizes["pruned"]["flops_per_token"]
-    measured = sizes["pruned"]["forward_tokens_per_second"] / sizes["dense"]["forward_tokens_per_second"]
-    return (f"{size_table(sizes)}\n\nForward pass {measured:.2f} x as fast, {expected:.2f} x by arithmetic; largest "
-            f"difference to the gated logits: {difference:.1e} of the largest logit.")
-
+    return (f"{size_table(run.metrics['size'])}\n\nLargest difference to the gated logits: {difference:.0e} of the "
+            "largest logit.")
 
 # %%
 if __name__ == "__main__":
@@ -4204,349 +3127,74 @@ if __name__ == "__main__":
 # <a name="14.-Fine-tune"></a>
 # ## 14. Fine-tune
 #
-# The remaining heads can learn to do without the closed ones. Training is `transformers.Trainer`: AdamW, a
-# short warmup, then a cosine decay. A step is `batch_size` blocks, however many fit at once. The weights
-# that are kept are those with the best perplexity on validation text, and training stops early when that
-# has not improved for `patience` evaluations. `MAX_STEPS = "auto"` is one pass over the training text with an
-# accelerator, and 200 steps on a processor.
+# What is left can learn to do without what is gone. It is trained by the loop of section 5, as a compact model: a
+# closed gate lets no gradient through, so with gates it would be the same training, only slower. `MAX_STEPS =
+# "auto"` is one pass over the training text with an accelerator, and 200 steps on a processor.
 #
-# What is trained is the compact model: a closed gate lets no gradient through, so with gates it would be
-# the same training, only slower. It is a copy. With `distillation` a share of the loss asks for the dense
-# model's predictions instead of the text's next token ([Hinton et al. 2015](https://arxiv.org/abs/1503.02531),
-# for pruned models [Muralidharan et al. 2024](https://arxiv.org/abs/2407.14679)).
+# With `distillation` a share of the loss asks for the dense model's predictions instead of the text's next token
+# ([Hinton et al. 2015](https://arxiv.org/abs/1503.02531), for pruned models
+# [Muralidharan et al. 2024](https://arxiv.org/abs/2407.14679)). With `reopen_heads` the first half is trained with
+# gates; then heads are scored again, all open, and chosen again, so that a closed one may come back.
 
 # %%
-def training_plan(settings: Settings, blocks: torch.Tensor) -> dict:
-    """What decides the result of training on blocks (n, time), as TrainingArguments takes it."""
-    passes, given = settings.epochs or 1, settings.max_steps
-    steps = math.ceil(passes * len(blocks) / settings.batch_size) if given == "auto" else int(given)
-    return {"max_steps": steps, "learning_rate": settings.learning_rate, "weight_decay": settings.weight_decay,
-            "warmup_steps": round(settings.warmup * steps), "lr_scheduler_type": "cosine", "max_grad_norm": 1.0,
-            "seed": settings.seed}
-
-def with_labels(blocks: torch.Tensor) -> list[dict]:
-    """Blocks (n, time) as the Trainer takes them; the first label is masked, since nothing predicts it."""
-    return [{"input_ids": block, "labels": torch.cat([block.new_tensor([-100]), block[1:]])} for block in blocks]
-
-if __name__ == "__main__":
-    print(training_plan(run.settings, blocks["train"]))
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Heads that may come back (reopen_heads): gates are trained too, for the first half of the steps
-GATE_LEARNING_RATE = 3e-2  # gates have to travel from 0 to about 1; weights hardly move
-
-def train_gates(model, trained: bool) -> None:
-    """Turns the gates from buffers into parameters, or back: a closed head has a gradient on its gate even at zero."""
-    for layer in find_heads(model):
-        gates = layer.projection.gates.detach().clone()
-        del layer.projection.gates
-        if trained:
-            layer.projection.gates = torch.nn.Parameter(gates)
-        else:
-            layer.projection.register_buffer("gates", gates)
-
-def gate_optimizer(model, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW with a learning rate of their own for the gates."""
-    gates, weights = [], []
-    for name, parameter in model.named_parameters():
-        (gates if name.endswith(".gates") else weights).append(parameter)
-    groups = [{"params": weights, "weight_decay": settings.weight_decay},
-              {"params": gates, "lr": GATE_LEARNING_RATE, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate)
-
-class CommitGates(TrainerCallback):
-    """Half-way through training, closes all gates but the largest and trains none of them any more."""
-
-    def __init__(self, level: float, min_heads: int):
-        self.level, self.min_heads = level, min_heads
-
-    def on_train_begin(self, args, state, control, model=None, **_):
-        if state.global_step >= max(1, state.max_steps // 2):  # of a training that goes on
-            self.freeze(model)
-
-    @torch.no_grad()
-    def on_step_end(self, args, state, control, model=None, **_):
-        if state.global_step == max(1, state.max_steps // 2):
-            values = get_gates(model)
-            set_gates(model, values * choose_gates(values.abs(), self.level, self.min_heads))
-            self.freeze(model)
-
-    def freeze(self, model):
-        for layer in find_heads(model):
-            layer.projection.gates.requires_grad_(False)
-
-@torch.no_grad()
-def fold_gates(model):
-    """The gated model with gates that are 0 or 1 only: others go into the weights that they multiply."""
-    gates = get_gates(model)
-    for layer, row in zip(find_heads(model), gates):
-        layer.output_weight.mul_(torch.where(row != 0, row, 1).to(layer.output_weight)[:, None, None])
-    set_gates(model, (gates != 0).float())
-    return model
-
-def record_reopened(run: Run, model, tuned):
-    """Records which heads of `model` came back in `tuned`, which is compacted where it can be."""
-    came_back = ((get_gates(model) == 0) & (get_gates(tuned) != 0)).nonzero().tolist()
-    run.metrics["heads_after_fine_tuning"] = describe_heads(get_gates(tuned)) | {"came_back": came_back}
-    print(f"{len(came_back)} of {run.metrics['heads']['closed']} closed heads came back [layer, head]: {came_back}")
-    return compact(tuned) if can_compact(tuned) else fold_gates(tuned)
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title What is drawn and kept of a training
-CURVES = {"loss": "training loss", "perplexity": "validation perplexity", "learning_rate": "learning rate",
-          "memory": "memory (GiB)"}
-
-def history_of(state) -> dict[str, list]:
-    """[step, value] pairs of each of CURVES, from the Trainer's log."""
-    return {key: [[logs["step"], logs[key]] for logs in state.log_history if key in logs] for key in CURVES}
-
-def draw_training(history: dict[str, list], title: str, dense: float | None) -> Figure:
-    """The four curves side by side; `dense` is the untouched dense model's validation perplexity."""
-    figure = new_figure(11, 2.8)
-    figure.suptitle(title, fontsize=11)
-    for axes, (key, points) in zip(figure.subplots(1, 4), history.items()):
-        axes.plot(*zip(*points) if points else ([], []), color="#0072B2")
-        axes.set_title(CURVES[key], fontsize=10)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-        if key == "perplexity" and dense:
-            axes.axhline(dense, color="#D55E00", linestyle="--", label="dense, untouched")
-            axes.legend(fontsize=8)
-        if key == "memory" and points:
-            axes.set_ylim(0, 1.15 * max(used for _, used in points))  # a level line at the very top cannot be seen
-    return figure
-
-def training_record(trainer: Trainer, plot, seconds: float) -> dict:
-    """What metrics.json keeps: steps, tokens, speed and curves of a training that took so many seconds."""
-    args, steps, history = trainer.args, trainer.state.global_step, history_of(trainer.state)
-    best = min(history["perplexity"], key=lambda point: point[1])[0]
-    return {"steps": steps, "planned_steps": args.max_steps,
-            "kept_step": best if args.load_best_model_at_end else args.max_steps,
-            "tokens_per_step": plot.tokens_per_step, "micro_batch": args.per_device_train_batch_size,
-            "train_tokens_per_second": round((steps - plot.first_step) * plot.tokens_per_step / seconds, 1),
-            "history": history}
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title The live picture: redrawn in place, for at most a twentieth of the time
-class LivePlot(TrainerCallback):
-    """Draws what the Trainer logs, and keeps the last picture. Raises RunError for a loss that is no number."""
-
-    display, drawn, cost = None, 0.0, 0.0
-
-    def __init__(self, run: Run, name: str, tokens_per_step: int):
-        self.run, self.name, self.tokens_per_step = run, name, tokens_per_step
-
-    def on_train_begin(self, args, state, control, **_):
-        self.begun, self.first_step = time.monotonic(), state.global_step
-
-    def on_log(self, args, state, control, **_):
-        logs, used = state.log_history[-1], memory_used(self.run.device)
-        value = logs.get("loss", logs.get("eval_loss", 0.0))
-        if not math.isfinite(value):
-            raise RunError(f"the loss is {value} at step {state.global_step} of {state.max_steps}: take a lower "
-                           "--learning-rate, or --precision fp32.")
-        logs["memory"] = used.get("accelerator", used["ram"]) / 2**30
-        if "eval_loss" in logs:
-            logs["perplexity"] = math.exp(logs["eval_loss"])
-
-    def on_step_end(self, args, state, control, **_):
-        if in_notebook() and time.monotonic() - self.drawn > max(0.5, 20 * self.cost):
-            self.redraw(state)
-
-    def on_train_end(self, args, state, control, **_):
-        if in_notebook():
-            self.redraw(state)
-        self.run.keep(self.draw(state), f"{self.name}.png")
-
-    def draw(self, state) -> Figure:
-        """The picture; its title says how far, how well, how fast, how long still."""
-        history = history_of(state)
-        words = [f"{STAGES.get(self.name, self.name)}: step {state.global_step} of {state.max_steps}"]
-        if seen := history["perplexity"]:
-            words.append("validation perplexity " + " → ".join(f"{value:.1f}" for _, value in seen[:1] + seen[-1:]))
-        seconds, done = time.monotonic() - self.begun, state.global_step - self.first_step
-        if done:
-            words.append(f"{self.tokens_per_step * done / seconds:,.0f} tokens/s")
-            left = seconds / done * (state.max_steps - state.global_step)
-            minutes, rest = divmod(left or seconds, 60)
-            words.append(f"{minutes:.0f} min {rest:02.0f} s{' left' if left else ''}")
-        return draw_training(history, " · ".join(words), self.run.dense_validation)
-
-    def redraw(self, state):
-        from IPython.display import Image, display
-
-        start, picture = time.monotonic(), Image(png(self.draw(state)))
-        if self.display is None:
-            self.display = display(picture, display_id=True)
-        else:
-            self.display.update(picture)
-        self.drawn = time.monotonic()
-        self.cost = self.drawn - start
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title The Trainer, and what it and accelerate need before and after
-class DistillingTrainer(Trainer):
-    """A Trainer whose loss is, to a `share`, the divergence from the predictions of a `teacher` (None: share 0)."""
-
-    teacher, share = None, 0.0
-
-    def compute_loss(self, model, inputs, return_outputs=False, **others):
-        if not self.share or not model.training:  # validation stays comparable: the text's own tokens
-            return super().compute_loss(model, inputs, return_outputs, **others)
-        output = model(**inputs)
-        with torch.no_grad():
-            wanted = self.teacher(inputs["input_ids"], use_cache=False).logits
-        taught = divergence(output.logits[:, :-1], wanted[:, :-1]).mean()
-        loss = (1 - self.share) * output.loss + self.share * taught
-        return (loss, output) if return_outputs else loss
-
-@contextlib.contextmanager
-def trainable(model, settings: Settings):
-    """Within it a model is as Trainer and accelerate need it; afterwards nothing of that is left in it."""
-    use_cache = getattr(model.config, "use_cache", None)
-    names = [dict(model.named_parameters(remove_duplicate=unique)).keys() for unique in (False, True)]
-    model._keys_to_ignore_on_save = list(names[0] - names[1]) or None  # tied weights are not missed in checkpoints
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if settings.reopen_heads:
-        train_gates(model, True)
-    yield
-    if settings.reopen_heads:
-        train_gates(model, False)
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_disable()
-    for attribute in ("_keys_to_ignore_on_save", "forward", "_original_forward"):  # accelerate's computes in 16 bits
-        vars(model).pop(attribute, None)
-    if use_cache is not None:
-        model.config.use_cache = use_cache  # which the Trainer switches off, and would be saved so
-    model.eval()
-
-def make_trainer(model, data: dict, settings: Settings, plan: dict, folder: Path, micro_batch: int) -> Trainer:
-    """The Trainer of fine_tune(). Whole checkpoints every tenth of the way, from which it goes on bit for bit."""
-    tenth, device, free = max(1, plan["max_steps"] // 10), model.device.type, settings.reopen_heads
-    accumulated = settings.batch_size // rank_and_world()[1] // micro_batch
-    arguments = TrainingArguments(
-        str(folder / f"micro-batch-{micro_batch}"), **plan, per_device_train_batch_size=micro_batch,
-        per_device_eval_batch_size=micro_batch, gradient_accumulation_steps=accumulated, prediction_loss_only=True,
-        logging_nan_inf_filter=False, logging_steps=max(1, plan["max_steps"] // 25), eval_strategy="steps",
-        eval_steps=tenth, save_strategy="steps", save_steps=tenth, save_total_limit=1,
-        restore_callback_states_from_checkpoint=True,
-        load_best_model_at_end=not free,  # gates that are being chosen have no best moment: the last weights count
-        metric_for_best_model="loss", optim=ADAMW, bf16=COMPUTING.dtype == torch.bfloat16,
-        fp16=COMPUTING.dtype == torch.float16, use_cpu=device == "cpu", report_to="none", disable_tqdm=in_notebook(),
-        dataloader_pin_memory=device == "cuda", remove_unused_columns=False,
-        label_names=["labels"])  # also where forward() does not say what it takes
-    callbacks = [transformers.EarlyStoppingCallback(settings.patience)] if settings.patience and not free else []
-    callbacks += [CommitGates(settings.pruning_level, settings.min_heads)] if free else []
-    optimizers = (gate_optimizer(model, settings) if free else None, None)
-    trainer = DistillingTrainer(model, arguments, train_dataset=data["train"], eval_dataset=data["validation"],
-                                callbacks=callbacks, optimizers=optimizers)
-    trainer.remove_callback(transformers.PrinterCallback)
-    return trainer
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title fine_tune(), and how it goes on after an interruption
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint in a Trainer's folder, or None; those that are not whole are removed."""
-    whole = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            whole.append((json.loads((path / "trainer_state.json").read_text())["global_step"], str(path)))
-        except (OSError, ValueError):
-            shutil.rmtree(path)
-    return max(whole, default=(0, None))[1]
-
-def training_key(model, blocks: dict[str, torch.Tensor], settings: Settings) -> str:
-    """A fingerprint of all that a model depends on that is fine-tuned on blocks (n, time)."""
-    names = [name for name, *_ in SETTINGS["fine-tuning"]]
-    names += ["reopen_heads", "pruning_level", "min_heads"] if settings.reopen_heads else []
-    return fingerprint(model, blocks["train"], blocks["validation"], [getattr(settings, name) for name in names])
-
-def fine_tune(run: Run, name: str, make, blocks: dict[str, torch.Tensor], settings: Settings, teacher=None):
-    """The model that `make()` returns, fine-tuned on blocks (n, time); `name` is that of its record and picture.
-
-    The weights are those with the best validation loss. `teacher` is the dense model, for settings.distillation.
-    Raises UserError where the processes cannot share a batch, RunError for a loss that is no number.
-    """
-    world, plan = rank_and_world()[1], training_plan(settings, blocks["train"])
-    if settings.batch_size % world:
-        raise UserError(f"batch_size is {settings.batch_size}, but must be a multiple of {world}, the number of "
-                        "processes: change one of the two.")
-    data = {"train": with_labels(blocks["train"]), "validation": with_labels(blocks["validation"][:16])}
-    model = make()
-    folder = run.state / f"trainer-{name}-{training_key(model, blocks, settings)}"
-    kind = "forward" if settings.gradient_checkpointing else "backward"
-    room = room_for_blocks(model, blocks["train"].shape[1], kind, 16 * model.num_parameters())
-    del model
-
-    def attempt(micro_batch: int):
-        transformers.set_seed(settings.seed)
-        tuned, plot = make(), LivePlot(run, name, settings.batch_size * blocks["train"].shape[1])
-        with trainable(tuned, settings), all_open(teacher) if teacher is not None else contextlib.nullcontext():
-            trainer = make_trainer(tuned, data, settings, plan, folder, micro_batch)
-            trainer.add_callback(plot)
-            if teacher is not None and settings.distillation:
-                trainer.teacher, trainer.share = teacher, settings.distillation
-                trainer.model_accepts_loss_kwargs = False  # that loss is a mean over the micro-batch
-            checkpoint = from_all_processes(last_checkpoint(Path(trainer.args.output_dir)) if run.writes else None)[0]
-            result = trainer.train(resume_from_checkpoint=checkpoint)
-        run.metrics.setdefault("training", {})[name] = training_record(trainer, plot, result.metrics["train_runtime"])
-        return tuned
-
-    tuned = fit_batch_size(attempt, settings.batch_size // world, "fine-tuning", room, in_step=True)
-    wait_for_all()  # for those that still read the best weights
-    shutil.rmtree(folder, ignore_errors=True)
-    return tuned
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title A fine-tuned model is kept with the run
-def fine_tuned(run: Run, name: str, make, blocks: dict[str, torch.Tensor], settings: Settings, teacher=None):
-    """fine_tune() on blocks (n, time), once: where it was done before, the weights that were kept."""
-    found = []
-
-    def compute():
-        found.append(fine_tune(run, name, make, blocks, settings, teacher))
-        gates = {key: value for key, value in found[0].named_buffers() if key.endswith(".gates")}
-        return dict(found[0].named_parameters()) | gates, run.metrics["training"][name]
-
-    weights, record = run.load_or_compute(name, (training_key(make(), blocks, settings),), compute)
-    run.metrics.setdefault("training", {})[name] = record
-    if not found:  # it was kept from before
-        found.append(make().eval())
-        put_weights(found[0], weights)
-    return move(found[0], run.device)
+def with_steps(settings: Settings, blocks: dict[str, torch.Tensor], device: torch.device) -> Settings:
+    """Settings with `max_steps` resolved, for blocks (n, time): one pass, or on a processor 200 steps."""
+    one_pass = math.ceil(len(blocks["train"]) / settings.batch_size)
+    return dataclasses.replace(settings, max_steps=settings.max_steps or (200 if device.type == "cpu" else one_pass))
 
 def fine_tune_pruned(run: Run, model, pruned, blocks: dict[str, torch.Tensor]):
-    """`pruned`, compacted where it can be and fine-tuned on blocks (n, time); `model` is the gated dense one."""
+    """`pruned`, compacted where it can be and trained on blocks (n, time); `model` is the gated dense one."""
     require_same_gates(model, pruned)
-    settings = run.settings
-    make = functools.partial(compact if can_compact(model) and not settings.reopen_heads else copy.deepcopy, pruned)
+    settings = with_steps(run.settings, blocks, run.device)
     run.metrics.pop("heads_after_fine_tuning", None)
-    with run.step("fine-tune"):
-        with all_open(model):
-            run.dense_validation = perplexity(model, blocks["validation"][:16])
-        tuned = fine_tuned(run, "fine_tuned", make, blocks, settings, teacher=model)
-    tuned = record_reopened(run, model, tuned) if settings.reopen_heads else tuned
+    with run.step("fine-tune"), all_open(model):
+        run.dense_validation = perplexity(model, blocks["validation"][:16])
+        if settings.reopen_heads:
+            half = dataclasses.replace(settings, max_steps=max(1, settings.max_steps // 2))
+            pruned = fine_tuned(run, "first_half", copy.deepcopy(pruned), blocks, half, model)
+            reopen_heads(run, pruned, blocks["validation"][: settings.calibration_blocks])
+            settings = dataclasses.replace(settings, max_steps=max(1, settings.max_steps - half.max_steps))
+        start = compact(pruned) if can_compact(model) else copy.deepcopy(pruned)
+        tuned = fine_tuned(run, "fine_tuned", start, blocks, settings, model)
     return rounded(tuned, saved_format(run))  # so that what is measured is what is saved
 
-
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title The controls: the dense model with the same steps, the pruned one for the same time
+# @title What is kept of a training, heads that come back, and the controls
+def fine_tuned(run: Run, name: str, model, blocks: dict[str, torch.Tensor], settings: Settings, teacher=None):
+    """The model, after train() on blocks (n, time), once: where it was done before, with the weights that were kept."""
+    def compute():
+        record = train(run, name, model, blocks, settings, teacher)
+        return dict(model.named_parameters()), record
+
+    depends = (model, blocks["train"], blocks["validation"][:16], training_options(settings))
+    weights, run.metrics["training"][name] = run.cached(name, depends, compute)
+    put_weights(model, weights)
+    if run.writes:
+        for file in run.state.glob(f"training-{name}-*"):
+            file.unlink()
+    return model.eval()
+
+def reopen_heads(run: Run, pruned, calibration: torch.Tensor) -> None:
+    """Scores a gated model again on blocks (n, time), all open, and closes what is least important now."""
+    before = get_gates(pruned)
+    with all_open(pruned):
+        importance = scores_of(run, pruned, calibration, run.settings)
+    set_gates(pruned, gates_for(pruned, importance, run.settings))
+    came_back = ((before == 0) & (get_gates(pruned) != 0)).nonzero().tolist()
+    run.metrics["heads_after_fine_tuning"] = describe_heads(get_gates(pruned)) | {"came_back": came_back}
+    print(f"{len(came_back)} of {run.metrics['heads']['closed']} closed heads came back [layer, head]: {came_back}")
+
 def fine_tune_dense(run: Run, model, tokenizer, blocks: dict[str, torch.Tensor], test_blocks: torch.Tensor) -> None:
     """Fine-tunes the dense model on blocks (n, time) with the same budget, where that is wanted, and measures it."""
-    run.metrics.get("training", {}).pop("dense_fine_tuned", None)
+    run.metrics["training"].pop("dense_fine_tuned", None)
     slow = run.device.type == "cpu" and model.num_parameters() > 50e6
     if run.settings.control == "no" or (run.settings.control == "auto" and slow):
         return print("No control: for so large a model it takes long without an accelerator. --control runs it."
                      if slow else "No control.")
-    with run.step("fine-tune control"), all_open(model):
-        settings, make = dataclasses.replace(run.settings, reopen_heads=False), functools.partial(copy.deepcopy, model)
-        tuned = rounded(fine_tuned(run, "dense_fine_tuned", make, blocks, settings), saved_format(run))
+    with run.step("fine-tune control"):
+        settings = with_steps(run.settings, blocks, run.device)
+        tuned = fine_tuned(run, "dense_fine_tuned", remove_gates(copy.deepcopy(model)), blocks, settings)
+        tuned = rounded(tuned, saved_format(run))
     measure(run, "dense_fine_tuned", tuned, tokenizer, test_blocks)
 
 def steps_in_the_same_time(metrics: dict, steps: int, teaching: bool) -> int:
@@ -4557,7 +3205,7 @@ def steps_in_the_same_time(metrics: dict, steps: int, teaching: bool) -> int:
 
 def fine_tune_as_long(run: Run, model, pruned, tokenizer, blocks: dict[str, torch.Tensor], test_blocks: torch.Tensor):
     """Fine-tunes the compact model on blocks (n, time) for as long as the dense one took, and measures it."""
-    run.metrics.get("training", {}).pop("fine_tuned_as_long", None)
+    run.metrics["training"].pop("fine_tuned_as_long", None)
     if "dense_fine_tuned" not in run.metrics["perplexity"] or not run.metrics["size"] or run.settings.reopen_heads:
         return
     same = run.metrics["training"]["fine_tuned"]["planned_steps"]
@@ -4565,12 +3213,10 @@ def fine_tune_as_long(run: Run, model, pruned, tokenizer, blocks: dict[str, torc
     print(f"The dense model makes {same} steps in the time in which the smaller one makes {steps}.")
     if steps == same:
         return
-    settings = dataclasses.replace(run.settings, max_steps=str(max(steps, 1)), epochs=0.0)
-    with run.step("fine-tune for the same time"):
-        make = functools.partial(compact, pruned)
-        tuned = fine_tuned(run, "fine_tuned_as_long", make, blocks, settings, teacher=model)
+    settings = dataclasses.replace(run.settings, max_steps=max(steps, 1))
+    with run.step("fine-tune for the same time"), all_open(model):
+        tuned = fine_tuned(run, "fine_tuned_as_long", compact(pruned), blocks, settings, model)
     measure(run, "fine_tuned_as_long", rounded(tuned, saved_format(run)), tokenizer, test_blocks)
-
 
 # %%
 if __name__ == "__main__":
@@ -4578,32 +3224,26 @@ if __name__ == "__main__":
     tuned = fine_tune_pruned(run, model, pruned, blocks)
     measure(run, "fine_tuned", tuned, tokenizer, test_blocks)
     print(run.metrics["samples"]["fine_tuned"])
-
 # %% [markdown]
 # **The control.** Fine-tuning on text like the test text helps *any* model. To know what pruning cost, the
 # pruned model has to be compared with the dense one after the same number of steps on the same text.
-
 # %%
 if __name__ == "__main__":
     fine_tune_dense(run, model, tokenizer, blocks, test_blocks)
-
 # %% [markdown]
 # **The same time.** A smaller model makes more steps in an hour. Who pays for hours wants to know what it
 # reaches in the time in which the dense model made its own.
-
 # %%
 if __name__ == "__main__":
     fine_tune_as_long(run, model, pruned, tokenizer, blocks, test_blocks)
-
 # %% [markdown]
 # <a name="15.-Compare"></a>
 # ## 15. Compare
 #
 # The numbers side by side. *Pruned + fine-tuned* against *dense + fine-tuned* is what pruning really cost at
 # the same number of steps; *for the same time*, what it cost where time is what you pay for.
-
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title The comparison as a table
+# @title The comparison as a table, as a picture, and the report
 def require_fine_tuned(metrics: dict) -> None:
     """Raises UserError where the heads were pruned anew and nothing was fine-tuned since."""
     if "fine_tuned" not in metrics["perplexity"]:
@@ -4611,178 +3251,77 @@ def require_fine_tuned(metrics: dict) -> None:
 
 def comparison(metrics: dict) -> str:
     """The comparison as a Markdown table."""
-    heads, dense = metrics["heads"], metrics["perplexity"]["dense"]
-    after = metrics.get("heads_after_fine_tuning", heads)
-    closed = {"pruned": heads["closed"], "repaired": heads["closed"], "fine_tuned": after["closed"],
-              "fine_tuned_as_long": heads["closed"]}
-    model, bits = metrics["model"], getattr(torch, metrics["model"]["saved_in"]).itemsize
-    neurons = metrics.get("neurons")
-    more = " neurons |" if neurons else ""
-    rows = [f"| model | heads |{more} parameters | file, MB | test perplexity | against dense |",
-            "|---|---|---|---|---|---|" + ("---|" if neurons else "")]
+    dense, bits = metrics["perplexity"]["dense"], getattr(torch, metrics["model"]["saved_in"]).itemsize
+    rows = ["| model | parameters | file, MB | test perplexity | against dense |", "|---|---|---|---|---|"]
     for stage, value in metrics["perplexity"].items():
-        left = neurons["total"] - (neurons["closed"] if stage in closed else 0) if neurons else 0
-        size = model["file_bytes"] if stage == "dense" and model["file_bytes"] else metrics["parameters"][stage] * bits
-        rows.append(f"| {STAGES[stage]} | {heads['total'] - closed.get(stage, 0)} / {heads['total']} | "
-                    + (f"{left:,} / {neurons['total']:,} | " if neurons else "") +
-                    f"{metrics['parameters'][stage] / 1e6:,.2f} M | {size / 1e6:,.1f} | {value:.2f} | "
-                    f"{value / dense - 1:+.1%} |")
-    return "\n".join(rows)
+        size = (stage == "dense" and metrics["model"]["file_bytes"]) or metrics["parameters"][stage] * bits
+        rows.append(f"| {STAGES[stage]} | {metrics['parameters'][stage] / 1e6:,.2f} M | {size / 1e6:,.1f} | "
+                    f"{value:.2f} | {value / dense - 1:+.1%} |")
+    return f"{words_for_closed(metrics)} closed.\n\n" + "\n".join(rows)
 
-def finding(metrics: dict) -> str:
-    """The result in one line."""
-    values, heads = metrics["perplexity"], metrics["heads"]
-    names = {"dense": "", "pruned": "", "repaired": " repaired", "fine_tuned": " fine-tuned"}
-    words = " → ".join(f"{values[stage]:.1f}{name}" for stage, name in names.items() if stage in values)
-    share = f"{heads['closed'] / heads['total']:.0%} of heads"
-    gone = words_for_closed(metrics) if metrics.get("neurons") else share
-    return f"{gone} gone: perplexity {words}"
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title The comparison as a picture (1): its parts
-COLOR = {"dense": "#999999", "pruned": "#D55E00", "repaired": "#E69F00", "fine_tuned": "#0072B2",
-         "dense_fine_tuned": "#56B4E9", "fine_tuned_as_long": "#009E73"}
-
-def plot_perplexities(axes, values: dict[str, float]) -> None:
-    """Perplexity of every stage, on a log axis, as the distance from the dense model."""
-    axes.axvline(values["dense"], color=COLOR["dense"], linestyle="--", linewidth=1)
+def draw_dashboard(metrics: dict) -> Figure:
+    """Perplexity of every stage, as the distance from the dense model, and of training."""
+    figure, values = new_figure(12, 4), metrics["perplexity"]
+    left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
+    figure.suptitle(f"{words_for_closed(metrics)} closed by {metrics['settings']['strategy']}", fontweight="bold")
+    colors = {stage: f"C{number}" for number, stage in enumerate([*STAGES, "first_half"])}
+    left.axvline(values["dense"], color="#999999", linestyle="--", linewidth=1)
     for row, (stage, value) in enumerate(values.items()):
-        axes.plot([values["dense"], value], [row, row], color=COLOR[stage], linewidth=3)
-        axes.plot(value, row, "o", color=COLOR[stage], markersize=10)
-        axes.annotate(f"{value:.1f}", (value, row), (0, 8), textcoords="offset points", ha="center", fontsize=9)
-    axes.set(xscale="log", xlabel="test perplexity (log scale, lower is better)", yticks=range(len(values)),
+        left.plot([values["dense"], value], [row, row], "o-", color=colors[stage], linewidth=3, markevery=[1])
+        left.annotate(f"{value:.1f}", (value, row), (0, 8), textcoords="offset points", ha="center", fontsize=9)
+    left.set(xscale="log", xlabel="test perplexity (log scale, lower is better)", yticks=range(len(values)),
              yticklabels=[STAGES[stage] for stage in values], ylim=(len(values) - 0.5, -0.8))
     if max(values.values()) < 10 * min(values.values()):
-        axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.margins(x=0.12)
-
-def plot_sizes(axes, sizes: dict[str, dict]) -> None:
-    """The compact model's size and speed in percent of the dense one's."""
-    if not sizes:
-        axes.set_axis_off()
-        return axes.text(0, 0.5, "keeps its gates:\nas large and as fast as before")
-    rows = {"parameters": "parameters", "KV cache": "cache_bytes_per_token", "FLOPs": "flops_per_token",
-            "forward speed": "forward_tokens_per_second", "training speed": "training_tokens_per_second"}
-    rows = {name: key for name, key in rows.items() if sizes["dense"][key]}
-    shares = [100 * sizes["pruned"][key] / sizes["dense"][key] for key in rows.values()]
-    axes.barh(list(rows), shares, color=["#0072B2" if "speed" in name else "#009E73" for name in rows], height=0.6)
-    for row, share in enumerate(shares):
-        axes.annotate(f"{share:.0f} %", (share, row), (-4, 0), textcoords="offset points", va="center", ha="right",
-                      color="white", fontsize=9)
-    axes.axvline(100, color=COLOR["dense"], linestyle="--", linewidth=1)
-    axes.set(xlabel="compact model, % of the dense one", xlim=(0, 1.05 * max(100, *shares)))
-    axes.invert_yaxis()
-
-def plot_training(axes, training: dict[str, dict]) -> None:
-    """Validation perplexity while fine-tuning, the pruned model and the control."""
-    for stage, record in training.items():
-        curve, look = zip(*record["history"]["perplexity"]), {"color": COLOR[stage], "label": STAGES[stage]}
-        axes.plot(*curve, marker="o", markersize=3, **look)
-    axes.set(xlabel="step", ylabel="validation perplexity")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title The comparison as a picture (2), and the report
-def draw_dashboard(metrics: dict, gates: torch.Tensor) -> Figure:
-    """Gates of heads (layers, heads), perplexities, size and speed, training, samples; the title states the finding."""
-    figure = new_figure(13, 7.4)
-    figure.suptitle(finding(metrics), fontsize=15, fontweight="bold")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 0.95))
-    parts = [*top.subplots(1, 2, width_ratios=(1.25, 1)), *bottom.subplots(1, 3, width_ratios=(0.8, 0.9, 1.1))]
-    if metrics.get("neurons") and gates.all():  # no head was closed
-        plot_neurons(parts[0], metrics["neurons"])
-    else:
-        plot_heads(parts[0], torch.tensor(metrics["importance"]), gates)
-    plot_perplexities(parts[1], metrics["perplexity"])
-    plot_sizes(parts[2], metrics["size"])
-    plot_training(parts[3], metrics["training"])
-    closed = f"{bare_name(metrics['settings']['model'])}: {words_for_closed(metrics)} closed by "
-    titles = (closed + metrics["settings"]["strategy"], "what it cost, what came back", "size and speed", "fine-tuning",
-              "what it writes")
-    for axes, title in zip(parts, titles):
-        axes.set_title(title, fontsize=11)
-    for axes in parts[1:4]:
-        axes.spines[["top", "right"]].set_visible(False)
-    parts[4].set_axis_off()
-    text = ""
-    for stage in ("dense", "pruned", "fine_tuned"):
-        lines = textwrap.wrap(" ".join(metrics["samples"][stage].replace("$", r"\$").split()), 62)
-        text += f"{STAGES[stage]}:\n" + "\n".join(lines[:5]) + (" …" if len(lines) > 5 else "") + "\n\n"
-    parts[4].text(0, 1, text, va="top", fontsize=8, transform=parts[4].transAxes)
+        left.xaxis.set_major_locator(MaxNLocator(6))
+        left.xaxis.set_minor_locator(NullLocator())
+    left.xaxis.set_major_formatter("{x:g}")
+    left.margins(x=0.12)
+    for stage, record in metrics["training"].items():
+        right.plot(*zip(*record["history"]["perplexity"]), "o-", markersize=3, color=colors[stage],
+                   label=STAGES.get(stage, "the first half, with gates"))
+    right.set(xlabel="step", ylabel="validation perplexity")
+    right.grid(alpha=0.3)
+    right.legend(frameon=False, fontsize=8)
     return figure
 
-@saying_disk_trouble()
-def write_report(run: Run) -> None:
-    """Writes report.md into the run's folder."""
-    if not run.writes:
-        return
-    metrics, heads = run.metrics, run.metrics["heads"]
+def report(metrics: dict) -> str:
+    """What was done and what came of it, in Markdown: the text of report.md and of every model card."""
+    heads, neurons = metrics.get("heads_after_fine_tuning", metrics["heads"]), metrics["neurons"]
+    left = {"heads left": heads["open_per_layer"]} | ({"neurons left": neurons["open_per_layer"]} if neurons else {})
+    layers = "\n".join(f"{name}, layer by layer: {', '.join(map(str, row))}.\n" for name, row in left.items())
+    closed = f"Closed heads as [layer, head]: {heads['closed_list']}."
     samples = [f"**{STAGES[stage]}**\n\n> " + text.replace("\n", "\n> ") for stage, text in metrics["samples"].items()]
-    rows = {"layer": range(len(heads["open_per_layer"])), "---": ["---"] * len(heads["open_per_layer"]),
-            "heads open": heads["open_per_layer"], "heads lost": heads["closed_per_layer"]}
-    if metrics["neurons"]:
-        rows["neurons left"] = metrics["neurons"]["open_per_layer"]
-    layers = "\n".join(f"| {name} | {' | '.join(map(str, row))} |" for name, row in rows.items())
-    name = bare_name(metrics["settings"]["model"])
-    title = f"# {name}, {words_for_closed(metrics)} closed"
-    parts = [title, comparison(metrics), conditions(metrics),
-             *([size_table(metrics["size"])] if metrics["size"] else []), "![dashboard](dashboard.png)",
-             "![heads](heads.png)", layers, "![fine-tuning](fine_tuned.png)", "## Samples", *samples]
-    (run.folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-
+    sizes = [size_table(metrics["size"])] if metrics["size"] else []
+    parts = [comparison(metrics), conditions(metrics), *sizes, layers, closed, "## Samples", *samples]
+    return "\n\n".join(parts) + "\n"
 
 # %%
 if __name__ == "__main__":
     require_fine_tuned(run.metrics)
-    write_report(run)
     show_markdown(comparison(run.metrics) + "\n\n" + conditions(run.metrics))
-    run.show(draw_dashboard(run.metrics, heads_part(model, get_gates(model))), "dashboard.png", width=1100)
+    run.show(draw_dashboard(run.metrics), "dashboard.png", width=1000)
 
 # %% [markdown]
 # <a name="16.-Save-and-download"></a>
 # ## 16. Save and download
 #
 # The **compact** model is saved so that anyone can open it, without this notebook: weights as safetensors,
-# configuration, tokenizer, a model card, and `modeling_pruned.py`, a short file with the functions of
-# section 13, which cuts the model while it is being opened. It is written from the source of those very
-# functions, so the logic exists once. Where all layers have lost equally many heads and the family's own
+# configuration, tokenizer, a model card, and `modeling_pruned.py`, sixty lines that give the family's own model the
+# shapes which the configuration lists. Where all layers have lost equally much and the family's own
 # configuration can say so (`uniform`), no code has to travel: the folder is an ordinary, smaller checkpoint.
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title modeling_pruned.py
-@functools.cache  # to parse all of the script takes a moment
-def definitions(text: str) -> dict[str, str]:
-    """The source of each function and class of a Python text, by name, without decorators."""
-    lines = text.splitlines()
-    return {node.name: "\n".join(lines[node.lineno - 1: node.end_lineno]) for node in ast.parse(text).body
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-
-def source_of(thing) -> str:
-    """The source of a function or class of this file; inspect.getsource cannot find the classes of a notebook."""
-    code = (thing.__init__ if isinstance(thing, type) else thing).__code__
-    return definitions("".join(linecache.getlines(code.co_filename)))[thing.__name__]
-
-def modeling_code(name: str, kind: str) -> str:
-    """The text of modeling_pruned.py: the class Pruned<name>, derived from <name>; `kind` is its model_type."""
-    pieces = (inputs_first, find_rows, norm_over_heads, head_parameters, slice_projection, cut_attention, cut_neurons,
-              cut_heads, tell_attention, in_order, pick_bias, find_cache, repeat_keys, NoHeads, LayerConfig)
-    return f'''"""{name} with some of its attention heads removed; `kept_heads` in config.json lists those that stay.
+# @title modeling_pruned.py, but for the functions of section 7 that it needs
+CODE = '''"""{name} with some of its heads or neurons removed: `pruned` in config.json says what is left.
 
 Written by PruningAndFineTuningColab. Needs torch and transformers, nothing else.
 """
 
-import inspect
-from types import SimpleNamespace
+import copy
 
 import torch
 from transformers import {name}
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.pytorch_utils import Conv1D
 
 # Some weights have another name in files than in models; the class here has the same ones as the class it derives from.
 renamed = get_checkpoint_conversion_mapping("{name}") or get_checkpoint_conversion_mapping("{kind}")
@@ -4791,64 +3330,63 @@ if renamed:
 
 
 class Pruned{name}({name}):
-    """Builds the full model and cuts it before its weights are loaded."""
+    """Builds the full model, and gives it the shapes that are left before the weights are loaded."""
 
     _auto_class = "AutoModelForCausalLM"  # so that save_pretrained takes this file along
 
     def __init__(self, config):
         super().__init__(config)
-        cut_heads(self, getattr(config, "kept_heads", {{}}))
-        cut_neurons(self, {{path: range(kept) for path, kept in getattr(config, "kept_neurons", {{}}).items()}})
-
-
-''' + "\n\n\n".join(source_of(piece) for piece in pieces) + "\n"
-
+        for path, shape in config.pruned["shapes"].items():
+            owner, _, name = path.rpartition(".")
+            owner = self.get_submodule(owner)
+            setattr(owner, name, torch.nn.Parameter(getattr(owner, name).new_empty(shape)))
+        for path, numbers in config.pruned["numbers"].items():
+            vars(self.get_submodule(path)).update(numbers)
+            add_hooks(self.get_submodule(path))
+'''
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Saving the compact form, with code or natively
-def native_width(model):
-    """native_config() of a model that lost neurons: the family's word for their number, if all layers have as many."""
-    numbers = set(model.config.kept_neurons.values())
-    if model.config.kept_heads or len(numbers) > 1:
-        return None
-    for word in ("intermediate_size", "n_inner", "ffn_dim"):
-        config = copy.deepcopy(model.config)
-        config.__dict__.pop("kept_heads"), config.__dict__.pop("kept_neurons")
-        if config.get_text_config() is config and hasattr(config, word):
-            setattr(config, word, *numbers)
-            if not why_not_shaped(model, config):
-                return config
-    return None
+def source_of(thing, method=None) -> str:
+    """The source of a function or class; inspect.getsource does not find the classes of a notebook."""
+    lines = linecache.getlines((method or thing).__code__.co_filename)
+    first = next(n for n, line in enumerate(lines) if re.match(rf"(def|class) {thing.__name__}\b", line))
+    return "".join(inspect.getblock(lines[first:]))
 
-def native_config(model):
-    """A compact model's configuration in the words of its family alone, or None where they do not suffice."""
-    config, kept_heads = model.config.get_text_config(), model.config.kept_heads
-    if not kept_heads or hasattr(model.config, "kept_neurons"):
-        return native_width(model)
-    sharing = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    groups = {tuple(collections.Counter(head // sharing for head in kept).values()) for kept in kept_heads.values()}
-    if len(groups) > 1 or len(set(min(groups))) != 1:
-        return None  # layers differ, key/value heads are read by different numbers of query heads, or no head is left
-    (group,) = groups
-    inputs = inputs_first(model.get_submodule(next(iter(kept_heads)))).shape[0]
-    try:
-        return config_with_fewer(model, sum(group), len(group), inputs // sum(group))
-    except UserError:
-        return None
+def modeling_code(name: str, kind: str) -> str:
+    """The text of modeling_pruned.py: the class Pruned<name>, derived from <name>; `kind` is its model_type."""
+    pieces = [source_of(RepeatedKeys, RepeatedKeys.update), *map(source_of, (repeat_keys, pick, add_hooks))]
+    return "\n\n".join([CODE.replace("{name}", name).replace("{kind}", kind), *pieces])
 
-def save_compact(model, tokenizer, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+def differences(small) -> dict:
+    """Shapes of parameters and numbers of modules in which a cut model differs from what its class builds."""
+    with torch.device("meta"):
+        whole = type(small)(copy.deepcopy(small.config))
+    shapes = {name: list(p.shape) for name, p in small.named_parameters() if p.shape != whole.get_parameter(name).shape}
+    numbers = {}
+    for path, module in small.named_modules():
+        other = vars(whole.get_submodule(path))
+        if changed := {key: value for key, value in vars(module).items()
+                       if type(value) in (int, list) and value != other.get(key) and path}:
+            numbers[path] = changed
+    return {"shapes": shapes, "numbers": numbers}
+
+def save_compact(small, tokenizer, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Saves a compact model for from_pretrained: natively where that is possible, else with modeling_pruned.py."""
-    model = move(copy.deepcopy(model), "cpu").to(dtype)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    config = native_config(model)
-    if config is None:
-        config, name = copy.deepcopy(model.config), native_class(model).__name__
-        config.architectures = [f"Pruned{name}"]
+    small = move(copy.deepcopy(small), "cpu").to(dtype)
+    if native := native_config(small):
+        config = native
+    else:
+        config, name = copy.deepcopy(small.config), type(small).__name__
+        config.pruned, config.architectures = differences(small), [f"Pruned{name}"]
         config.auto_map = {"AutoModelForCausalLM": f"modeling_pruned.Pruned{name}"}
-        (folder / "modeling_pruned.py").write_text(modeling_code(name, config.model_type), encoding="utf-8")
+    small.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config.dtype = dtype
     config.save_pretrained(folder)
-
+    if not native:
+        code = modeling_code(type(small).__name__, config.model_type)
+        (folder / "modeling_pruned.py").write_text(code, encoding="utf-8")
 
 # %% [markdown]
 # Some tools allow no code at all. For them there is the **zeroed** form, the full-sized model with the
@@ -4859,29 +3397,14 @@ def save_compact(model, tokenizer, folder: Path, dtype: torch.dtype = torch.floa
 # @title Saving the zeroed form, and opening it again with its gates
 @torch.no_grad()
 def expand(small, model):
-    """A copy of the gated `model` with the weights of `small`, which was cut from it; closed heads keep their own."""
-    full, weights = copy.deepcopy(model), dict(small.named_parameters())
-    heads, kept_neurons = find_heads(model)[0].number, getattr(small, "neurons_kept", {})
-    for path, kept in (small.config.kept_heads | kept_neurons).items():
-        parent, _, output = path.rpartition(".")
-        origin = torch.nn.ModuleDict({"parent": copy.deepcopy(model.get_submodule(parent))})
-        for parameter in origin.parameters():  # every number says where it stands, and is then cut with the rest
-            places = torch.arange(parameter.numel(), device=parameter.device)
-            parameter.requires_grad_(False).data = places.view_as(parameter)
-        if path in kept_neurons:
-            cut_neurons(origin, {f"parent.{output}": kept})
-        else:
-            origin["parent"] = cut_attention(origin["parent"], output, kept, heads)
-        for name, position in origin["parent"].named_parameters():
-            target = full.get_parameter(f"{parent}.{name.replace('output_bias', f'{output}.bias')}")
-            if f"{parent}.{name}" in weights and weights[f"{parent}.{name}"].shape == position.shape:
-                target.view(-1)[position.flatten()] = weights.pop(f"{parent}.{name}").flatten()
-    for name, weight in weights.items():
-        full.get_parameter(name).copy_(weight)
-    kept = small.config.kept_heads | kept_neurons
-    set_gates(full, torch.stack([torch.cat([torch.zeros(units.number).index_fill(0, torch.tensor(kept[units.path]), 1.0)
-                                            if kept[units.path] else torch.zeros(units.number) for units in layer])
-                                 for layer in find_units(full)]))
+    """A copy of the gated `model` with the weights of `small`, which was cut from it; what was cut keeps its own."""
+    full, places, weights = copy.deepcopy(model), remove_gates(copy.deepcopy(model)), dict(small.named_parameters())
+    for parameter in places.parameters():  # every number says where it stands, and is then cut with the rest
+        numbers = torch.arange(parameter.numel(), dtype=torch.int32, device=parameter.device)
+        parameter.requires_grad_(False).data = numbers.view_as(parameter)
+    for name, place in cut(places, small.kept, fold=False).named_parameters():
+        full.get_parameter(name).view(-1)[place.flatten().long()] = weights[name].flatten()
+    set_gates(full, small.kept)
     return full
 
 @torch.no_grad()
@@ -4893,15 +3416,14 @@ def save_gated(model, tokenizer, folder: Path, dtype: torch.dtype = torch.float3
         gates = units.projection.gates
         erased[f"output_weight.{number}"] = units.output_weight[gates != 1].clone().contiguous()
         units.output_weight.mul_(gates[:, None, None])
-    remove_gates(plain)
-    plain.to(dtype).save_pretrained(folder)
+    remove_gates(plain).to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     save_file(erased, folder / "gates.safetensors", {"prunes": getattr(plain, "prunes", "heads")})
 
 @torch.no_grad()
 def load_gated(folder: Path, device: str | torch.device = "cpu"):
     """Tokenizer and model that save_gated wrote, with its gates, every one of which can be opened again."""
-    tokenizer, model = load_model(str(folder), device)
+    tokenizer, model = load_model(str(folder), torch.device(device))
     with safe_open(Path(folder) / "gates.safetensors", "pt") as stored:
         model.prunes = (stored.metadata() or {}).get("prunes", "heads")
         set_gates(model, stored.get_tensor("gates"))
@@ -4909,11 +3431,72 @@ def load_gated(folder: Path, device: str | torch.device = "cpu"):
             units.output_weight[units.projection.gates != 1] = stored.get_tensor(f"output_weight.{number}").to(device)
     return tokenizer, model
 
-
 # %% [markdown]
-# For llama.cpp and the programs around it there is **GGUF**: the compact model in one file, with its tokenizer
-# and chat template. The file is read again and computed by llama.cpp's formulas; where llama.cpp itself can be
-# imported (`pip install llama-cpp-py-sync`), it opens the file and has to give the same logits and tokens.
+# llama.cpp, and Ollama and LM Studio with it, reads **GGUF** files. One of its architectures, `deci`, is Llama
+# with other numbers of heads and neurons in every layer, so it has a place for what is left here: the compact model
+# in one file, with its tokenizer and chat template.
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title A compact model in the words of llama.cpp
+def neighbours(rows: torch.Tensor, size: int) -> torch.Tensor:
+    """Rows (heads x size, ...) of queries or keys: transformers turns the halves of a head, llama.cpp neighbours."""
+    return rows.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2)
+
+def attention_parts(attention, size: int, normed: bool) -> tuple[dict, int, int]:
+    """({name: weight or bias}, heads, key/value heads) of a cut attention module; `normed`: queries and keys are."""
+    output = attention.o_proj
+    inputs = [part for part in attention.children() if isinstance(part, torch.nn.Linear) and part is not output]
+    heads = output.in_features // size
+    shared = (sum(part.out_features for part in inputs) // size - heads) // 2
+    parts = {"output.weight": output.weight, "output.bias": output.bias}
+    for kind in ("weight", "bias"):
+        if getattr(inputs[0], kind) is not None:
+            rows = torch.cat([getattr(part, kind) for part in inputs])
+            rows = rows.split([heads * size, shared * size, shared * size])
+            if hasattr(attention, "key_of"):  # it wants equally many readers of each key: one for each query head
+                queries, *others = rows
+                rows = (queries, *(part.unflatten(0, (-1, size))[attention.key_of].flatten(0, 1) for part in others))
+            if normed:  # `openelm` has them in one matrix
+                parts[f"qkv.{kind}"] = torch.cat(rows)
+            else:
+                parts |= {f"q.{kind}": neighbours(rows[0], size), f"k.{kind}": neighbours(rows[1], size),
+                          f"v.{kind}": rows[2]}
+    if normed:
+        parts |= {"q_norm.weight": attention.q_norm.weight, "k_norm.weight": attention.k_norm.weight}
+    return parts, heads, heads if hasattr(attention, "key_of") else shared
+
+@torch.no_grad()
+def in_words_of_llama_cpp(small) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors, numbers) of a compact model of LLAMA_CPP: a state_dict by llama.cpp's names, and what layers have."""
+    base, config = small.base_model, small.config
+    width, theta = config.hidden_size, config.rope_parameters["rope_theta"]
+    size = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    tensors = {"token_embd.weight": base.embed_tokens.weight, "output_norm.weight": base.norm.weight}
+    if small.lm_head.weight is not base.embed_tokens.weight:
+        tensors["output.weight"] = small.lm_head.weight
+    factors = theta ** -(torch.arange(0, size, 2).double() / size) / base.rotary_emb.inv_freq.cpu().double()
+    if (factors - 1).abs().max() > 1e-4:  # Llama 3's and linear scaling
+        tensors["rope_freqs.weight"] = factors.float()
+    normed = hasattr(base.layers[0].self_attn, "q_norm")
+    window = getattr(config, "sliding_window", None)  # beyond it llama.cpp's plain attention would read too much
+    numbers = {"heads": [], "key_value_heads": [], "neurons": [], "head_dim": size, "base": theta, "width": width,
+               "epsilon": config.rms_norm_eps, "architecture": "openelm" if normed else "deci",
+               "context": min(config.max_position_embeddings, window or config.max_position_embeddings)}
+    for layer, block in enumerate(base.layers):
+        parts, heads, shared = attention_parts(block.self_attn, size, normed)
+        parts = {f"attn_{name}": part for name, part in parts.items()}
+        parts |= {"attn_norm.weight": block.input_layernorm.weight,
+                  "ffn_norm.weight": block.post_attention_layernorm.weight}
+        down = block.mlp.down_proj
+        inputs = [part for part in block.mlp.children() if isinstance(part, torch.nn.Linear) and part is not down]
+        for kind in ("weight", "bias"):
+            if getattr(down, kind) is not None:
+                gate, up = torch.cat([getattr(part, kind) for part in inputs]).chunk(2)
+                parts |= {f"ffn_gate.{kind}": gate, f"ffn_up.{kind}": up, f"ffn_down.{kind}": getattr(down, kind)}
+        tensors |= {f"blk.{layer}.{name}": part for name, part in parts.items() if part is not None}
+        for name, number in (("heads", heads), ("key_value_heads", shared), ("neurons", down.in_features)):
+            numbers[name].append(number)
+    return {name: part.detach().cpu() for name, part in tensors.items()}, numbers
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title The tokenizer of a .gguf file
@@ -4944,11 +3527,8 @@ def write_tokenizer(writer, tokenizer, source: str, vocabulary: int) -> None:
     special.chat_template = special.chat_template or tokenizer.chat_template
     special.add_to_gguf(writer, quiet=True)
 
-
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Writing a .gguf file, and reading it again
-GGUF_FORMATS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-
+# @title Writing a .gguf file
 def write_gguf(path: Path, small, tokenizer, source: str, words: dict) -> None:
     """Writes a compact model. `source`: the tokenizer's model or file; `words`: format, name, base and description."""
     tensors, numbers = in_words_of_llama_cpp(small)
@@ -4957,6 +3537,7 @@ def write_gguf(path: Path, small, tokenizer, source: str, words: dict) -> None:
     plain = alike and numbers["architecture"] == "deci" and not any(name.endswith(".bias") for name in tensors)
     writer = gguf.GGUFWriter(path, "llama" if plain else numbers["architecture"])  # which transformers reads, too
     heads, shared, neurons = (part[0] if alike else part for part in each)
+    kind = gguf.LlamaFileType[{"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}[words["format"]]]
     for add, value in ((writer.add_name, words["name"]), (writer.add_description, words["description"]),
                        (writer.add_block_count, len(each[0])), (writer.add_context_length, numbers["context"]),
                        (writer.add_embedding_length, numbers["width"]), (writer.add_feed_forward_length, neurons),
@@ -4964,211 +3545,89 @@ def write_gguf(path: Path, small, tokenizer, source: str, words: dict) -> None:
                        (writer.add_key_length, numbers["head_dim"]), (writer.add_value_length, numbers["head_dim"]),
                        (writer.add_rope_dimension_count, numbers["head_dim"]),
                        (writer.add_rope_freq_base, numbers["base"]),
-                       (writer.add_layer_norm_rms_eps, numbers["epsilon"]),
-                       (writer.add_vocab_size, len(tensors["token_embd.weight"])),
-                       (writer.add_file_type, gguf.LlamaFileType[GGUF_FORMATS[words["format"]]])):
+                       (writer.add_layer_norm_rms_eps, numbers["epsilon"]), (writer.add_file_type, kind),
+                       (writer.add_vocab_size, len(tensors["token_embd.weight"]))):
         add(value)
     writer.add_base_model_count(1)
     writer.add_base_model_name(0, words["base"])
     write_tokenizer(writer, tokenizer, source, len(tensors["token_embd.weight"]))
     for name, tensor in tensors.items():
         kind = gguf.GGMLQuantizationType["F32" if tensor.ndim == 1 else words["format"].upper()]
-        if kind == gguf.GGMLQuantizationType.Q8_0 and tensor.shape[-1] % 32:  # its blocks are 32 numbers long
-            kind = gguf.GGMLQuantizationType.F16
         writer.add_tensor(name, gguf.quants.quantize(tensor.float().contiguous().numpy(), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
-def read_gguf(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .gguf file in float32, by name: a state_dict in llama.cpp's words."""
-    return {tensor.name: torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-            for tensor in gguf.GGUFReader(path).tensors}
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Where llama.cpp can be imported, it opens the file, too
-def run_llama_cpp(file: str, folder: str) -> None:
-    """Runs in a process of its own, because llama.cpp ends it where it does not like a file; imports all it needs.
-
-    Of `asked.json` in a folder (ids, text) it writes `logits.npy` (time, vocabulary), and `tokens.json` of the text.
-    """
-    import json
-    from pathlib import Path
-
-    import numpy
-    from llama_cpp_py_sync import Llama
-
-    try:
-        Llama.print_system_info()
-    except RuntimeError as error:
-        raise SystemExit(f"cannot be loaded: {error}") from None
-    asked = json.loads(Path(folder, "asked.json").read_text())
-    number = len(asked["ids"])
-    model = Llama(file, n_ctx=number, n_batch=number)
-    batch = model._lib.llama_batch_init(number, 0, 1)
-    batch.n_tokens = number
-    for place, token in enumerate(asked["ids"]):
-        batch.token[place], batch.pos[place], batch.n_seq_id[place] = token, place, 1
-        batch.seq_id[place][0], batch.logits[place] = 0, 1
-    if model._lib.llama_decode(model._ctx, batch):
-        raise SystemExit("llama.cpp cannot compute it")
-    rows = [model._ffi.buffer(model._lib.llama_get_logits_ith(model._ctx, place), 4 * model.n_vocab)
-            for place in range(number)]
-    numpy.save(Path(folder, "logits.npy"), numpy.stack([numpy.frombuffer(row, "float32") for row in rows]))
-    Path(folder, "tokens.json").write_text(json.dumps(model.tokenize(asked["text"], add_special=False)))
-
-def check_in_llama_cpp(file: Path, small, tokenizer, ids: torch.Tensor) -> dict:
-    """Logits, perplexity and tokens of ids (time,) in llama.cpp beside those here. Raises RuntimeError for others."""
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "asked.json").write_text(json.dumps({"ids": ids.tolist(), "text": text}))
-        code = f"{source_of(run_llama_cpp)}\nrun_llama_cpp({str(file)!r}, {folder!r})"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, errors="replace")
-        if "cannot be loaded: " in done.stderr:
-            print("llama.cpp is installed, but " + done.stderr[done.stderr.rindex("cannot be loaded"):].strip())
-            return {}
-        if done.returncode:
-            raise RuntimeError(f"llama.cpp cannot open {file} ({done.stderr.strip()[-300:]}): please report this.")
-        given = torch.from_numpy(numpy.load(Path(folder, "logits.npy")))[None]
-        tokens = json.loads(Path(folder, "tokens.json").read_text())
-    with torch.no_grad():
-        wanted = small.eval()(ids[None].to(small.device), use_cache=False).logits.float().cpu()
-    here, there = (math.exp(nll(logits, ids[None]).item()) for logits in (wanted, given))
-    found = {"version": importlib.metadata.version("llama-cpp-py-sync"), "divergence": divergence(given, wanted).item(),
-             "largest_difference": ((given - wanted).abs().max() / wanted.abs().max()).item(),
-             "perplexity": there, "perplexity_here": here, "tokens": len(tokens)}
-    if found["divergence"] > 0.02 or tokens != tokenizer(text, add_special_tokens=False).input_ids:
-        raise RuntimeError(f"{file} is another model in llama.cpp, or has other tokens ({found}): please report this.")
-    print(f"llama.cpp opens it: perplexity of a block {there:.3f}, here {here:.3f}; {len(tokens)} tokens alike")
-    return found
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title The .gguf of a run
-def save_gguf(run: Run, small, tokenizer, folder: Path, ids: torch.Tensor) -> float:
-    """Writes a compact model into a folder as .gguf, and compares what is in it on ids (time,): the difference."""
-    name, saved = bare_name(run.metrics["settings"]["model"]), saved_format(run)
-    wanted, auto = run.settings.gguf_format, "bf16" if saved == torch.bfloat16 else "f16"
-    bits = auto if wanted == "auto" else wanted
-    file = folder / f"{name.split('/')[-1].removesuffix('.gguf')}-pruned.gguf"
+def save_gguf(run: Run, small, tokenizer, folder: Path) -> None:
+    """Writes a compact model into a folder as .gguf, in 16 bits: those that the weights came in, else f16."""
+    name, bits = bare_name(run.metrics["settings"]["model"]), "bf16" if saved_format(run) == torch.bfloat16 else "f16"
     words = {"format": bits, "name": f"{name}, pruned", "base": name, "description":
              f"{words_for_closed(run.metrics)} removed from {name}, then fine-tuned, by PruningAndFineTuningColab"}
     folder.mkdir()
+    file = folder / f"{name.split('/')[-1].removesuffix('.gguf')}-pruned.gguf"
     write_gguf(file, small, tokenizer, run.settings.model, words)
-    difference = largest_difference_from(small, read_gguf(file), in_words_of_llama_cpp(small)[1], ids)
-    run.metrics["llama_cpp"] = {"format": bits}
-    if importlib.util.find_spec("llama_cpp_py_sync"):
-        run.metrics["llama_cpp"] |= check_in_llama_cpp(file, small, tokenizer, ids)
-    return difference
-
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title The model card: what the model is made from, what was removed, what that cost, and how to open it
-def how_to_open(folder: Path) -> str:
-    """What a model card says of how a saved folder is used, for transformers or for llama.cpp."""
-    for file in folder.glob("*.gguf"):
-        return f"""```sh
-llama-cli -m {file.name} -p "The history of the city began"
-echo "FROM ./{file.name}" > Modelfile && ollama create pruned -f Modelfile && ollama run pruned
-```"""
-    code = ", trust_remote_code=True" if list(folder.glob("*.py")) else ""
-    return f"""```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{code})
-```"""
-
+# @title The model card, and the folders, each opened again and compared
 def model_card(metrics: dict, folder: Path) -> str:
-    """The README.md of a saved model, with the metadata that the Hugging Face hub reads."""
-    name, heads = bare_name(metrics["settings"]["model"]), metrics.get("heads_after_fine_tuning", metrics["heads"])
-    lost = collections.defaultdict(list)
-    for layer, head in heads["closed_list"]:
-        lost[layer].append(str(head))
+    """The README.md of a saved model: metadata that the Hugging Face hub reads, how to open it, and the report."""
+    name, is_gguf = bare_name(metrics["settings"]["model"]), any(folder.glob("*.gguf"))
+    zeroed, code = (folder / "gates.safetensors").exists(), (folder / "modeling_pruned.py").exists()
     on_hub = name == metrics["settings"]["model"] and name != "demo"
-    is_gguf = any(folder.glob("*.gguf"))
     data = huggingface_hub.ModelCardData(base_model=name if on_hub else None, pipeline_tag="text-generation",
                                          library_name=None if is_gguf else "transformers",
                                          tags=["attention-head-pruning", *["gguf"] * is_gguf])
-    code = sorted(file.name for file in folder.glob("*.py"))
-    closed = "closed (their output weights are zero)" if (folder / "gates.safetensors").exists() else "removed"
-    warning = (f"\n`trust_remote_code=True` runs {' and '.join(f'`{name}`' for name in code)}, which is in this "
-               "folder: read it first.\n" if code else "")
-    layers = "; ".join(f"{layer}: {', '.join(part)}" for layer, part in lost.items())
-    neurons, kinds = metrics.get("neurons"), {"both": "heads and neurons"}.get(metrics["settings"]["prune"])
-    kinds = kinds or metrics["settings"]["prune"]
-    what = f"{heads['closed']} of {heads['total']} attention heads"
-    if neurons:
-        what += f" and {neurons['closed']:,} of {neurons['total']:,} neurons"
-        layers += f"\n\nNeurons left, by layer: {', '.join(map(str, neurons['open_per_layer']))}"
-    return f"""---
-{data.to_yaml()}
----
+    open_it = f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-# {name}, {what} {closed.split()[0]}
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{", trust_remote_code=True" if code else ""})
+```"""
+    for file in folder.glob("*.gguf"):
+        open_it = f"""```sh
+llama-cli -m {file.name} -p "{metrics["settings"]["prompt"]}"
+echo "FROM ./{file.name}" > Modelfile && ollama create pruned -f Modelfile && ollama run pruned
+```"""
+    note = "`trust_remote_code=True` runs `modeling_pruned.py`, which is in this folder: read it first." if code else ""
+    if zeroed:
+        note = "What is closed has output weights of zero: a training that does not know it fills them again."
+    title = f"# {name}, {words_for_closed(metrics)} {'closed' if zeroed else 'removed'}"
+    made = f"Made from `{name}` with PruningAndFineTuningColab."
+    return "\n\n".join([f"---\n{data.to_yaml()}\n---", title, made, open_it, note, report(metrics)])
 
-Made from `{name}` with PruningAndFineTuningColab: {kinds} were scored, the least important ones {closed}, and what
-is left was fine-tuned.
-
-{how_to_open(folder)}
-{warning}
-{comparison(metrics)}
-
-{conditions(metrics)}
-
-Heads {closed.split()[0]}, by layer: {layers or "none"}.
-"""
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Opening a saved folder as a stranger would
-def reopen(folder: Path):
-    """The model of a saved folder, opened as AutoModelForCausalLM.from_pretrained(trust_remote_code=True) does."""
-    # Step by step, because some versions of AutoModelForCausalLM then use the folder's class for the whole family.
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)  # its code is ours, or was trusted before
-    code = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
-    opener = get_class_from_dynamic_module(code, folder) if code else opener_for(config)
-    return opener.from_pretrained(folder, dtype=torch.float32)
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Every saved folder is opened again and compared before it is handed over
 def save_models(run: Run, tuned, model, tokenizer, block: torch.Tensor) -> None:
     """Saves `tuned`, made from the gated `model`, in the forms wanted; each is opened again, on a block (1, time)."""
-    is_compact = hasattr(tuned.config, "kept_heads")
+    is_compact, dtype = hasattr(tuned, "kept"), saved_format(run)
     forms = [form for form in ("compact", "gguf", "zeroed") if form in run.settings.save_model.split()]
     if forms and not is_compact:
         print(f"{type(tuned).__name__} is not compact, so it is saved in the zeroed form, with its gates.")
         forms = ["zeroed"]
-    run.metrics["reopened_difference"] = {}
+    save = {"gguf": lambda folder: save_gguf(run, tuned, tokenizer, folder),
+            "compact": lambda folder: save_compact(tuned, tokenizer, folder, dtype),
+            "zeroed": lambda folder: save_gated(full, tokenizer, folder, dtype)}
+    full = expand(tuned, model) if is_compact and "zeroed" in forms else tuned
+    run.metrics |= {"reopened_difference": {}, "file_bytes": {}}
     for form in forms:
         folder = run.folder / f"model-{form}"
         shutil.rmtree(folder, ignore_errors=True)  # from an earlier run of this cell
         with contextlib.ExitStack() as undo:
             undo.callback(shutil.rmtree, folder, ignore_errors=True)  # a folder that is not whole is removed
-            if form == "gguf":
-                difference = save_gguf(run, tuned, tokenizer, folder, block[0])
-            elif form == "compact":
-                save_compact(tuned, tokenizer, folder, saved_format(run))
-            else:
-                save_gated(expand(tuned, model) if is_compact else tuned, tokenizer, folder, saved_format(run))
+            save[form](folder)
             (folder / "README.md").write_text(model_card(run.metrics, folder), encoding="utf-8")
             undo.pop_all()
+        size = sum(path.stat().st_size for kind in ("model*.safetensors", "*.gguf") for path in folder.glob(kind))
+        run.metrics["file_bytes"][form], words = size, ""
         if form != "gguf":
             difference = largest_difference(tuned, move(reopen(folder), run.device), block)
-        run.metrics["reopened_difference"][form] = difference
-        size = sum(path.stat().st_size for kind in ("model*.safetensors", "*.gguf") for path in folder.glob(kind)) / 1e6
-        came = run.metrics["model"]["file_bytes"]
-        before = f" (it came as {came / 1e6:.1f} MB)" if came else ""
-        run.metrics.setdefault("file_bytes", {})[form] = round(size * 1e6)
-        differ = f"logits differ by {difference:.0e} of the largest" if difference else "with the same logits"
-        bits = run.metrics["llama_cpp"]["format"] if form == "gguf" else run.metrics["model"]["saved_in"]
-        print(f"{folder}: {size:.1f} MB in {bits}{before}; opened again, {differ}")
-        if difference > (0.1 if form == "gguf" else 1e-3):  # a .gguf may be in fewer bits
-            raise RuntimeError(f"{folder} does not open as the model that was saved: please report this and the model.")
+            run.metrics["reopened_difference"][form] = difference
+            words = f"; opened again, logits differ by {difference:.0e} of the largest"
+            if difference > 1e-3:
+                raise RunError(f"{folder} does not open as the model that was saved: please report this and the model")
+        print(f"{folder}: {size / 1e6:.1f} MB{words}")
 
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Opening a folder as a stranger would, the report, and the download
 def offer_download(archive: Path) -> None:
     """Downloads a file in Colab, if it is not on Drive; elsewhere says where it is, with a link in a notebook."""
     if "google.colab" in sys.modules and not archive.is_relative_to("/content/drive"):
@@ -5183,20 +3642,30 @@ def offer_download(archive: Path) -> None:
         display(HTML(f'<a href="{address}" download>{html.escape(archive.name)}</a>'))
     print(f"results: {archive} ({archive.stat().st_size / 2**20:.1f} MB)")
 
+def reopen(folder: Path):
+    """The model of a saved folder, opened as AutoModelForCausalLM.from_pretrained(trust_remote_code=True) does."""
+    # Step by step, because some versions of AutoModelForCausalLM then use the folder's class for the whole family.
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)  # its code is ours, or was trusted before
+    code = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
+    opener = get_class_from_dynamic_module(code, folder) if code else opener_for(config)
+    return opener.from_pretrained(folder, dtype=torch.float32)
+
 def hand_over(run: Run, tuned, model, tokenizer, block: torch.Tensor) -> None:
-    """save_models(), with a block (1, time) to compare on, and the download; the last step of a run."""
+    """save_models(), with a block (1, time) to compare on, the report and the download; the last step of a run."""
     require_fine_tuned(run.metrics)
     if run.writes:
         with run.step("save model"):
             save_models(run, tuned, model, tokenizer, block)
+            title = f"# {bare_name(run.metrics['settings']['model'])}, {words_for_closed(run.metrics)} closed\n\n"
+            pictures = "![dashboard](dashboard.png)\n\n![units](heads.png)\n\n![fine-tuning](fine_tuned.png)\n\n"
+            (run.folder / "report.md").write_text(title + pictures + report(run.metrics), encoding="utf-8")
         offer_download(run.finish())
-    wait_for_all()
-
+    accelerate.PartialState().wait_for_everyone()
 
 # %% [markdown]
 # Before it is handed over, the folder is opened again as a stranger would do it, and must give the same
 # logits. In Colab this cell then downloads everything as one zip file; elsewhere it says where that is.
-
 # %%
 if __name__ == "__main__":
     hand_over(run, tuned, pruned, tokenizer, test_blocks[:1])
+

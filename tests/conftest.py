@@ -1,5 +1,6 @@
 """Small random models of real transformers classes, one for every family, and a reference gate of our own."""
 
+import copy
 import os
 import re
 
@@ -11,17 +12,14 @@ import transformers
 from families import CATALOGUE, GPT
 from families import SIZES as SMALL
 from families import WIDE as LLAMA
+from torch.utils.flop_counter import FlopCounterMode
 
 import PruningAndFineTuningColab as nb
 
 # family -> (config class, its arguments, path of the output projection)
 FAMILIES = {
     "gpt2": ("GPT2Config", GPT, "transformer.h.{}.attn.c_proj"),
-    "opt": (
-        "OPTConfig",
-        SMALL | dict(ffn_dim=64, word_embed_proj_dim=32),
-        "model.decoder.layers.{}.self_attn.out_proj",
-    ),
+    "opt": (*CATALOGUE["OPT"], "model.decoder.layers.{}.self_attn.out_proj"),
     "gpt_neox": ("GPTNeoXConfig", SMALL, "gpt_neox.layers.{}.attention.dense"),
     "llama": ("LlamaConfig", LLAMA, "model.layers.{}.self_attn.o_proj"),
     "mistral": ("MistralConfig", LLAMA, "model.layers.{}.self_attn.o_proj"),
@@ -34,16 +32,8 @@ FAMILIES = {
     "gptj": ("GPTJConfig", GPT | dict(rotary_dim=4), "transformer.h.{}.attn.out_proj"),
     "gpt_neo": (*CATALOGUE["GPT-Neo"], "transformer.h.{}.attn.attention.out_proj"),
     "bloom": (*CATALOGUE["BLOOM"], "transformer.h.{}.self_attention.dense"),
-    "falcon": (
-        "FalconConfig",
-        SMALL | dict(num_kv_heads=2, new_decoder_architecture=True),
-        "transformer.h.{}.self_attention.dense",
-    ),
-    "falcon_multi_query": (
-        "FalconConfig",
-        SMALL | dict(multi_query=True, new_decoder_architecture=False),
-        "transformer.h.{}.self_attention.dense",
-    ),
+    "falcon": (*CATALOGUE["Falcon 40B"], "transformer.h.{}.self_attention.dense"),
+    "falcon_multi_query": (*CATALOGUE["Falcon 7B"], "transformer.h.{}.self_attention.dense"),
     "gpt_bigcode": ("GPTBigCodeConfig", GPT, "transformer.h.{}.attn.c_proj"),
     "biogpt": ("BioGptConfig", SMALL, "biogpt.layers.{}.self_attn.out_proj"),
     "stablelm": ("StableLmConfig", SMALL | dict(num_key_value_heads=2), "model.layers.{}.self_attn.o_proj"),
@@ -68,9 +58,7 @@ def zero_heads(model, family: str, gates: torch.Tensor):
     """The independent reference: zeroes the closed heads' inputs in the weight of the output projection, by path."""
     for number, row in enumerate(gates):
         projection = model.get_submodule(FAMILIES[family][2].format(number))
-        weight = (
-            projection.weight if family == "gpt2" else projection.weight.T
-        )  # (in, out); GPT-2's Conv1D is stored so
+        weight = projection.weight if family == "gpt2" else projection.weight.T  # (in, out), as a Conv1D is stored
         width = weight.shape[0] // len(row)
         for head, gate in enumerate(row.tolist()):
             weight[head * width : (head + 1) * width] *= gate
@@ -80,6 +68,18 @@ def zero_heads(model, family: str, gates: torch.Tensor):
 def logits(model, tokens):
     with torch.no_grad():
         return model.eval()(tokens).logits
+
+
+@torch.no_grad()
+def count_flops(model, block):
+    """Floating-point operations of matrix products per token, counted in a forward pass over a block (1, time)."""
+    model = copy.deepcopy(model).requires_grad_(False).eval()
+    for module in model.modules():
+        if hasattr(module, "config"):  # the counter does not know the fast kernels
+            module.config._attn_implementation = module.config._experts_implementation = "eager"
+    with FlopCounterMode(display=False) as counter:
+        model(block, use_cache=False)
+    return counter.get_total_flops() / block.numel()
 
 
 def tiny_tokenizer():
@@ -117,10 +117,8 @@ def fill_form(notebook, settings: dict):
     (form,) = (cell for cell in notebook.cells if cell.source.startswith("# @title Settings\n"))
     more = []
     for name, value in settings.items():
-        form.source, found = re.subn(
-            rf"^{name.upper()} = [^#]*", f"{name.upper()} = {value!r}  ", form.source, flags=re.M
-        )
-        option = name.replace("_", "-")
+        option, field = name.replace("_", "-"), name.upper()
+        form.source, found = re.subn(rf"^{field} = [^#]*", f"{field} = {value!r}  ", form.source, flags=re.M)
         words = [f"--no-{option}"] if value is False else [f"--{option}", str(value)]
         more += [] if found else words
     form.source = form.source.replace('MORE = ""', f"MORE = {' '.join(more)!r}")

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, logits, make, tiny_tokenizer
+from conftest import FAMILIES, count_flops, logits, make, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -47,11 +48,6 @@ def assert_same(logits, expected, tolerance=1e-5):
     assert ((logits - expected).abs().max() / expected.abs().max()).item() <= tolerance
 
 
-def test_all_the_families_of_the_promise_are_covered():
-    assert set(COVERED) >= {"gpt2", "opt", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3"}
-    assert set(GROUPED) >= {"llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3"}
-
-
 @covered
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
@@ -68,52 +64,50 @@ def test_logits_are_those_of_the_gated_model(family, attention, mask, tokens):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("mask", ["uneven", "first layer empty"])
 def test_generate_is_that_of_the_gated_model(family, attention, mask, tokens):
-    model, small = pair(family, MASKS[mask], attention)
+    """Two families also beyond a sliding window."""
+    window = {"sliding_window": 8} if family in ("mistral", "gemma3") else {}
+    model, small = pair(family, MASKS[mask], attention, **window)
     padding = torch.ones_like(tokens)
     padding[0, :5] = 0
-    for options in (
-        {"do_sample": False},
-        {"do_sample": False, "use_cache": False},
-        {"do_sample": True},
-        {"do_sample": False, "num_beams": 3},
-        {"do_sample": False, "cache_implementation": "static"},
-    ):
-        outputs = []
+    static = {"cache_implementation": "static"}
+    for options in ({}, {"use_cache": False}, {"do_sample": True}, {"num_beams": 3}, static):
+        outputs, options = [], {"do_sample": False} | options
         for each in (model, small):
             torch.manual_seed(0)
             outputs.append(each.generate(tokens, attention_mask=padding, max_new_tokens=12, pad_token_id=0, **options))
         assert torch.equal(*outputs), options
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma3"])
-@pytest.mark.parametrize("mask", ["uneven", "first layer empty"])
-def test_generate_beyond_a_sliding_window(family, mask, tokens):
-    model, small = pair(family, MASKS[mask], sliding_window=8)
-    outputs = [each.generate(tokens, max_new_tokens=12, do_sample=False, pad_token_id=0) for each in (model, small)]
-    assert torch.equal(*outputs)
-
-
 @covered
 def test_it_is_smaller_by_what_was_cut(family, tokens):
     """One head of four goes in layer 0, with grouped queries no key/value head; a whole group in layer 1."""
     model, small = pair(family, [[1, 0, 1, 1], [1, 1, 0, 0]])
-    inputs, bias = 8 * 32, 8 * (family in ("gpt2", "opt", "gpt_neox", "qwen2", "phi"))  # of one head in one projection
+    inputs, bias = 8 * 32, 8 * (family in ("gpt2", "opt", "gpt_neox", "qwen2", "phi"))  # a head's in one projection
     shared = 1 if family in GROUPED else 3  # key/value heads that went with the three heads
     assert model.num_parameters() - small.num_parameters() == (3 + 2 * shared) * (inputs + bias) + 3 * inputs
     kept = 3 if family in GROUPED else 5
     assert nb.cache_bytes(small) == kept * 2 * 8 * 4 < nb.cache_bytes(model)
-    assert nb.count_flops(small, BLOCK) < nb.count_flops(model, BLOCK)
+    predicted = nb.predict_cost(model, nb.get_gates(model), 32)
+    assert predicted["parameters"] == small.num_parameters()
+    assert count_flops(small, BLOCK) == pytest.approx(predicted["flops_per_token"], rel=0.01)
     assert not any("gates" in name for name in small.state_dict())
     assert not any(hasattr(module, "gate_hook") for module in small.modules())
 
 
 def test_flops_and_cache_of_known_shapes():
     model = make("gpt2")
-    per_token = 2 * (
-        2 * (3 * 32 * 32 + 32 * 32 + 2 * 4 * 32 * 32) + 97 * 32
-    )  # two layers, and the head of the vocabulary
-    assert nb.count_flops(model, BLOCK) == per_token + 2 * 2 * 2 * 32 * 32  # and attention: every token to all 32
+    per_token = 2 * (2 * (3 * 32 * 32 + 32 * 32 + 2 * 4 * 32 * 32) + 97 * 32)  # two layers, and the vocabulary
+    per_token += 2 * 2 * 2 * 32 * 32  # and attention: every token to all 32
+    assert count_flops(model, BLOCK) == per_token == nb.predict_cost(model, torch.ones(2, 4), 32)["flops_per_token"]
     assert nb.cache_bytes(model) == 2 * 2 * 32 * 4
+
+
+@pytest.mark.parametrize("family", [family for family in COVERED if family != "phi3"])  # (a known issue, see the .md)
+def test_it_still_takes_another_attention(family, tokens):
+    _, small = pair(family, MASKS["uneven"])
+    small.set_attn_implementation("eager")
+    maps = small(tokens, output_attentions=True).attentions  # which the fast kernels do not build
+    assert [part.shape[1] for part in maps if part is not None] == [3, 2]
 
 
 @settings(max_examples=60, deadline=None)
@@ -126,9 +120,8 @@ def test_random_masks(family, bits, data):
     if family in GROUPED:
         shape["num_key_value_heads"] = 2
     model, small = pair(family, torch.tensor(bits).view(2, 6).tolist(), **shape)
-    ids = torch.tensor(
-        data.draw(st.lists(st.lists(st.integers(3, 96), min_size=9, max_size=9), min_size=1, max_size=2))
-    )
+    texts = st.lists(st.lists(st.integers(3, 96), min_size=9, max_size=9), min_size=1, max_size=2)
+    ids = torch.tensor(data.draw(texts))
     assert_same(logits(small, ids), logits(model, ids))
     with torch.no_grad():  # in two steps, through the cache
         cache = small(ids[:, :5], use_cache=True).past_key_values
@@ -138,12 +131,9 @@ def test_random_masks(family, bits, data):
 
 @covered
 def test_training_is_the_same_training(family, tokens):
-    """AdamW with weight decay and clipped gradients, as in the Trainer; no dropout, which would draw other numbers."""
-    no_dropout = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, "opt": {"dropout": 0.0}}.get(
-        family, {}
-    )
-    curves = []
-    for model in pair(family, MASKS["uneven"], **no_dropout):
+    """AdamW with weight decay and clipped gradients; no dropout, which would draw other numbers."""
+    dropout, curves = {"gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"), "opt": ("dropout",)}.get(family, ()), []
+    for model in pair(family, MASKS["uneven"], **dict.fromkeys(dropout, 0.0)):
         model.train()
         optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01), []
         for _ in range(20):
@@ -163,29 +153,29 @@ def test_trained_gates_are_folded_in(tokens):
     nb.set_gates(model, torch.tensor([[0.5, 0, 1, 2], [0, 0, 0.25, 1]]))
     small = nb.compact(model)
     assert_same(logits(small, tokens), logits(model, tokens))
-    assert list(small.config.kept_heads.values()) == [[0, 2, 3], [2, 3]]
+    assert small.kept.tolist() == [[1, 0, 1, 1], [0, 0, 1, 1]]
 
 
 def test_compacting_leaves_the_gated_model_alone(tokens):
     model = make("llama")
     nb.set_gates(model, torch.tensor(MASKS["uneven"]))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    nb.compact(model)
+    config = model.config.to_dict()
+    assert nb.why_not_compact(model) == "" and nb.compact(model) is not model
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not hasattr(model.config, "kept_heads")
+    assert model.config.to_dict() == config and not hasattr(model, "kept")
 
 
-def test_gates_can_be_taken_off_and_come_back(tokens):
-    model = make("gpt2")
-    dense = logits(model, tokens)
-    nb.set_gates(model, torch.tensor(MASKS["uneven"]))
-    gated = logits(model, tokens)
-    twin = copy.deepcopy(model)
-    with nb.without_gates(twin):
-        assert torch.equal(logits(twin, tokens), dense)
-        assert not any(module._forward_pre_hooks for module in twin.modules())
-        assert torch.equal(logits(model, tokens), gated), "the original keeps its own"
-    assert torch.equal(logits(twin, tokens), gated)
+@pytest.mark.parametrize("cached", [False, True])
+def test_uneven_readers_compile_to_one_graph(cached, tokens):
+    """Hooks that stay after the cut must not break torch.compile."""
+    _, small = pair("llama", MASKS["uneven"])
+    assert any(hasattr(module, "key_of") for module in small.modules())
+    torch.compiler.reset()
+    backend = "inductor" if shutil.which(os.environ.get("CXX", "g++")) else "aot_eager"
+    compiled = torch.compile(small, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        assert_same(compiled(tokens, use_cache=cached).logits, small(tokens, use_cache=cached).logits)
 
 
 # --- what is saved
@@ -251,11 +241,8 @@ def strangers(tmp_path_factory):
         env=os.environ | {"HF_HOME": str(root / "cache"), "PYTHONPATH": ""},
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    said = {
-        name: (kind, text)
-        for name, kind, text in (json.loads(line) for line in result.stdout.splitlines() if line.startswith("["))
-    }
-    return root, models, tokens, said
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[")]
+    return root, models, tokens, {name: (kind, text) for name, kind, text in lines}
 
 
 @pytest.mark.parametrize("family, mask", STRANGE)
@@ -275,31 +262,11 @@ def test_a_stranger_gets_the_same_logits_bit_for_bit(strangers, family, mask):
 def test_the_code_that_travels_is_short_and_needs_two_packages(strangers):
     root, *_ = strangers
     code = (root / "gpt2 uneven" / "modeling_pruned.py").read_text()
-    assert len(code.splitlines()) < 250
-    assert {line.split()[1].split(".")[0] for line in code.splitlines() if line.startswith(("import ", "from "))} == {
-        "inspect",
-        "torch",
-        "transformers",
-        "types",
-    }
-    assert {line.split("(")[0].split(":")[0] for line in code.splitlines() if line.startswith(("class ", "def "))} == {
-        "class PrunedGPT2LMHeadModel",
-        "def inputs_first",
-        "def find_rows",
-        "def norm_over_heads",
-        "def head_parameters",
-        "def slice_projection",
-        "def cut_attention",
-        "def cut_neurons",
-        "def cut_heads",
-        "def tell_attention",
-        "def in_order",
-        "def pick_bias",
-        "def find_cache",
-        "def repeat_keys",
-        "class NoHeads",
-        "class LayerConfig",
-    }
+    assert len(code.splitlines()) < 90
+    lines = [line.split() for line in code.splitlines() if line.startswith(("import ", "from ", "class ", "def "))]
+    found = {words[1].split("(")[0].split(".")[0].rstrip(":") for words in lines}
+    assert found == {"copy", "torch", "transformers", "PrunedGPT2LMHeadModel", "RepeatedKeys", "repeat_keys", "pick",
+                     "add_hooks"}
 
 
 def test_nothing_that_is_saved_is_a_pickle(strangers):
@@ -308,7 +275,7 @@ def test_nothing_that_is_saved_is_a_pickle(strangers):
     assert kinds <= {".json", ".safetensors", ".py", ".md", ".st", ".jinja", ".txt"}
 
 
-def test_one_process_may_open_several_families_and_a_plain_model(tmp_path, tokens):
+def test_one_process_may_open_several_families_and_a_plain_model(tmp_path):
     """Folders of the same name do not get into each other's way, nor into that of the stock model."""
     code = (
         "import sys, torch\nfrom transformers import AutoModelForCausalLM\nfor f in sys.argv[1:]:\n    "
@@ -317,31 +284,26 @@ def test_one_process_may_open_several_families_and_a_plain_model(tmp_path, token
     )
     folders, expected = [], []
     for family in ("gpt2", "llama"):
-        model = make(family)
-        nb.set_gates(model, torch.tensor(MASKS["uneven"]))
-        small = nb.compact(model)
+        _, small = pair(family, MASKS["uneven"])
         nb.save_compact(small, tiny_tokenizer(), tmp_path / family / "model")
         make(family).save_pretrained(tmp_path / family / "plain")
         folders += [tmp_path / family / "model", tmp_path / family / "plain"]
         expected += [logits(each, torch.arange(3, 19)[None]).sum().item() for each in (small, make(family))]
-    out = subprocess.run(
-        [sys.executable, "-c", code, *folders],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"HF_HOME": str(tmp_path / "hf")},
-    )
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf")}
+    out = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, env=environment)
     assert [float(line) for line in out.stdout.splitlines()] == pytest.approx(expected, rel=1e-4), out.stderr[-2000:]
 
 
 @covered
 @pytest.mark.parametrize("mask", ["uneven", "first layer empty"])
 def test_the_zeroed_form_opens_plainly_and_can_be_reopened(family, mask, tokens, tmp_path):
+    """(The head that stays in a layer where all were closed writes zeros, until it is fine-tuned.)"""
     model, small = pair(family, MASKS[mask])
     with torch.no_grad():
         for parameter in small.parameters():
             parameter += 0.01  # as if it had been fine-tuned
     full = nb.expand(small, model)
-    assert torch.equal(nb.get_gates(full), torch.tensor(MASKS[mask], dtype=torch.float))
+    assert torch.equal(nb.get_gates(full), small.kept)
     assert_same(logits(full, tokens), logits(small, tokens))
     nb.save_gated(full, tiny_tokenizer(), tmp_path)
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -350,61 +312,94 @@ def test_the_zeroed_form_opens_plainly_and_can_be_reopened(family, mask, tokens,
     assert_same(logits(nb.reopen(tmp_path), tokens), logits(small, tokens))
     _, again = nb.load_gated(tmp_path)
     nb.set_gates(again, torch.ones(2, 4))
-    names = {name for name in model.state_dict() if "gates" not in name}
-    for layer, row in zip(nb.find_heads(again), MASKS[mask]):
-        before = nb.find_heads(model)[int(layer.path.split(".")[-3])].output_weight
-        for head, gate in enumerate(row):
-            torch.testing.assert_close(layer.output_weight[head], before[head] + 0.01 * gate)
-    assert names == {name for name in again.state_dict() if "gates" not in name}
+    open_before = torch.tensor(MASKS[mask])
+    for now, then, gates, kept in zip(nb.find_heads(again), nb.find_heads(model), open_before, small.kept):
+        erased = ((gates == 0) & (kept == 1)).float()[:, None, None]
+        expected = then.output_weight * (1 - erased) + 0.01 * kept[:, None, None]
+        torch.testing.assert_close(now.output_weight, expected)
+    assert model.state_dict().keys() == again.state_dict().keys()
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"])
-def test_uniform_pruning_saves_a_native_checkpoint(family, tokens, tmp_path):
+# --- the same in every layer
+
+
+def uniform(model, level, prune="heads", importance=None):
+    """The compact model of the gates that uniform=yes chooses."""
+    settings = nb.Settings(uniform="yes", pruning_level=level, prune=prune)
+    nb.plan_closing(model, settings)
+    importance = torch.rand(nb.get_gates(model).shape) if importance is None else importance
+    nb.set_gates(model, nb.gates_for(model, importance, settings))
+    return nb.compact(model)
+
+
+@pytest.mark.parametrize("prune", ["heads", "neurons", "both"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "phi", "gpt2"])
+def test_uniform_pruning_saves_a_native_checkpoint(family, prune, tokens, tmp_path):
+    if family == "gpt2" and prune != "neurons":
+        with pytest.raises(nb.UserError, match="GPT2LMHeadModel has 4 parts.*words for some.*leave uniform off"):
+            uniform(make(family), 0.5, prune)
+        return
     model = make(family)
-    nb.add_gates(model)
-    size, close = nb.plan_uniform(model, 0.5, 1)
-    assert (size, close) == (2, 1)
-    gates = nb.choose_uniform_gates(torch.tensor([[0.0, 3, 2, 2], [3, 3, 9, -9]]), size, close)
-    assert gates.tolist() == [[0, 0, 1, 1], [1, 1, 0, 0]]
-    nb.set_gates(model, gates)
-    small = nb.compact(model)
+    whole = model.config.to_dict()
+    small = uniform(model, 0.5, prune)
     nb.save_compact(small, tiny_tokenizer(), tmp_path)
     assert not list(tmp_path.glob("*.py"))
     config = json.loads((tmp_path / "config.json").read_text())
-    assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (2, 1, 8)
-    assert not {"kept_heads", "auto_map"} & config.keys() and config["architectures"] == [type(model).__name__]
+    halved = {"heads": {"num_attention_heads", "num_key_value_heads"}, "neurons": {"intermediate_size", "n_inner"}}
+    names = halved["heads"] | halved["neurons"] if prune == "both" else halved[prune]
+    for name in names & whole.keys():
+        assert config[name] == (whole[name] or 4 * whole["n_embd"]) // 2
+    assert not {"pruned", "auto_map"} & config.keys() and config["architectures"] == [type(model).__name__]
     native = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(native) is type(model) and native.num_parameters() == small.num_parameters()
     assert torch.equal(logits(native, tokens), logits(small, tokens))
     assert_same(logits(native, tokens), logits(model, tokens))
 
 
-def test_the_least_important_groups_go():
+def test_a_llama_with_a_number_of_heads_that_its_configuration_refuses_is_saved_as_a_mistral(tokens, tmp_path):
+    rope = {"rope_type": "llama3", "rope_theta": 5e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32}
+    small = uniform(make("llama", num_key_value_heads=4, rope_parameters=rope, rms_norm_eps=1e-3), 0.25)
+    assert small.words == [{"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 8}] * 2
+    nb.save_compact(small, tiny_tokenizer(), tmp_path)
+    native = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(native) is transformers.MistralForCausalLM and not list(tmp_path.glob("*.py"))
+    assert torch.equal(logits(native, tokens), logits(small, tokens))
+    outputs = [each.generate(tokens, max_new_tokens=12, do_sample=False, pad_token_id=0) for each in (native, small)]
+    assert torch.equal(*outputs)
+    with pytest.raises(nb.UserError, match="take 0.5, 0.75"):  # MistralConfig knows no biases
+        uniform(make("llama", num_key_value_heads=4, attention_bias=True), 0.25)
+
+
+def test_the_least_important_groups_and_neurons_go():
     importance = torch.tensor([[1.0, 9, 2, 3, 5, 4], [9, 9, 0, 0, 5, 5]])
-    assert nb.choose_uniform_gates(importance, 2, 1).tolist() == [[1, 1, 0, 0, 1, 1], [1, 1, 0, 0, 1, 1]]
-    assert nb.choose_uniform_gates(importance, 1, 2).tolist() == [[0, 1, 0, 1, 1, 1], [1, 1, 0, 0, 1, 1]]
-    assert nb.choose_uniform_gates(importance, 3, 0).all()
+    assert nb.close_alike(importance, 1 / 3, nb.Layout(6, 2)).tolist() == [[1, 1, 0, 0, 1, 1]] * 2
+    assert nb.close_alike(importance, 1 / 3, nb.Layout(6)).tolist() == [[0, 1, 0, 1, 1, 1], [1, 1, 0, 0, 1, 1]]
+    assert nb.close_alike(importance, 0.5, nb.Layout(2, 2)).tolist() == [[1, 1, 0, 0, 1, 1]] * 2
+    found = nb.close_alike(importance, 0.5, nb.Layout(4, 2, chunk=2))
+    assert found.tolist() == [[1, 1, 0, 0, 1, 1], [1, 1, 0, 0, 1, 1]]
+    assert nb.close_alike(importance, 0, nb.Layout(6, 2)).all()
 
 
 def test_uniform_is_refused_where_it_cannot_be():
-    with pytest.raises(nb.UserError, match="GPT2LMHeadModel cannot say.*2 heads.*leave uniform off"):
-        nb.plan_uniform(make("gpt2"), 0.5, 1)
-    with pytest.raises(nb.UserError, match="pruning_level is 0.1 with uniform.*2 groups of heads: take 0.50"):
-        nb.plan_uniform(make("llama"), 0.1, 1)
-    with pytest.raises(nb.UserError, match="min_heads 3.*smaller min_heads"):
-        nb.plan_uniform(make("llama"), 0.5, 3)
-    with pytest.raises(nb.UserError, match="LlamaForCausalLM cannot say that it has 3 heads over 3.*not a multiple"):
-        nb.plan_uniform(make("llama", num_key_value_heads=4), 0.25, 1)
-    with pytest.raises(nb.UserError, match="uniform is True, but must be off where reopen_heads is on"):
-        nb.Settings(uniform=True, reopen_heads=True)
+    with pytest.raises(nb.UserError, match="pruning_level is 0.1 with uniform.*2 parts that go together.*take 0.5"):
+        uniform(make("llama"), 0.1)
+    with pytest.raises(nb.UserError, match="pruning_level is 0.25 with uniform.*leave uniform off"):
+        nb.plan_closing(make("llama"), nb.Settings(uniform="yes", pruning_level=0.25, min_heads=3))
+    with pytest.raises(nb.UserError, match="nothing can be cut out, because cut, it fails.*leave it off"):
+        uniform(make("bloom"), 0.5)
+    for changes in ({"reopen_heads": True}, {"sweep": "fisher 0.1"}):
+        with pytest.raises(nb.UserError, match="uniform is 'yes', but must be off"):
+            nb.Settings(uniform="yes", **changes)
 
 
-@pytest.mark.parametrize("mask", [[[1, 1, 1, 0], [1, 1, 1, 0]], [[1, 0, 1, 0], [1, 1, 0, 0]], [[0] * 4, [0] * 4]])
-def test_shapes_that_a_family_cannot_say_get_code(mask, tmp_path):
-    _, small = pair("llama", mask)
-    assert nb.native_config(small) is None
-    nb.save_compact(small, tiny_tokenizer(), tmp_path)
-    assert (tmp_path / "modeling_pruned.py").exists()
+def test_shapes_that_a_family_cannot_say_get_code(tmp_path):
+    for mask in ([[1, 1, 1, 0], [1, 1, 1, 0]], [[1, 0, 1, 0], [1, 1, 0, 0]]):  # uneven readers; layers that differ
+        _, small = pair("llama", mask)
+        assert nb.native_config(small) is None
+        nb.save_compact(small, tiny_tokenizer(), tmp_path)
+        assert (tmp_path / "modeling_pruned.py").exists()
+    assert nb.native_config(pair("llama", [[0] * 4] * 2)[1]).num_attention_heads == 1, "the one that always stays"
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "phi"])
@@ -433,10 +428,8 @@ def test_code_of_a_model_runs_only_when_trusted(tmp_path):
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config |= {
-        "auto_map": {"AutoConfig": "hostile.Config", "AutoModelForCausalLM": "hostile.Model"},
-        "model_type": "hostile",
-    }
+    auto_map = {"AutoConfig": "hostile.Config", "AutoModelForCausalLM": "hostile.Model"}
+    config |= {"auto_map": auto_map, "model_type": "hostile"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     trace = tmp_path / "trace"
     (tmp_path / "hostile.py").write_text(
@@ -467,70 +460,3 @@ def test_a_pickle_in_place_of_weights_is_refused_and_not_run(tmp_path):
     with pytest.raises(nb.UserError, match="cannot be had"):
         nb.load_model(str(tmp_path), torch.device("cpu"))
     assert not trace.exists()
-
-
-def write_gguf(model, path):
-    """A tiny Llama as a GGUF file, the way llama.cpp's converter writes one."""
-    import gguf
-
-    config, writer = model.config, gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{number}" for number in range(config.vocab_size - 4)] + ["a", "b", "ab", "ba"])
-    writer.add_token_types([1] * config.vocab_size)
-    writer.add_token_merges(["a b", "b a"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    names = {
-        "model.embed_tokens": "token_embd",
-        "model.norm": "output_norm",
-        "lm_head": "output",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "model.layers": "blk",
-    }
-    for name, weight in model.state_dict().items():
-        for heads, part in ((config.num_attention_heads, "q_proj"), (config.num_key_value_heads, "k_proj")):
-            if part in name:  # GGUF keeps the two halves of a rotary pair side by side
-                weight = weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs)
-        writer.add_tensor(name, weight.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def test_a_gguf_model_can_be_compacted_and_saved(tokens, tmp_path):
-    original = make("llama", tie_word_embeddings=False)
-    write_gguf(original, tmp_path / "tiny.gguf")
-    tokenizer, model = nb.load_model(str(tmp_path / "tiny.gguf"), torch.device("cpu"))
-    torch.testing.assert_close(logits(model, tokens), logits(original, tokens), rtol=1e-4, atol=1e-4)
-    nb.set_gates(model, torch.tensor(MASKS["uneven"]))
-    small = nb.compact(model)
-    nb.save_compact(small, tokenizer, tmp_path / "compact")
-    assert torch.equal(logits(nb.reopen(tmp_path / "compact"), tokens), logits(small, tokens))
-    nb.save_gated(nb.expand(small, model), tokenizer, tmp_path / "zeroed")
-    assert_same(
-        logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "zeroed"), tokens), logits(small, tokens)
-    )
-    for form in ("compact", "zeroed"):
-        assert "quantization_config" not in json.loads((tmp_path / form / "config.json").read_text())
-        assert transformers.AutoTokenizer.from_pretrained(tmp_path / form).encode("ab") == tokenizer.encode("ab")

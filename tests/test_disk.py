@@ -14,7 +14,7 @@ import PruningAndFineTuningColab as nb
 
 SCRIPT = Path(nb.__file__)
 FEW = (
-    "--model demo --max-steps 12 --eval-blocks 2 --calibration-blocks 4 --strategy entropy --repair-blocks 4 "
+    "--model demo --max-steps 12 --eval-blocks 2 --calibration-blocks 4 --strategy entropy --repair 4 "
     "--block-length 128"
 ).split()
 
@@ -50,21 +50,22 @@ def fill_and_go_on(mount, tmp_path, size):
     failed = run_script(tmp_path, "--output-dir", str(place))
     assert failed.returncode == 1, failed.stderr[-3000:]
     (said,) = (line for line in failed.stderr.splitlines() if line.startswith("failed: "))
-    assert "the disk cannot be written or read (No space left on device" in said and "Traceback" not in failed.stderr
-    assert not [path for path in place.rglob("*.part")], "nothing half written"
+    assert "No space left on device" in said and "Traceback" not in failed.stderr
+    assert "the same command goes on from it" in said
+    assert not list(place.rglob("*.part")), "nothing half written"
     for file in place.rglob("metrics.json"):
         json.loads(file.read_text())
     mount(200)
     done = run_script(tmp_path, "--output-dir", str(place))
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0 and "Going on with" in done.stdout, done.stderr[-3000:]
     (folder,) = (path for path in place.iterdir() if path.is_dir())
     assert Path(f"{folder}.zip").exists()
     return said, json.loads((folder / "metrics.json").read_text())
 
 
 def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(home, small_disk, tmp_path):
-    said, metrics = fill_and_go_on(small_disk, tmp_path, 12)
-    assert "the same command goes on from it" in said and metrics["finished"]
+    _, metrics = fill_and_go_on(small_disk, tmp_path, 12)
+    assert {"dense", "pruned", "repaired", "fine_tuned", "dense_fine_tuned"} <= set(metrics["perplexity"])
 
 
 @pytest.mark.slow
@@ -72,12 +73,14 @@ def test_disks_that_are_full_at_many_moments(home, small_disk, tmp_path):
     """About five minutes: pytest -m slow -s tests/test_disk.py"""
     (tmp_path / "whole").mkdir()
     assert run_script(tmp_path / "whole").returncode == 0
-    (wanted,) = ((json.loads(path.read_text())) for path in (tmp_path / "whole").glob("results/*/metrics.json"))
+    (wanted,) = (json.loads(path.read_text()) for path in (tmp_path / "whole").glob("results/*/metrics.json"))
     needed = sum(path.stat().st_size for path in (tmp_path / "whole").rglob("*") if path.is_file()) / 2**20
     for size in (1, 2, 4, 6, 8, 12, 16, 20, 24):
         for path in (tmp_path / "disk").iterdir():
             subprocess.run(["rm", "-r", path], check=True)
         said, metrics = fill_and_go_on(small_disk, tmp_path, size)
+        wanted["perplexity"].pop("fine_tuned_as_long", None)  # as many steps as the speed of that moment says
+        metrics["perplexity"].pop("fine_tuned_as_long", None)
         assert metrics["perplexity"] == wanted["perplexity"]
         known = re.search(r"\(perplexity: (.*?)\)", said)
         print(f"full at {size} MB of {needed:.0f}; known until then: {known[1] if known else 'nothing'}")
@@ -85,58 +88,48 @@ def test_disks_that_are_full_at_many_moments(home, small_disk, tmp_path):
 
 def test_a_read_only_disk_is_said_at_once(small_disk, tmp_path):
     done = run_script(tmp_path, "--output-dir", str(small_disk(1, "ro")))
-    assert (
-        done.returncode == 2
-        and "no folder can be made there (Read-only file system): choose another place" in done.stderr.splitlines()[-1]
-    )
+    said = "no folder can be made there (Read-only file system): choose another place"
+    assert done.returncode == 2 and said in done.stderr.splitlines()[-1]
 
 
-def test_a_folder_that_has_gone_is_said_with_its_name(tmp_path):
+def say(monkeypatch, capfd, run, caught):
+    """What the script says of an error in the end: one line on stderr."""
+    monkeypatch.setattr(nb, "run", run, raising=False)
+    with pytest.raises(SystemExit) as stop:
+        nb.stop_without_traceback(caught.type, caught.value, None)
+    assert stop.value.code == 1
+    (said,) = capfd.readouterr().err.splitlines()
+    return said
+
+
+def test_a_folder_that_has_gone_is_said_with_its_name(tmp_path, monkeypatch, capfd):
     run = nb.Run(nb.Settings(output_dir=str(tmp_path / "drive")), torch.device("cpu"), torch.float32)
     os.rename(tmp_path / "drive", tmp_path / "unmounted")
-    with (
-        pytest.raises(
-            nb.RunError, match=f"cannot be written or read .No such file or directory: {run.folder}"
-        ) as caught,
-        run.step("a step"),
-    ):
+    with pytest.raises(FileNotFoundError) as caught, run.step("a step"):
         pass
-    assert isinstance(caught.value.__cause__, OSError)
+    said = say(monkeypatch, capfd, run, caught)
+    assert said.startswith(f"failed: [Errno 2] No such file or directory: '{run.folder}")
 
 
 @pytest.mark.parametrize(
     "error",
     [
         OSError(28, "No space left on device"),
-        RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/1"),
         nb.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("write failed: No space left on device"),
     ],
 )
-def test_a_full_disk_is_known_in_the_words_of_every_library(error, tmp_path, monkeypatch):
+def test_a_full_disk_is_known_in_the_words_of_every_library(error, tmp_path, monkeypatch, capfd):
     run = nb.Run(nb.Settings(output_dir=str(tmp_path)), torch.device("cpu"), torch.float32)
-    run.load_or_compute("first", (), lambda: ({"a": torch.ones(3)}, {}))
+    run.cached("first", (), lambda: ({"a": torch.ones(3)}, {}))
 
     def fail(tensors, path, *_):
         Path(path).write_bytes(b"half")
         raise error
 
     monkeypatch.setattr(nb, "save_file", fail)
-    with (
-        pytest.raises(nb.RunError, match="cannot be written or read .No space left on device.: make room"),
-        run.step("a step"),
-    ):
-        run.load_or_compute("second", (), lambda: ({"a": torch.ones(3)}, {}))
-    assert [path.name.split("-")[0] for path in run.state.iterdir()] == ["first"]
-
-
-def test_other_failures_are_not_taken_for_the_disk():
-    assert not nb.disk_trouble(ValueError("no"))
-    try:
-        try:
-            Path("not/there").read_text()
-        except OSError:  # something was looked for, was not there, and then something else failed
-            raise RuntimeError("CUDA error")  # noqa: B904
-    except RuntimeError as error:
-        assert not nb.disk_trouble(error)
-    with pytest.raises(RuntimeError, match="^CUDA error$"), nb.saying_disk_trouble():
-        raise RuntimeError("CUDA error")
+    with pytest.raises(type(error)) as caught, run.step("a step"):
+        run.cached("second", (), lambda: ({"a": torch.ones(3)}, {}))
+    assert [path.name.split("-")[0] for path in run.state.glob("*.*")] == ["first"]
+    said = say(monkeypatch, capfd, run, caught)
+    assert said.startswith(f"failed: {error}. What is there is in {run.folder}") and "No space left on device" in said

@@ -4,8 +4,7 @@ import codecs
 import gzip
 import json
 
-import pyarrow
-import pyarrow.parquet
+import pandas
 import pytest
 import torch
 from conftest import make, tiny_tokenizer
@@ -24,6 +23,12 @@ def lines(*rows):
     return "\n".join(json.dumps(row) for row in rows) + "\n"
 
 
+def whole_text(path, **more):
+    """What load_text makes of a file, folder or pattern for training."""
+    settings = nb.Settings(model="demo", train_file=str(path), block_length=2, **more)
+    return "".join(nb.load_text(settings)[split] for split in nb.SPLITS)
+
+
 ROWS = lines({"text": "one"}, {"text": "two"})
 
 
@@ -31,27 +36,25 @@ ROWS = lines({"text": "one"}, {"text": "two"})
 def test_a_file_that_is_called_so_comes_before_any_pattern(name, tmp_path):
     write(tmp_path / "rows1.jsonl", lines({"text": "another file"}))
     write(tmp_path / "axb.jsonl", lines({"text": "another file"}))
-    (file,) = nb.find_files(write(tmp_path / name, ROWS))
-    assert nb.read_file(file) == "one\n\ntwo"
+    text = "some words and some more of them"
+    assert whole_text(write(tmp_path / name, lines({"text": text}))) == text
 
 
 @pytest.mark.parametrize(
     "name, content",
     [
         ("a.txt", "one\n\ntwo"),
-        ("a.md", "one\n\ntwo"),
         ("a.TXT", "one\n\ntwo"),
+        ("a.md", "one\n\ntwo"),
         ("a.txt.gz", "one\n\ntwo"),
         ("a.txt", codecs.BOM_UTF8 + b"one\n\ntwo"),
-        ("a.txt", "one\n\ntwo".encode("utf-16")),
         ("a.jsonl", ROWS),
         ("a.jsonl", codecs.BOM_UTF8 + ROWS.encode()),
         ("a.jsonl.gz", ROWS),
         ("a.jsonl", '{"text": "one"}\r\n\r\n{"text": "two"}'),
-        ("a.jsonl", '"one"\n"two"\n'),
+        ("a.jsonl", '{"text": "one", "id": 1}\n{"id": 2}\n{"text": null}\n{"text": "two"}'),
         ("a.json", '[{"text": "one"}, {"text": "two"}]'),
         ("a.json", '["one", "two"]'),
-        ("a.json", '{"version": 1, "data": [{"text": "one"}, {"text": "two"}]}'),
         ("a.csv", 'id,text\n1,one\n2,"two"\n'),
         ("a.CSV.GZ", "text\none\ntwo\n"),
     ],
@@ -60,14 +63,26 @@ def test_files_of_all_kinds(name, content, tmp_path):
     assert nb.read_file(write(tmp_path / name, content)) == "one\n\ntwo"
 
 
+@pytest.mark.parametrize("word", ["NA", "null", "007", "1e5", "2024-01-01", "True", "  x ", '"', "ä\u2028b"])
+def test_words_that_look_like_something_else_stay_words(word, tmp_path):
+    rows = [word, "and more", word]
+    table = pandas.DataFrame({"text": rows})
+    table.to_csv(tmp_path / "a.csv", index=False)
+    table.to_parquet(tmp_path / "a.parquet")
+    write(tmp_path / "a.jsonl", lines(*({"text": row} for row in rows)))
+    write(tmp_path / "a.json", json.dumps([{"text": row} for row in rows]))
+    for kind in ("csv", "parquet", "jsonl", "json"):
+        assert nb.read_file(tmp_path / f"a.{kind}") == "\n\n".join(rows), kind
+
+
 def test_only_the_text_column_can_fail_a_table(tmp_path):
     rows = [{"text": f"row {number}", "meta": number} for number in range(7000)]
     rows[5999] |= {"extra": [1, {"deep": None}], "meta": "a word"}
     text = nb.read_file(write(tmp_path / "late.jsonl", lines(*rows)))
     assert text.split("\n\n") == [row["text"] for row in rows]
-    table = pyarrow.table({"text": ["one", None, "two"], "embedding": [[0.5] * 4] * 3, "meta": [{"a": 1}] * 3})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    assert nb.read_file(tmp_path / "a.parquet") == "one\n\n\n\ntwo"
+    table = pandas.DataFrame({"text": ["one", None, "two"], "embedding": [[0.5] * 4] * 3, "meta": [{"a": 1}] * 3})
+    table.to_parquet(tmp_path / "a.parquet")
+    assert nb.read_file(tmp_path / "a.parquet") == "one\n\ntwo"
 
 
 @pytest.mark.parametrize(
@@ -81,20 +96,20 @@ def test_another_column_is_taken_and_said(row, column, tmp_path, capsys):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.jsonl", ROWS + '{"text": "thr', r"is no .jsonl file .line 3: .*: correct it"),
-        ("a.json", "{", r"is no .json file"),
+        ("a.jsonl", ROWS + '{"text": "thr', "cannot be had .*: correct or convert it"),
+        ("a.json", "{", "cannot be had"),
         ("a.jsonl", "", r"has the columns \(none\), but one named 'text' is needed"),
         ("a.jsonl", lines({"a": "x", "b": "y"}), "has the columns a, b, but one named 'text' is needed"),
-        ("a.jsonl", lines({"text": "one"}, {"text": ["two"]}), "column 'text', but row 2 holds a list in it"),
-        ("a.jsonl", lines({"text": 5}), "column 'text', but row 1 holds a int in it"),
-        ("a.csv", 'text\n"one', "cannot be read .unexpected end of data"),
-        ("a.txt.gz", None, "cannot be read .Not a gzipped file.*check that it is a .txt.gz file"),
-        ("a.parquet", b"PAR1 or not", "cannot be read"),
-        ("a.txt", b"abc\xff\xfe", "is not UTF-8 text .byte 3.: convert it first"),
-        ("a.txt", b"abc\x00def", "has a NUL at character 3, so it is no text"),
+        ("a.jsonl", lines({"text": "one"}, {"text": ["two"]}), "column 'text', but row 2 holds no text in it"),
+        ("a.jsonl", lines({"text": 5}), "column 'text', but row 1 holds no text in it"),
+        ("a.csv", 'text\n"one', "cannot be had .Error tokenizing data"),
+        ("a.txt.gz", None, "cannot be had .Not a gzipped file"),
+        ("a.parquet", b"PAR1 or not", "cannot be had"),
+        ("a.txt", b"abc\xff\xfe", "cannot be had .*can't decode byte 0xff in position 3.*convert it"),
+        ("a.txt", b"abc\x00def", "cannot be had .it has a NUL at character 3"),
     ],
 )
-def test_what_cannot_be_read_is_said_with_its_place(name, content, message, tmp_path):
+def test_what_cannot_be_read_is_said_in_one_sentence(name, content, message, tmp_path):
     path = tmp_path / name
     if content is None:
         path.write_bytes(b"no gzip")
@@ -102,22 +117,20 @@ def test_what_cannot_be_read_is_said_with_its_place(name, content, message, tmp_
         write(path, content)
     with pytest.raises(nb.UserError, match=message) as error:
         nb.read_file(path)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
 def test_a_folder_and_a_pattern_are_several_files(tmp_path):
     for name, text in {"b/2.txt": "two", "b/1.md": "one", "b/x/3.jsonl": lines({"text": "three " * 20})}.items():
         write(tmp_path / name, text)
     write(tmp_path / "b/picture.png", "no text")
-    assert [nb.read_file(file) for file in nb.find_files(str(tmp_path / "b"))] == ["one", "two", "three " * 20]
-    assert [file.name for file in nb.find_files(str(tmp_path / "b" / "*.txt"))] == ["2.txt"]
+    assert whole_text(tmp_path / "b") == "one\n\ntwo\n\n" + "three " * 20
     settings = nb.Settings(train_file=str(tmp_path / "b"), test_file=str(tmp_path / "b/*.txt"), block_length=2)
     parts = nb.load_text(settings)
     assert parts["train"] + parts["validation"] == "one\n\ntwo\n\n" + "three " * 20 and parts["test"] == "two"
-    with pytest.raises(
-        nb.UserError, match="train_file is .*nothing.*an existing file .*folder with some, or a pattern"
-    ):
-        nb.Settings(train_file=str(tmp_path / "nothing*"))
+    for nothing in ("nothing*", "missing.txt", "b/picture.png"):
+        with pytest.raises(nb.UserError, match="train_file is .*, but must be an existing file .*, a folder with some"):
+            whole_text(tmp_path / nothing)
 
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -131,9 +144,11 @@ def test_chats_are_written_out_by_the_chat_template(column, turns, tmp_path):
     with pytest.raises(nb.UserError, match="holds chats, but the model has no chat template"):
         nb.read_file(path, lambda: tokenizer)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    assert nb.read_file(path, lambda: tokenizer) == "<user>a<assistant>b\n\n<user>a<assistant>b"
+    pandas.read_json(path, lines=True).to_parquet(tmp_path / "a.parquet")
+    for file in (path, tmp_path / "a.parquet"):
+        assert nb.read_file(file, lambda: tokenizer) == "<user>a<assistant>b\n\n<user>a<assistant>b"
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(nb.UserError, match="chat in row 1 of .* cannot be written out .roles must alternate"):
+    with pytest.raises(nb.UserError, match="a chat of .* cannot be had .roles must alternate"):
         nb.read_file(path, lambda: tokenizer)
 
 
@@ -150,45 +165,21 @@ def test_an_empty_text_is_found_before_anything_is_made_of_it(tmp_path):
         nb.load_text(settings)
 
 
-class Spaced:
-    """A tokenizer that puts a space before every text, as some do: no text can be cut without changing its ids."""
-
-    def __call__(self, text, **options):
-        return {"input_ids": [ord(letter) for letter in " " + text]}
-
-
-def test_a_text_in_pieces_gives_the_ids_of_the_whole_text(monkeypatch):
-    text = nb.python_docs()[:200_000] + "ends here. " * 1000
-    tokenizer, sizes = nb.demo_tokenizer(text), []
-    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def ids_of(part):
-        sizes.append(len(part))
-        return torch.tensor(tokenizer(part, add_special_tokens=False)["input_ids"])
-
-    pieces = list(nb.in_pieces(text, ids_of, size=20_000))
-    assert "".join(pieces) == text and 5 < len(pieces) < 15 and max(sizes) <= 400, "tried on a few letters"
-    assert torch.cat([ids_of(piece) for piece in pieces]).tolist() == whole
-    spaced = list(nb.in_pieces(text, lambda part: torch.tensor(Spaced()(part)["input_ids"]), size=20_000))
-    assert spaced == [text], "and where that cannot be, the text stays whole"
-
-
 # --- model folders that are something else
 
 
 def test_folders_that_hold_something_else_are_named(tmp_path):
-    (tmp_path / "lora").mkdir()
-    write(tmp_path / "lora" / "adapter_config.json", json.dumps({"base_model_name_or_path": "org/base"}))
-    for step in (5, 50, 100):
-        make("gpt2").save_pretrained(tmp_path / "trainer" / f"checkpoint-{step}")
+    write(tmp_path / "lora/adapter_config.json", json.dumps({"base_model_name_or_path": "org/base"}))
+    make("gpt2").save_pretrained(tmp_path / "trainer/checkpoint-100")
     make("gpt2").save_pretrained(tmp_path / "bare")
-    for folder, message in {
-        "lora": "is a LoRA adapter of 'org/base': merge the two first",
-        "trainer": "output folder of a training: take its newest checkpoint, '.*checkpoint-100'",
+    for name, message in {
+        "lora": "model .* cannot be had",
+        "trainer": "model .* cannot be had",
         "bare": "the tokenizer of model .* cannot be had .*copy the tokenizer's files into the folder",
     }.items():
-        with pytest.raises(nb.UserError, match=message):
-            nb.load_model(str(tmp_path / folder), torch.device("cpu"))
+        with pytest.raises(nb.UserError, match=message) as error:
+            nb.load_model(str(tmp_path / name), torch.device("cpu"))
+        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
@@ -213,17 +204,18 @@ def test_a_tokenizer_that_refuses_other_options_writes_a_sample():
     assert nb.sample(make("gpt2"), Strict(), "a a", new_tokens=3).startswith("a a")
 
 
+def test_a_revision_goes_with_the_name_but_a_folder_is_a_folder(tmp_path, monkeypatch):
+    assert nb.place_of("org/model@v1.0")[0] == "org/model" and nb.place_of("org/model@v1.0")[1]["revision"] == "v1.0"
+    assert nb.place_of("org/model")[0] == "org/model" and nb.place_of("org/model")[1]["revision"] == "main"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a@b").mkdir()
+    assert nb.place_of("a@b")[0] == "a@b" and nb.place_of("a@b")[1]["revision"] == "main"
+    assert nb.place_of("x/y@z.gguf") == ("x", {"gguf_file": "y@z.gguf"})
+
+
 @pytest.mark.parametrize(
     "name, folder", [("org/Llama-3.2-1B", "Llama-3.2-1B"), ("/x/SmolLM2.Q4_1.gguf", "SmolLM2.Q4_1")]
 )
 def test_the_results_folder_has_the_whole_name_of_the_model(name, folder, tmp_path):
-    assert nb.make_folder(tmp_path, name).name.split("_", 2)[2] == folder
-
-
-def test_a_folder_that_cannot_be_read_is_said(tmp_path, monkeypatch):
-    def refuse(path):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(nb.os, "scandir", refuse)
-    with pytest.raises(nb.UserError, match="the folder .* cannot be read .Permission denied.: take another one"):
-        nb.find_files(str(tmp_path))
+    run = nb.Run(nb.Settings(model=name, output_dir=str(tmp_path)), torch.device("cpu"), torch.float32)
+    assert run.folder.parent == tmp_path and run.folder.name.split("_", 2)[2].rpartition("_")[0] == folder

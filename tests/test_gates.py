@@ -41,24 +41,28 @@ def test_multiplying_returned_attention_weights_is_not_a_gate(tokens, gates):
         check_gates(model, "gpt2", tokens, gates, close)
 
 
-def test_reopening_restores_the_dense_logits_bit_for_bit(family, tokens, gates):
+def test_opened_again_taken_off_or_copied_they_are_exact(family, tokens, gates):
     model = make(family)
     dense = logits(model, tokens)
     nb.set_gates(model, gates)
-    assert not torch.equal(logits(model, tokens), dense)
+    gated = logits(model, tokens)
+    assert not torch.equal(gated, dense)
+    twin, plain = copy.deepcopy(model), nb.remove_gates(copy.deepcopy(model))
+    assert torch.equal(logits(plain, tokens), dense)
+    assert not any(module._forward_pre_hooks for module in plain.modules())
+    assert torch.equal(logits(twin, tokens), gated) and torch.equal(logits(model, tokens), gated)
     nb.set_gates(model, torch.ones_like(gates))
-    assert torch.equal(logits(model, tokens), dense)
+    assert torch.equal(logits(model, tokens), dense) and torch.equal(nb.get_gates(twin), gates)
+    model.load_state_dict(twin.state_dict())  # they live in the state_dict
+    assert torch.equal(nb.get_gates(model), gates) and torch.equal(logits(model, tokens), gated)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "llama"])
 def test_generate_with_cache_equals_without(family, tokens, gates):
     model = make(family)
     nb.set_gates(model, gates)
-    outputs = [
-        model.generate(tokens, max_new_tokens=12, do_sample=False, use_cache=cache, pad_token_id=0)
-        for cache in (True, False)
-    ]
-    assert torch.equal(*outputs)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(*(model.generate(tokens, use_cache=cache, **options) for cache in (True, False)))
 
 
 def test_all_open_closes_again_also_after_an_error(gates):
@@ -68,17 +72,6 @@ def test_all_open_closes_again_also_after_an_error(gates):
         assert nb.get_gates(model).all()
         raise KeyboardInterrupt
     assert torch.equal(nb.get_gates(model), gates)
-
-
-def test_gates_live_in_the_state_dict_and_follow_a_copy(tokens, gates):
-    model = make("llama")
-    nb.set_gates(model, gates)
-    twin = copy.deepcopy(model)
-    nb.set_gates(model, torch.ones_like(gates))
-    assert torch.equal(nb.get_gates(twin), gates)
-    model.load_state_dict(twin.state_dict())
-    assert torch.equal(nb.get_gates(model), gates)
-    assert torch.equal(logits(model, tokens), logits(twin, tokens))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "llama"])

@@ -16,16 +16,9 @@ import PruningAndFineTuningColab as nb
 
 NOTEBOOK = Path(nb.__file__).with_suffix(".ipynb")
 FEW = {
-    "model": "model",
-    "dataset": "python-docs",
-    "block_length": 64,
-    "eval_blocks": 4,
-    "calibration_blocks": 4,
-    "gate_steps": 6,
-    "repair_blocks": 8,
-    "max_steps": 4,
-    "resume": "no",
-}
+    "model": "model", "dataset": "python-docs", "block_length": 64, "eval_blocks": 4, "calibration_blocks": 4,
+    "gate_steps": 6, "repair": 8, "max_steps": 4,
+}  # fmt: skip
 LOOK = """
 import gc
 import json
@@ -43,14 +36,9 @@ def test_five_runs_in_one_kernel_take_the_memory_of_one(home, tmp_path):
     shutil.copytree(demo, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=1024,
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=128,
-    )
+        vocab_size=1024, hidden_size=512, intermediate_size=1536, num_hidden_layers=3, num_attention_heads=8,
+        num_key_value_heads=4, max_position_embeddings=128,
+    )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")  # 40 MB: large beside what else may vary
     notebook = nbformat.read(NOTEBOOK, 4)
     fill_form(notebook, FEW)

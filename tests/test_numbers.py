@@ -1,6 +1,5 @@
 """Numbers that are no numbers are noticed where they first appear; what is saved is as wide as what came."""
 
-import dataclasses
 import json
 import math
 import os
@@ -40,24 +39,18 @@ def test_weights_that_are_not_finite_are_named(bad, tmp_path):
         nb.load_model(str(tmp_path), torch.device("cpu"))
 
 
-def test_float16_that_is_too_narrow_is_computed_again_in_float32(capsys):
-    model = overflowing()
-    exact = nb.perplexity(model, BLOCKS)
-    for name in ("fisher", "gradient", "entropy"):
-        nb.COMPUTING.dtype = torch.float16
-        assert nb.get_strategy(name).score(model, BLOCKS).isfinite().all()
-        assert nb.COMPUTING.dtype == torch.float32
-        assert "float16 is too narrow (first in model.layers.0.mlp.up_proj)" in capsys.readouterr().out
-    nb.COMPUTING.dtype = torch.float16
-    assert nb.perplexity(model, BLOCKS) == exact
-    nb.set_gates(model, torch.tensor([[1.0, 0, 1, 1], [1, 1, 0, 1]]))
-    nb.COMPUTING.dtype = torch.float16
-    fixed = nb.repair(model, BLOCKS)
-    assert all(parameter.isfinite().all() for parameter in fixed.parameters())
-    assert math.isfinite(nb.perplexity(fixed, BLOCKS))
-    nb.COMPUTING.dtype = torch.float16
-    fitting = nb.perplexity(make("llama"), BLOCKS)
-    assert nb.COMPUTING.dtype == torch.float16 and math.isfinite(fitting), "what fits stays as it is"
+def test_where_float16_is_too_narrow_all_is_computed_in_float32(tmp_path, capsys):
+    settings = nb.Settings(output_dir=str(tmp_path))
+    for model, dtype in ((make("llama"), torch.float16), (overflowing(), torch.float32)):
+        run = nb.Run(settings, torch.device("cpu"), torch.float16)
+        nb.add_gates(model)
+        nb.try_float16(run, model, BLOCKS[:1])
+        assert nb.COMPUTING.dtype == dtype and run.metrics["precision"] == str(dtype).removeprefix("torch.")
+        said = "float16 is too narrow for this model (first in model.layers.0.mlp.up_proj)" in capsys.readouterr().out
+        assert said == (dtype == torch.float32)
+        assert math.isfinite(nb.perplexity(model, BLOCKS))
+    again = nb.Run(settings, torch.device("cpu"), torch.float16)
+    assert again.folder == run.folder, "the run is the one that was asked for in float16"
 
 
 def test_what_no_format_can_hold_ends_with_the_name_of_the_layer():
@@ -70,19 +63,6 @@ def test_what_no_format_can_hold_ends_with_the_name_of_the_layer():
     for work in (lambda: nb.repair(model, BLOCKS), lambda: nb.get_strategy("fisher").score(model, BLOCKS)):
         with pytest.raises(nb.RunError, match="not finite .first in model.layers.1.self_attn"):
             work()
-
-
-def test_the_record_says_from_where_on_float32_was_needed(tmp_path):
-    settings = nb.Settings(output_dir=str(tmp_path), resume="no")
-    run = nb.Run(settings, torch.device("cpu"), torch.float16)
-    with run.step("importance"):
-        nb.get_strategy("fisher").score(overflowing(), BLOCKS)
-    assert run.metrics["float32_from"] == "scoring by gradient" and run.metrics["precision"] == "float16"
-    run.metrics["blocks"] = {"train": 1, "validation": 1, "test": 1, "tested": 1}
-    assert "float16 (float32 from 'scoring by gradient' on)" in nb.conditions(run.metrics)
-    nb.COMPUTING.dtype = torch.float16
-    again = nb.Run(dataclasses.replace(settings, resume=str(run.folder)), torch.device("cpu"), torch.float16)
-    assert again.folder == run.folder and nb.COMPUTING.dtype == torch.float32, "it goes on as it left off"
 
 
 # --- as wide as it came
@@ -119,13 +99,11 @@ def test_weights_are_saved_in_the_format_they_came_in(dtype, tmp_path):
     assert (tmp_path / "compact" / "model.safetensors").stat().st_size < described["file_bytes"]
 
 
-def test_the_format_can_be_chosen_and_must_be_wide_enough(tmp_path):
-    model = nb.load_model(saved(tmp_path, torch.bfloat16), torch.device("cpu"))[1]
-    for choice, dtype in (("fp32", "float32"), ("fp16", "float16"), ("bf16", "bfloat16"), ("auto", "bfloat16")):
-        assert nb.describe_model(model, nb.Settings(model=str(tmp_path), save_format=choice))["saved_in"] == dtype
+def test_weights_that_have_grown_out_of_their_format_are_said():
+    model = make("llama")
     with torch.no_grad():
         model.lm_head.weight[0, 0] = 1e5
-    with pytest.raises(nb.RunError, match="lm_head.weight does not fit into torch.float16: take --save-format bf16"):
+    with pytest.raises(nb.RunError, match="lm_head.weight does not fit into torch.float16: take a lower --learning-rate"):
         nb.rounded(model, torch.float16)
 
 
@@ -134,24 +112,15 @@ def test_the_format_can_be_chosen_and_must_be_wide_enough(tmp_path):
 
 def test_the_oldest_versions_are_those_of_the_requirements(monkeypatch):
     lines = [line for line in (SCRIPT.parent / "requirements.txt").read_text().splitlines() if line[:1].isalpha()]
-    oldest = {}
-    for requirement in map(Requirement, lines):
-        oldest[requirement.name] = next(s.version for s in requirement.specifier if s.operator == ">=")
-    assert {name: oldest[name] for name in nb.NEEDED} == nb.NEEDED
+    listed = {requirement.name: requirement for requirement in map(Requirement, lines)}
+    for needed in map(Requirement, nb.NEEDED):
+        assert set(map(str, needed.specifier)) <= set(map(str, listed[needed.name].specifier)), needed.name
     real = nb.importlib.metadata.version
     monkeypatch.setattr(
         nb.importlib.metadata, "version", lambda name: "4.57.1" if name == "transformers" else real(name)
     )
-    with pytest.raises(ImportError, match="transformers is 4.57.1, but must be at least 5.9: pip install --upgrade"):
-        nb.check_versions()
-
-
-def test_a_cache_that_cannot_be_written_is_said_before_anything_is_downloaded(monkeypatch):
-    monkeypatch.setattr(nb.huggingface_hub.constants, "HF_HUB_CACHE", "/proc/nothing")
-    monkeypatch.setattr(nb.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(nb, "hub_is_reachable", lambda: True)
-    with pytest.raises(nb.UserError, match="cache is '/proc/nothing', but nothing can be written there .*set HF_HOME"):
-        nb.choose_sources(nb.Settings())
+    with pytest.raises(ImportError, match="transformers is 4.57.1, but must be >=5.9: pip install --upgrade transf"):
+        nb.check_packages()
 
 
 def test_a_level_out_of_reach_is_said_before_the_first_perplexity():
@@ -161,9 +130,10 @@ def test_a_level_out_of_reach_is_said_before_the_first_perplexity():
     assert plan < dense
     model = make("gpt2")
     nb.add_gates(model)
-    for settings in (nb.Settings(pruning_level=0.9), nb.Settings(sweep=True, sweep_levels="0.1 0.9")):
-        with pytest.raises(nb.UserError, match="pruning_level is 0.9 with min_heads 1, but at most 6 of 8 heads"):
+    for settings in (nb.Settings(pruning_level=0.9), nb.Settings(sweep="random 0.1 0.9")):
+        with pytest.raises(nb.UserError, match="pruning_level is 0.9 with min_heads 1, but at most 0.75 can be closed"):
             nb.plan_closing(model, settings)
+    assert nb.plan_closing(model, nb.Settings(pruning_level=0.75)).startswith("8 heads, 75% of which will be closed")
 
 
 def test_a_console_that_cannot_show_a_sign_ends_nothing(tmp_path):

@@ -1,9 +1,11 @@
-"""The sweep, and what fine-tuning keeps: on small random models, without a network."""
+"""The sweep, the level that is found, and the training loop: on small random models, without a network."""
 
 import copy
 import json
+import math
 
 import families
+import pandas
 import pytest
 import torch
 from conftest import make
@@ -12,18 +14,12 @@ import PruningAndFineTuningColab as nb
 
 
 @pytest.fixture
-def place(tmp_path):
+def run(tmp_path):
     settings = nb.Settings(
-        output_dir=str(tmp_path),
-        sweep_strategies="random gradient learned",
-        sweep_levels="0 0.25 0.5",
-        gate_steps=2,
-        batch_size=2,
-        max_steps=10,
-        learning_rate=1e-2,
-        block_length=16,
+        output_dir=str(tmp_path), sweep="random gradient learned 0 0.25 0.5", gate_steps=2, batch_size=2, max_steps=10,
+        learning_rate=1e-2, block_length=16,
     )
-    return settings, nb.Run(settings, torch.device("cpu"), torch.float32), tmp_path / "sweep.json"
+    return nb.Run(settings, torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture
@@ -37,108 +33,131 @@ def three(blocks):
     return blocks["validation"], blocks["train"], blocks["test"]
 
 
-def test_a_sweep_goes_on_where_it_was_interrupted(place, blocks, monkeypatch):
-    settings, _, file = place
-    model = make("gpt2")
-    nb.add_gates(model)
+@pytest.mark.parametrize("at, kept", [(8, 4), (17, 10)])
+def test_a_sweep_goes_on_where_it_was_interrupted(at, kept, run, blocks, monkeypatch):
+    """In the second strategy, and among the other kinds of units."""
+    model, closed = make("gpt2"), torch.tensor([[1.0, 0, 1, 1], [1, 1, 0, 1]])
+    nb.set_gates(model, closed)
     scored, measured, real, score = [], [], nb.perplexity, nb.Gradient.score
 
     def counting(*arguments):
         measured.append(1)
-        if len(measured) == 8:
+        if len(measured) == at:
             raise KeyboardInterrupt
         return real(*arguments)
 
+    def noted(self, *arguments):
+        scored.append(self.squared)
+        return score(self, *arguments)
+
     monkeypatch.setattr(nb, "perplexity", counting)
-    monkeypatch.setattr(
-        nb.Gradient, "score", lambda self, *arguments: scored.append(self.squared) or score(self, *arguments)
-    )
+    monkeypatch.setattr(nb.Gradient, "score", noted)
     with pytest.raises(KeyboardInterrupt):
-        nb.sweep(model, three(blocks), settings, file)
-    kept = json.loads(file.read_text())
-    assert len(kept) == 3 and (nb.get_gates(model) == 1).all(), "what was finished is kept, and the model is as it was"
-    points = nb.sweep(model, three(blocks), settings, file)
-    assert points[:3] == kept and len(points) == 9
-    assert [(point["strategy"], point["level"]) for point in points] == [
-        (s, v) for s in ("random", "gradient", "learned") for v in (0, 0.25, 0.5)
+        nb.sweep(run, model, three(blocks), run.settings)
+    assert len(list(run.state.glob("point-*"))) == kept, "what was finished is kept"
+    assert model.prunes == "heads" and torch.equal(nb.get_gates(model), closed), "and the model is as it was"
+    points = nb.sweep(run, model, three(blocks), run.settings)
+    assert [(point["prune"], point["strategy"], point["level"]) for point in points] == [
+        (kind, name, level)
+        for kind, names in (("heads", ("random", "gradient", "learned")), ("neurons", ["random"]), ("both", ["random"]))
+        for name in names
+        for level in (0, 0.25, 0.5)
     ]
-    assert [point["closed"] for point in points] == [0, 2, 4] * 3
-    assert scored.count(False) == 2, "the interrupted scoring and one more: once for all levels"
-    assert scored.count(True) == 3, "learned gates depend on the level"
-    done = len(measured)
-    assert nb.sweep(model, three(blocks), settings, file) == points and len(measured) == done
+    assert [point["closed"] for point in points[:9]] == [0, 2, 4] * 3
+    assert scored.count(False) == 1 and scored.count(True) == 3, "once for all levels, but learned gates depend on it"
+    done = len(measured), len(scored)
+    assert nb.sweep(run, model, three(blocks), run.settings) == points and (len(measured), len(scored)) == done
+    assert model.prunes == "heads" and torch.equal(nb.get_gates(model), closed)
 
 
-def test_the_points_of_a_sweep_are_right(place, blocks):
-    settings, _, file = place
+def test_the_points_of_a_sweep_are_right(run, blocks, monkeypatch, capsys):
     model = make("opt")
     nb.add_gates(model)
     dense = nb.perplexity(model, blocks["test"])
-    points = nb.sweep(model, three(blocks), settings, file)
+    run.metrics |= {"perplexity": {"dense": dense}, "blocks": {"train": 12, "validation": 6, "test": 6, "tested": 6}}
+    with pytest.raises(SystemExit):
+        nb.run_sweep(run, model, three(blocks))
+    points, said = run.metrics["sweep"], capsys.readouterr().out
     assert points[0]["pruned"] == points[3]["pruned"] == points[0]["repaired"] == pytest.approx(dense)
     nb.set_gates(model, nb.choose_gates(nb.get_strategy("gradient").score(model, blocks["validation"]), 0.5))
     assert points[5]["pruned"] == pytest.approx(nb.perplexity(model, blocks["test"]))
     assert points[5]["repaired"] == pytest.approx(nb.perplexity(nb.repair(model, blocks["train"]), blocks["test"]))
-    table = nb.sweep_table(points, dense).splitlines()
-    assert (
-        table[0] == "| strategy | 0% | 25% | 50% |"
-        and f"{points[5]['pruned']:.2f} → {points[5]['repaired']:.2f}" in table[3]
-    )
-    figure = nb.draw_sweep(points, dense)
-    (axes,) = figure.axes
-    assert axes.get_yscale() == "log" and [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "dense",
-        "learned",
-        "gradient",
-        "random",
-    ]
+    table = [line for line in said.splitlines() if line.startswith("| ")]
+    assert table == nb.points_table(points).splitlines()[:1] + nb.points_table(points).splitlines()[2:]
+    assert table[0] == "| | 0% | 25% | 50% |" and table[2].startswith("| heads, gradient | ")
+    assert f"{points[5]['pruned']:.2f} → {points[5]['repaired']:.2f} |" in table[2]
+    written = pandas.read_csv(run.folder / "sweep.csv")
+    assert written["repaired"].tolist() == [point["repaired"] for point in points]
+    assert (run.folder / "sweep.png").exists() and run.folder.with_name(run.folder.name + ".zip").exists()
+    figure = nb.draw_points(points, nb.dense_point(model, 16, dense), 0.1)
+    labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    kinds = ["heads, random", "heads, gradient", "heads, learned", "neurons, random", "both, random"]
+    assert labels == [*kinds, "dense", "dense + 10%"] and figure.axes[0].get_yscale() == "log"
 
 
-def test_kinds_of_units_are_compared_by_what_they_leave(place, blocks, capsys):
-    settings, run, _ = place
-    settings = run.settings = nb.dataclasses.replace(settings, strategy="gradient", sweep_levels="0.25 0.5")
-    run.metrics["perplexity"]["dense"] = 1.0
+def test_kinds_of_units_are_compared_by_what_they_leave(run, blocks, capsys):
+    settings = nb.dataclasses.replace(run.settings, sweep="gradient 0.25 0.5")
     model = make("llama")
     nb.add_gates(model)
-    closed = torch.tensor([[1.0, 0, 1, 1], [1, 1, 0, 1]])
-    nb.set_gates(model, closed)
-    found = nb.sweep_kinds(run, model, three(blocks))
-    assert list(found) == ["heads", "neurons", "both"] and all(len(points) == 2 for points in found.values())
-    assert torch.equal(nb.get_gates(model), closed) and model.prunes == "heads", "the model is as it was"
+    points = nb.sweep(run, model, three(blocks), settings)
+    assert [point["prune"] for point in points] == ["heads", "heads", "neurons", "neurons", "both", "both"]
     other = make("llama")
     nb.prune_only(other, "both")
     importance = nb.get_strategy("gradient").score(other, blocks["validation"])
     wanted = nb.dataclasses.replace(settings, prune="both", pruning_level=0.5)
     nb.set_gates(other, nb.gates_for(other, importance, wanted))
-    point = found["both"][1]
-    assert point["pruned"] == pytest.approx(nb.perplexity(other, blocks["test"]))
-    small = nb.compact(other)
-    assert point["parameters"] == small.num_parameters()
-    assert point["flops_per_token"] == pytest.approx(nb.count_flops(small, blocks["test"][:1]), rel=0.01)
-    dense = nb.predict_cost(model, torch.ones_like(closed), 16) | {"perplexity": nb.perplexity(small, blocks["test"])}
-    figure = nb.draw_frontier(found, dense, "gradient")
-    drawn = [line.get_label() for line in figure.axes[0].get_lines()]
-    assert drawn == ["heads", "neurons", "both", "dense"] and "within +10 %" in figure.get_suptitle()
-    assert not capsys.readouterr().out
+    assert points[5]["pruned"] == pytest.approx(nb.perplexity(other, blocks["test"]))
+    assert points[5]["parameters"] == nb.compact(other).num_parameters()
+    assert points[5]["flops_per_token"] == nb.predict_cost(other, nb.get_gates(other), 16)["flops_per_token"]
+    assert "left out" not in capsys.readouterr().out
 
     experts = families.make("Mixtral")
     nb.add_gates(experts)
     text = {split: part % 80 for split, part in blocks.items()}
-    assert list(nb.sweep_kinds(run, experts, three(text))) == ["heads"]
-    assert "neurons: left out, the neurons of" in capsys.readouterr().out
+    points = nb.sweep(run, experts, three(text), nb.dataclasses.replace(settings, sweep="random 0.25 0.9"))
+    said = capsys.readouterr().out
+    assert [(point["prune"], point["level"]) for point in points] == [("heads", 0.25)]
+    assert "heads, random: left out, pruning_level is 0.9" in said and "neurons, random: left out, the neurons" in said
+    with pytest.raises(nb.UserError, match="pruning_level is 0.9 with min_heads 1"):  # before anything is computed
+        nb.plan_closing(model, nb.dataclasses.replace(settings, sweep="random 0.25 0.9"))
 
 
-def test_the_smaller_model_is_trained_for_the_same_time(place, blocks, monkeypatch, capsys):
+@pytest.mark.parametrize("loss, found, tried", [(0.1, 0.421875, 6), (1e-9, 0.0625, 6), (100, 0.8125, 3)])
+def test_the_level_that_is_found_is_the_largest_within_the_loss(loss, found, tried, run, blocks, monkeypatch):
+    """Perplexity is made to rise by a quarter of what is closed; beyond 6 of 8 heads nothing can be closed."""
+    model = make("gpt2")
+    nb.add_gates(model)
+    run.settings = nb.dataclasses.replace(run.settings, max_loss=loss, repair=0)
+    monkeypatch.setattr(nb, "perplexity", lambda model, _: 10 * (1 + float((nb.get_gates(model) == 0).sum()) / 32))
+    result = nb.find_level(run, model, torch.arange(8.0).view(2, 4), (blocks["train"], blocks["validation"]), 10.0)
+    assert result["dense"] == 10 and len(result["points"]) == tried
+    within = [point["level"] for point in result["points"] if point["pruned"] <= 10 * (1 + run.settings.max_loss)]
+    assert result["found"] == max(within, default=0.0) == found
+    assert (nb.get_gates(model) == 1).all(), "the gates are as they were"
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_without_repair_it_is_the_pruned_model_that_is_trained(run, blocks):
+    """Then model and pruned model are one, and the teacher has all gates open."""
+    model, closed = make("opt"), torch.tensor([[1.0, 0, 1, 1], [1, 1, 0, 1]])
+    nb.set_gates(model, closed)
+    run.metrics["model"] = {"saved_in": "float32"}
+    run.settings = nb.dataclasses.replace(run.settings, repair=0, max_steps=1)
+    pruned = nb.repaired(run, model, None, blocks["train"], blocks["test"])
+    tuned = nb.fine_tune_pruned(run, model, pruned, blocks)
+    assert tuned.num_parameters() == nb.compact(model).num_parameters() < model.num_parameters()
+    assert torch.equal(tuned.kept, closed) and torch.equal(nb.get_gates(model), closed)
+
+
+def test_the_smaller_model_is_trained_for_the_same_time(run, blocks, monkeypatch, capsys):
     speeds = {
         "dense": {"training_tokens_per_second": 100, "forward_tokens_per_second": 300},
         "pruned": {"training_tokens_per_second": 125, "forward_tokens_per_second": 400},
     }
     assert nb.steps_in_the_same_time({"size": speeds}, 100, teaching=False) == 125
     assert nb.steps_in_the_same_time({"size": speeds}, 100, teaching=True) == 88, "0.01 / (0.008 + 0.00333)"
-    _, run, _ = place
     run.metrics["model"] = {"saved_in": "float32"}
     model = make("opt")
-    nb.add_gates(model)
     nb.set_gates(model, torch.tensor([[1.0, 0, 1, 1], [1, 1, 0, 1]]))
     asked = []
     monkeypatch.setattr(nb, "measure", lambda run, stage, tuned, *_: asked.append((stage, tuned.num_parameters())))
@@ -155,109 +174,103 @@ def test_the_smaller_model_is_trained_for_the_same_time(place, blocks, monkeypat
     assert run.metrics["training"]["fine_tuned_as_long"]["planned_steps"] == 10
 
 
-def test_a_level_out_of_reach_is_refused_before_anything_is_computed(place, blocks):
-    settings, _, file = place
-    model = make("gpt2")
-    nb.add_gates(model)
-    with pytest.raises(nb.UserError, match="pruning_level is 0.95"):
-        nb.sweep(model, three(blocks), nb.dataclasses.replace(settings, sweep_levels="0.1 0.95"), file)
-    assert not file.exists()
-    with pytest.raises(nb.UserError, match="sweep_levels is '0.1 1.5'"):
-        nb.dataclasses.replace(settings, sweep_levels="0.1 1.5")
-    for nothing in ("sweep_levels", "sweep_strategies"):
-        with pytest.raises(nb.UserError, match=f"{nothing} is ''"):
-            nb.dataclasses.replace(settings, **{nothing: ""})
-    with pytest.raises(nb.UserError, match="sweep_strategies is 'best'"):
-        nb.dataclasses.replace(settings, sweep_strategies="best")
+# --- the training loop
 
 
-def test_the_best_weights_are_kept_and_training_stops(place, blocks):
+def test_training_is_adamw_with_a_warmup_and_a_cosine(run, blocks, monkeypatch):
+    """The same loop, written down once more in plain PyTorch."""
+    monkeypatch.setattr(nb, "PATIENCE", 100)
+    settings = nb.dataclasses.replace(run.settings, max_steps=20, batch_size=3)
+    model, other = make("llama"), make("llama")  # (without biases: that of a key has no gradient but rounding)
+    steps = nb.draw(12, 3, 20, torch.Generator().manual_seed(settings.seed))
+    assert len(steps) == 20 and all(len(step) == 3 for step in steps)
+    epochs = torch.cat(steps).view(5, 12).sort().values
+    assert torch.equal(epochs, torch.arange(12).expand(5, 12)), "every block once in every pass"
+    weights, losses = {}, []
+    optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2, weight_decay=0.01)
+    for number, step in enumerate(steps):
+        rate = (number + 1) / 2 if number < 2 else (1 + math.cos(math.pi * (number - 2) / 18)) / 2
+        optimizer.param_groups[0]["lr"] = 1e-2 * rate
+        optimizer.zero_grad()
+        loss = other(blocks["train"][step], labels=blocks["train"][step]).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        weights[number + 1] = copy.deepcopy(other.state_dict())
+    record = nb.train(run, "fine_tuned", model, blocks, settings)
+    pairs = [[number, sum(losses[number - 2 : number]) / 2] for number in range(2, 21, 2)]
+    torch.testing.assert_close(torch.tensor(record["history"]["loss"]), torch.tensor(pairs), rtol=1e-4, atol=0)
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(value, weights[record["kept_step"]][name], rtol=1e-3, atol=1e-4)
+
+
+def test_the_best_weights_are_kept_and_training_stops(run, blocks):
     """At this learning rate a random model learns its few training texts by heart, and validation gets worse."""
-    settings, run, _ = place
-    settings = nb.dataclasses.replace(settings, max_steps=100, patience=2)
-    tuned = nb.fine_tune(run, "fine_tuned", lambda: make("gpt2"), blocks, settings)
-    record = run.metrics["training"]["fine_tuned"]
+    settings, tuned = nb.dataclasses.replace(run.settings, max_steps=100), make("gpt2")
+    record = nb.train(run, "fine_tuned", tuned, blocks, settings)
     seen = dict(record["history"]["perplexity"])
     assert record["steps"] < record["planned_steps"] == 100
-    assert record["kept_step"] == min(seen, key=seen.get) == record["steps"] - 2 * 10
+    assert record["kept_step"] == min(seen, key=seen.get) == record["steps"] - nb.PATIENCE * 10
     assert nb.perplexity(tuned, blocks["validation"]) == pytest.approx(min(seen.values()), rel=1e-3)
-    assert not (run.folder / "trainer").exists()
+    assert not tuned.training and all(parameter.grad is None for parameter in tuned.parameters())
 
 
-def test_distillation_pulls_to_the_teacher(place, blocks):
-    settings, run, _ = place
+def test_distillation_pulls_to_the_teacher(run, blocks, monkeypatch):
+    monkeypatch.setattr(nb, "PATIENCE", 100)
     teacher = make("opt")
     nb.add_gates(teacher)
-    settings = nb.dataclasses.replace(settings, distillation=1.0, learning_rate=1e-3, patience=0)
-    same = nb.fine_tune(run, "same", lambda: copy.deepcopy(teacher), blocks, settings, teacher=teacher)
-    for (
-        name,
-        value,
-    ) in (
-        same.state_dict().items()
-    ):  # the divergence from itself is zero, so is its gradient; AdamW only decays a little
+    settings = nb.dataclasses.replace(run.settings, distillation=1.0, learning_rate=1e-3)
+
+    def trained(name, model, **changes):
+        model = copy.deepcopy(model)
+        nb.train(run, name, model, blocks, nb.dataclasses.replace(settings, **changes), teacher)
+        return model
+
+    for name, value in trained("same", teacher).state_dict().items():
+        # the divergence from itself is zero, so is its gradient; AdamW only decays a little
         torch.testing.assert_close(value, teacher.state_dict()[name], rtol=1e-2, atol=2e-2)
 
-    def distance(model):
+    def log_probabilities(model):
         with torch.no_grad():
-            return torch.dist(model(blocks["train"]).logits.log_softmax(-1), dense)
+            return model(blocks["train"]).logits.log_softmax(-1)
 
-    with torch.no_grad():
-        dense = teacher(blocks["train"]).logits.log_softmax(-1)
-    gates = torch.tensor([[1.0, 0, 1, 0], [0, 0, 1, 1]])
-    nb.set_gates(teacher, gates)
-    pruned = copy.deepcopy(teacher)  # the teacher of a pruned model is that model with all gates open
-    taught = nb.fine_tune(run, "taught", lambda: copy.deepcopy(pruned), blocks, settings, teacher=teacher)
-    alone = nb.fine_tune(
-        run,
-        "alone",
-        lambda: copy.deepcopy(pruned),
-        blocks,
-        nb.dataclasses.replace(settings, distillation=0.0),
-        teacher=teacher,
-    )
-    assert torch.equal(nb.get_gates(teacher), gates) and torch.equal(nb.get_gates(taught), gates)
-    assert distance(taught) < distance(teacher) and distance(taught) < distance(alone)
+    dense, gates = log_probabilities(teacher), torch.tensor([[1.0, 0, 1, 0], [0, 0, 1, 1]])
+    pruned = copy.deepcopy(teacher)
+    nb.set_gates(pruned, gates)
+    taught, alone = trained("taught", pruned), trained("alone", pruned, distillation=0.0)
+    before, after, without = (torch.dist(log_probabilities(model), dense) for model in (pruned, taught, alone))
+    assert torch.equal(nb.get_gates(taught), gates) and after < before and after < without
 
 
-def test_a_model_that_was_trained_in_16_bits_computes_in_32_again(place, blocks):
-    """accelerate wraps its forward pass; left so, the saved model would differ from it, and the run end in an error."""
-    settings, run, _ = place
+def test_a_model_that_was_trained_in_16_bits_computes_in_32_again(run, blocks):
     nb.COMPUTING.dtype = torch.bfloat16
-    tuned = nb.fine_tune(run, "fine_tuned", lambda: make("llama"), blocks, settings)
-    fresh = make("llama")
-    fresh.load_state_dict({name: value for name, value in tuned.state_dict().items() if not name.endswith(".gates")})
-    assert nb.largest_difference(tuned, fresh, blocks["test"]) == 0 and "forward" not in vars(tuned)
+    tuned, exact, fresh = make("llama"), make("llama"), make("llama")
+    seen = nb.train(run, "fine_tuned", tuned, blocks, run.settings)["history"]["loss"]
+    assert all(parameter.dtype == torch.float32 for parameter in tuned.parameters()) and "forward" not in vars(tuned)
+    fresh.load_state_dict(tuned.state_dict())
+    assert nb.largest_difference(tuned, fresh, blocks["test"]) == 0
+    nb.COMPUTING.dtype = torch.float32
+    wanted = nb.train(run, "exact", exact, blocks, run.settings)["history"]["loss"]
+    assert seen != wanted and torch.allclose(torch.tensor(seen), torch.tensor(wanted), rtol=0.02)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_gradient_checkpointing_trains_the_same(family, place, blocks):
-    """On a compact model with unevenly read key/value heads and a layer without heads, whose modules are ours."""
-    settings, run, _ = place
-    settings = nb.dataclasses.replace(settings, patience=0)
-    model = make(family)
-    nb.set_gates(model, torch.tensor([[1.0, 0, 1, 1], [0, 0, 0, 0]]))
-    calls = {False: 0, True: 0}
+def test_gradient_checkpointing_trains_the_same(family, run, blocks, monkeypatch):
+    """On a compact model with unevenly read key/value heads and a layer with a single head."""
+    monkeypatch.setattr(nb, "PATIENCE", 100)
+    model, calls, tuned = make(family), {False: 0, True: 0}, {}
+    nb.set_gates(model, torch.tensor([[1.0, 0, 1, 1], [0, 0, 0, 1]]))
+    for on in calls:
 
-    def start(model, on):
-        def count(*_):
+        def count(*_, on=on):
             calls[on] += 1
 
-        small = nb.compact(model)
-        [mlp] = [module for name, module in small.named_modules() if name.endswith(".0.mlp")]
+        tuned[on] = nb.compact(model)
+        (mlp,) = (module for name, module in tuned[on].named_modules() if name.endswith(".0.mlp"))
         mlp.register_forward_pre_hook(count)
-        return small
-
-    plain, thrifty = (
-        nb.fine_tune(
-            run,
-            "fine_tuned",
-            lambda on=on: start(model, on),
-            blocks,
-            nb.dataclasses.replace(settings, gradient_checkpointing=on),
-        )
-        for on in (False, True)
-    )
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain.parameters(), thrifty.parameters()))
+        settings = nb.dataclasses.replace(run.settings, gradient_checkpointing=on)
+        nb.train(run, f"training-{on}", tuned[on], blocks, settings)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(tuned[False].parameters(), tuned[True].parameters()))
     assert calls[True] == calls[False] + settings.max_steps, "every training step computes the layer a second time"
-    assert not thrifty.is_gradient_checkpointing and thrifty.config.use_cache == model.config.use_cache
+    assert not tuned[True].is_gradient_checkpointing and tuned[True].config.use_cache == model.config.use_cache

@@ -30,13 +30,14 @@ def settings(**changes):
     return dataclasses.replace(nb.Settings(block_length=8), **changes)
 
 
-@pytest.mark.parametrize("length", [2, 5, 7, 100])
-def test_packing_loses_no_token(length):
-    text = "the quick brown fox jumps over the lazy dog " * 5
-    ids = [ord(letter) % 97 for letter in text]
+@pytest.mark.parametrize("length, times", [(2, 5), (5, 5), (7, 5), (100, 5), (64, 100_000)])
+def test_packing_loses_no_token(length, times):
+    """The last text is longer than what is tokenized at once."""
+    text = "the quick brown fox jumps over the lazy dog " * times
+    ids = torch.tensor([ord(letter) % 97 for letter in text])
     blocks = nb.pack(text, Letters(), length)
-    assert blocks.shape[1] == length
-    assert blocks.flatten().tolist() == ids[: blocks.numel()] and len(ids) - blocks.numel() < length
+    assert blocks.shape[1] == length and len(ids) - blocks.numel() < length
+    assert torch.equal(blocks.flatten(), ids[: blocks.numel()])
 
 
 def test_perplexity_equals_its_definition():
@@ -72,12 +73,13 @@ def test_a_hub_dataset_keeps_its_splits(monkeypatch):
         return datasets.DatasetDict(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    parts = nb.load_text(settings(dataset="some/dataset", dataset_config="part"))
+    parts = nb.load_text(settings(dataset="some/dataset:part"))
     assert asked == [("some/dataset", "part")]
     assert all(parts[split] == "\n\n".join(rows[split]["text"]) for split in nb.SPLITS)
     whole = parts["train"]
     del rows["validation"]
     parts = nb.load_text(settings(dataset="some/dataset"))
+    assert asked[1:] == [("some/dataset",)]
     assert parts["train"] + parts["validation"] == whole and "test" not in whole and len(parts["validation"]) > 0
     assert parts["test"] == "\n\n".join(rows["test"]["text"])
     del rows["train"]
@@ -92,19 +94,30 @@ def test_python_docs_are_real_text():
 BAD = [
     (dict(pruning_level=1.0), "pruning_level is 1.0.*at least 0 and below 1"),
     (dict(pruning_level=float("nan")), "pruning_level is nan"),
+    (dict(pruning_level=None), "pruning_level is None.*a number"),
     (dict(learning_rate=-1e-4), "learning_rate is -0.0001.*above 0"),
+    (dict(learning_rate="inf"), "learning_rate is .*above 0"),
     (dict(strategy="entrpy"), "'entrpy'.*did you mean 'entropy'"),
     (dict(device="gpu"), "device is 'gpu'.*auto, cuda, tpu, mps, cpu"),
     (dict(block_length=1), "block_length is 1.*at least 2"),
+    (dict(block_length=8.5), "block_length is 8.*a whole number"),
     (dict(batch_size=0), "batch_size is 0.*at least 1"),
-    (dict(max_steps=-1), "max_steps is -1.*'auto' or a number of steps, at least 1"),
-    (dict(max_steps="many"), "max_steps is 'many'.*'auto' or a number of steps"),
-    (dict(max_steps="0"), "max_steps is '0'.*at least 1"),
-    (dict(max_steps="50", epochs=2.0), "epochs is 2.0.*left alone where max_steps is given: drop one"),
-    (dict(prompt="  "), "prompt is '  '"),
-    (dict(train_file="missing.txt"), "train_file is 'missing.txt'.*an existing file"),
-    (dict(train_file=__file__), r"\.py'.*of a kind that can be read .*\.txt, \.md, \.jsonl.*convert it first"),
-    (dict(test_file=__file__), "test_file is"),
+    (dict(min_heads=0), "min_heads is 0.*at least 1"),
+    (dict(repair="some"), "repair is 'some'.*a whole number, at least 0"),
+    (dict(max_steps=-1), "max_steps is -1.*at least 0"),
+    (dict(max_steps="many"), "max_steps is 'many'.*a whole number"),
+    (dict(reopen_heads=3), "reopen_heads is 3.*yes or no"),
+    (dict(control="perhaps"), "control is 'perhaps'.*auto, yes, no"),
+    (dict(prompt="  "), "prompt is '  '.*some words"),
+    (dict(sweep="fisher"), "sweep is 'fisher'.*some of each"),
+    (dict(sweep="0.1 0.3"), "sweep is '0.1 0.3'.*some of each"),
+    (dict(sweep="best 0.1"), "sweep is 'best 0.1'.*strategies and levels"),
+    (dict(sweep="fisher 0.1 1.5"), "sweep is 'fisher 0.1 1.5'.*from 0 to below 1"),
+    (dict(save_model="tiny"), "save_model is 'tiny'.*compact, zeroed and gguf"),
+    (dict(test_file=__file__), "test_file is .*given together with train_file"),
+    (dict(train_file=__file__, dataset="x"), "dataset is 'x'.*left alone where files are given"),
+    (dict(uniform="yes", reopen_heads=True), "uniform is 'yes'.*off where reopen_heads is on"),
+    (dict(prune="both", strategy="entropy-literal"), "strategy is .*another one where neurons are pruned"),
     (dict(output_dir=__file__), "output_dir is.*a folder"),
 ]
 
@@ -116,68 +129,82 @@ def test_bad_settings_are_refused_in_one_sentence(changes, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name, given, meant",
+    [
+        ("repair", "yes", 128), ("repair", False, 0), ("repair", "16", 16), ("repair", True, 128), ("uniform", True, "yes"),
+        ("uniform", "no", "no"), ("max_steps", "auto", 0), ("max_steps", 200.0, 200), ("max_steps", "1e3", 1000),
+        ("control", False, "no"), ("reopen_heads", "Yes", True), ("reopen_heads", "false", False), ("sweep", False, ""),
+        ("save_model", False, "no"), ("learning_rate", "1e-5", 1e-5), ("seed", "7", 7), ("pruning_level", "auto", 0.3),
+    ],
+)  # fmt: skip
+def test_a_value_of_any_type_is_what_it_says(name, given, meant):
+    value = getattr(nb.Settings(**{name: given}), name)
+    assert value == meant and type(value) is type(meant)
+
+
 def test_the_form_the_dataclass_and_the_options_agree():
-    parsed = nb.read_settings([])
-    assert parsed == nb.Settings()
-    arguments = {
-        "--model": "demo",
-        "--pruning-level": "0.5",
-        "--eval-blocks": "0",
-        "--strategy": "random",
-        "--no-control": None,
-        "--save-model": "no",
-        "--uniform": None,
-        "--offline": None,
-        "--precision": "fp32",
-    }
-    changed = nb.read_settings([word for pair in arguments.items() for word in pair if word is not None])
-    assert (
-        changed.model,
-        changed.pruning_level,
-        changed.eval_blocks,
-        changed.control,
-        changed.save_model,
-        changed.uniform,
-        changed.offline,
-    ) == ("demo", 0.5, 0, "no", "no", True, True)
+    assert nb.read_settings([]) == nb.Settings()
+    words = (
+        "--model demo --pruning-level 0.5 --eval-blocks 0 --strategy random --no-control --save-model no --uniform "
+        "--precision fp32 --repair --reopen-heads no --max-steps auto --sweep"
+    ).split()
+    wanted = nb.Settings(
+        model="demo", pruning_level=0.5, eval_blocks=0, strategy="random", control="no", save_model="no",
+        precision="fp32", repair=128,
+    )
+    with pytest.raises(nb.UserError, match="uniform is 'yes', but must be off in a sweep"):
+        nb.read_settings(words)
+    assert nb.read_settings(words[:-1]) == dataclasses.replace(wanted, uniform="yes")
+    assert nb.read_settings(["--no-repair"]) == nb.Settings(repair=0)
+    assert nb.read_settings(["--sweep", "fisher 0.1"]).sweep == "fisher 0.1"
     assert set(nb.STRATEGY_NAMES) == set(nb.STRATEGIES)
 
 
 def test_no_network_and_no_model_named_means_the_demo(monkeypatch, capsys):
-    monkeypatch.setattr(nb.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(nb.datasets.config, "HF_HUB_OFFLINE", False)
+    for place in (nb.huggingface_hub.constants, nb.datasets.config):
+        monkeypatch.setattr(place, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(nb, "hub_is_reachable", lambda: True)
     online = nb.choose_sources(settings())
-    assert (online.model, online.dataset, online.dataset_config) == ("gpt2", "Salesforce/wikitext", "wikitext-2-raw-v1")
-    assert capsys.readouterr().out == ""
+    assert (online.model, online.dataset) == ("gpt2", "Salesforce/wikitext:wikitext-2-raw-v1")
+    assert capsys.readouterr().out == "" and not nb.huggingface_hub.constants.HF_HUB_OFFLINE
     monkeypatch.setattr(nb, "hub_is_reachable", lambda: False)
     offline = nb.choose_sources(settings())
-    assert (offline.model, offline.dataset, offline.offline) == ("demo", "python-docs", True)
-    assert "cannot be reached" in capsys.readouterr().out
+    assert (offline.model, offline.dataset) == ("demo", "python-docs") and "cannot be reached" in capsys.readouterr().out
+    assert nb.huggingface_hub.constants.HF_HUB_OFFLINE and nb.datasets.config.HF_HUB_OFFLINE
     assert nb.choose_sources(settings(model="gpt2")).model == "gpt2", "a model that was named is never replaced"
+
+
+def test_where_nothing_comes_from_the_hub_it_is_not_asked(tmp_path, monkeypatch):
+    for place in (nb.huggingface_hub.constants, nb.datasets.config):
+        monkeypatch.setattr(place, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(nb, "hub_is_reachable", lambda: 1 / 0)
+    (tmp_path / "a.txt").write_text("words")
+    for name in ("demo", str(tmp_path)):
+        made = nb.choose_sources(settings(model=name, train_file=str(tmp_path / "a.txt")))
+        assert (made.model, made.dataset) == (name, "auto")
+        assert nb.choose_sources(settings(model=name, dataset="python-docs")).dataset == "python-docs"
 
 
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
         (
-            ["--pruning-level", "1.5"],
-            "error: pruning_level is 1.5, but must be at least 0 and below 1: the default is 0.3.",
+            "--pruning-level 1.5",
+            "error: pruning_level is 1.5, but must be a number, at least 0 and below 1: the default is 0.3.",
         ),
-        (
-            ["--model", "nobody/nothing", "--dataset", "python-docs", "--offline"],
-            "error: model 'nobody/nothing' cannot be had",
-        ),
-        (
-            ["--model", "missing.gguf", "--dataset", "python-docs", "--offline"],
-            "error: model 'missing.gguf' cannot be had",
-        ),
-        (["--pruning-level", "a lot"], "invalid number_or_auto value: 'a lot'"),
-        (["--min-heads", "a few"], "invalid int value: 'a few'"),
+        ("--model nobody/nothing --dataset python-docs", "error: model 'nobody/nothing' cannot be had"),
+        ("--model missing.gguf --dataset python-docs", "error: model 'missing.gguf' cannot be had"),
+        ("--train-file missing.txt", "error: train_file is 'missing.txt', but must be an existing file"),
+        ("--pruning-level much", "error: pruning_level is 'much', but must be a number"),
+        ("--min-heads few", "error: min_heads is 'few', but must be a whole number"),
     ],
 )
 def test_a_mistake_costs_one_sentence_and_exit_status_2(arguments, sentence, tmp_path):
-    done = subprocess.run([sys.executable, SCRIPT, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *arguments.split()], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert sentence in done.stderr.splitlines()[-1]
     assert not list(tmp_path.glob("results/*")), "a mistake leaves nothing behind"
@@ -194,50 +221,32 @@ def test_help_lists_every_setting_with_its_default(capsys):
 
 def test_importing_runs_nothing_and_prints_nothing(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", "import PruningAndFineTuningColab"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", "import PruningAndFineTuningColab"], cwd=tmp_path, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)},
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_results_folder_is_never_overwritten_and_its_record_is_whole(tmp_path):
-    runs = [
-        nb.Run(settings(output_dir=str(tmp_path), model="a/../b c", resume="no"), torch.device("cpu"), torch.float32)
-        for _ in range(3)
-    ]
-    assert len({run.folder for run in runs}) == 3 and {run.folder.parent for run in runs} == {tmp_path}
-    with pytest.raises(ZeroDivisionError), runs[0].step("broken"):
-        runs[0].metrics["perplexity"]["dense"] = 7.0
+def test_a_record_is_whole_also_where_a_step_fails(tmp_path):
+    run = nb.Run(settings(output_dir=str(tmp_path), model="a/../b c"), torch.device("cpu"), torch.float32)
+    assert run.folder.parent == tmp_path
+    with pytest.raises(ZeroDivisionError), run.step("broken"):
+        run.metrics["perplexity"]["dense"] = 7.0
         raise ZeroDivisionError
-    record = json.loads((runs[0].folder / "metrics.json").read_text())
+    record = json.loads((run.folder / "metrics.json").read_text())
     assert record["perplexity"] == {"dense": 7.0} and record["seconds"]["broken"] >= 0
     assert record["peak_memory_bytes"]["broken"]["ram"] > 0
-
-
-def test_the_batch_halves_where_memory_runs_out(capsys):
-    tried = []
-
-    def function(size):
-        tried.append(size)
-        if size > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return size
-
-    assert nb.fit_batch_size(function, 12, "a step") == 3 and tried == [12, 6, 4, 3]
-    assert "a step runs out of memory: trying 6 blocks" in capsys.readouterr().out
-    with pytest.raises(ValueError):  # any other failure is not swallowed
-        nb.fit_batch_size(lambda size: int("x"), 4, "a step")
+    with pytest.raises(nb.UserError), run.step("a mistake after that"):
+        raise nb.UserError
+    assert (run.folder / "metrics.json").exists(), "what was computed stays"
 
 
 def test_more_takes_options_as_a_shell_does(monkeypatch):
     monkeypatch.setattr(nb, "in_notebook", lambda: True)
     monkeypatch.setattr(nb, "choose_sources", lambda settings: settings)
     made = nb.start_settings("--no-repair --prompt 'two words' --pruning-level 0.1")
-    assert (made.repair, made.prompt, made.pruning_level) == (False, "two words", 0.1)
+    assert (made.repair, made.prompt, made.pruning_level) == (0, "two words", 0.1)
     made = nb.start_settings("--pruning-level auto")
     assert (made.pruning_level, made.max_loss) == (nb.PRUNING_LEVEL, 0.05)
     assert nb.start_settings("--pruning-level auto --max-loss 0.1").max_loss == 0.1
@@ -250,17 +259,14 @@ def test_more_takes_options_as_a_shell_does(monkeypatch):
 
 
 def test_the_budget_is_steps_on_a_processor_and_a_pass_on_an_accelerator(monkeypatch):
-    blocks = torch.zeros(10, 8, dtype=torch.long)
+    blocks = {"train": torch.zeros(10, 8, dtype=torch.long)}
 
     def steps(*words, device="cpu"):
-        monkeypatch.setattr(nb.sys, "argv", ["script", "--model", "demo", "--batch-size", "4", *words])
-        monkeypatch.setattr(nb, "find_device", lambda choice: torch.device(device))
-        return nb.training_plan(nb.start_settings(""), blocks)["max_steps"]
+        made = nb.read_settings(["--batch-size", "4", *words])
+        return nb.with_steps(made, blocks, torch.device(device)).max_steps
 
-    monkeypatch.setattr(nb.sys, "excepthook", nb.sys.excepthook)
     assert steps() == 200 and steps(device="cuda") == 3, "10 blocks are three batches of four"
     for device in ("cpu", "cuda"):
-        assert steps("--epochs", "2", device=device) == 5
         assert steps("--max-steps", "7", device=device) == 7
     monkeypatch.setattr(nb, "MAX_STEPS", 30)  # a number, written into the form
     assert steps() == 30

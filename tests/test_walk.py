@@ -1,7 +1,7 @@
 """The whole walk, as a script and as a notebook, on the demo model: what a user without a network gets."""
 
-import ast
 import copy
+import dataclasses
 import json
 import re
 import shutil
@@ -23,22 +23,31 @@ import PruningAndFineTuningColab as nb
 
 SCRIPT = Path(nb.__file__)
 NOTEBOOK = SCRIPT.with_suffix(".ipynb")
-FEW = {"max_steps": 12, "eval_blocks": 8, "calibration_blocks": 8, "gate_steps": 20, "repair_blocks": 16}
+FEW = {"max_steps": 12, "eval_blocks": 8, "calibration_blocks": 8, "gate_steps": 20, "repair": 16}
 
 
 @pytest.fixture(scope="session")
 def script_run(home):
-    arguments = ["--save-model", "compact zeroed"] + [
-        word for name, value in FEW.items() for word in ("--" + name.replace("_", "-"), str(value))
-    ]
-    return subprocess.run([sys.executable, SCRIPT, *arguments], cwd=home, capture_output=True, text=True)
+    few = [word for name, value in FEW.items() for word in ("--" + name.replace("_", "-"), str(value))]
+    words = [sys.executable, SCRIPT, "--save-model", "compact zeroed", *few]
+    return subprocess.run(words, cwd=home, capture_output=True, text=True)
+
+
+def only_folder_in(place: Path) -> Path:
+    (folder,) = (path for path in place.iterdir() if path.is_dir())
+    return folder
 
 
 @pytest.fixture(scope="session")
 def results(script_run, home):
     assert script_run.returncode == 0, script_run.stderr[-3000:]
-    (folder,) = (path for path in (home / "results").iterdir() if path.is_dir())
-    return folder
+    return only_folder_in(home / "results")
+
+
+@pytest.fixture
+def demo(results, home):
+    """The folder of the demo model; the script that came before has trained it."""
+    return only_folder_in(home / "cache/PruningAndFineTuningColab")
 
 
 def test_the_script_says_that_it_is_the_demo_and_how_to_use_a_real_model(script_run, results):
@@ -49,91 +58,67 @@ def test_the_script_says_that_it_is_the_demo_and_how_to_use_a_real_model(script_
 
 def test_the_record_holds_everything(results):
     metrics = json.loads((results / "metrics.json").read_text())
-    stages = list(metrics["perplexity"])  # the last one only where the smaller model makes more steps in the same time
+    perplexity, size, parameters = metrics["perplexity"], metrics["size"], metrics["parameters"]
+    stages = list(perplexity)  # the last one only where the smaller model makes more steps in the same time
     assert stages[:5] == ["dense", "pruned", "repaired", "fine_tuned", "dense_fine_tuned"] and len(stages) <= 6
-    assert metrics["perplexity"]["dense"] < 200, "the demo model has learned something"
-    assert metrics["perplexity"]["dense"] != metrics["perplexity"]["pruned"]
+    assert perplexity["dense"] < 200, "the demo model has learned something"
+    assert perplexity["dense"] != perplexity["pruned"]
     assert metrics["settings"]["model"] == "demo" and metrics["settings"]["pruning_level"] == 0.3
     assert metrics["heads"]["total"] == 32 and metrics["heads"]["closed"] == 10 == len(metrics["heads"]["closed_list"])
     assert torch.tensor(metrics["importance"]).shape == (4, 8)
-    assert set(metrics["samples"]) == set(metrics["perplexity"])
-    assert set(metrics["size"]) == {"dense", "pruned"}
-    assert all(
-        0 < metrics["size"]["pruned"][quantity] < value
-        for quantity, value in metrics["size"]["dense"].items()
-        if "second" not in quantity
-    )
-    assert (
-        metrics["parameters"]["fine_tuned"]
-        == metrics["parameters"]["pruned"]
-        == metrics["size"]["pruned"]["parameters"]
-    )
-    assert metrics["parameters"]["dense_fine_tuned"] == metrics["parameters"]["dense"] == metrics["model"]["parameters"]
-    assert metrics["compact_difference"] < 1e-5 and metrics["reopened_difference"] == {
-        "compact": 0,
-        "zeroed": pytest.approx(0, abs=1e-5),
-    }
+    assert set(metrics["samples"]) == set(perplexity) and set(size) == {"dense", "pruned"}
+    counted = {name: value for name, value in size["dense"].items() if "second" not in name}
+    assert set(counted) == {"parameters", "flops_per_token", "cache_bytes_per_token"}
+    assert all(0 < size["pruned"][name] < value for name, value in counted.items())
+    assert parameters["fine_tuned"] == parameters["pruned"] == size["pruned"]["parameters"]
+    assert parameters["dense_fine_tuned"] == parameters["dense"] == metrics["model"]["parameters"]
+    assert metrics["compact_difference"] < 1e-5
+    assert metrics["reopened_difference"] == {"compact": 0, "zeroed": pytest.approx(0, abs=1e-5)}
     assert all(text.startswith("The history of the city began") for text in metrics["samples"].values())
-    assert (
-        set(metrics["seconds"])
-        == set(metrics["peak_memory_bytes"])
-        >= {"load model", "importance", "fine-tune", "save model"}
-    )
+    steps = {"load model", "plan", "importance", "repair", "compact", "fine-tune", "save model"}
+    assert set(metrics["seconds"]) == set(metrics["peak_memory_bytes"]) >= steps
     assert {"python", "torch", "transformers", "datasets"} <= set(metrics["versions"])
-    assert (
-        metrics["training"]["fine_tuned"]["steps"]
-        == 12
-        == metrics["training"]["fine_tuned"]["history"]["perplexity"][-1][0]
-    )
+    tuning = metrics["training"]["fine_tuned"]
+    assert tuning["steps"] == 12 == tuning["history"]["perplexity"][-1][0]
 
 
 def test_the_zip_holds_the_report_the_pictures_and_a_model_that_opens(results, tmp_path):
     with zipfile.ZipFile(f"{results}.zip") as archive:
         archive.extractall(tmp_path)
     folder = tmp_path / results.name
-    report = (folder / "report.md").read_text()
-    assert "| pruned + fine-tuned | 22 / 32 |" in report and "seed 0" in report
+    report, metrics = (folder / "report.md").read_text(), json.loads((folder / "metrics.json").read_text())
+    wanted, parameters = metrics["perplexity"]["fine_tuned"], metrics["parameters"]["fine_tuned"]
+    against = wanted / metrics["perplexity"]["dense"] - 1
+    row = (f"| pruned + fine-tuned | {parameters / 1e6:.2f} M | {4 * parameters / 1e6:.1f} | {wanted:.2f} | "
+           f"{against:+.1%} |")
+    assert "10 of 32 heads closed" in report and row in report and "seed 0" in report
     for picture in (*re.findall(r"\((\w+\.png)\)", report), "dense_fine_tuned.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
-    metrics = json.loads((folder / "metrics.json").read_text())
     tokenizer, model = nb.load_gated(folder / "model-zeroed")
-    text = nb.load_text(nb.Settings(dataset="python-docs"))
-    blocks = nb.pack(text["test"], tokenizer, 512)[:8]
-    assert nb.perplexity(model, blocks) == pytest.approx(metrics["perplexity"]["fine_tuned"], rel=1e-4)
+    blocks = nb.pack(nb.load_text(nb.Settings(dataset="python-docs"))["test"], tokenizer, 512)[:8]
+    assert nb.perplexity(model, blocks) == pytest.approx(wanted, rel=1e-4)
     assert int((nb.get_gates(model) == 0).sum()) == 10
     for form in ("compact", "zeroed"):
-        assert nb.perplexity(nb.reopen(folder / f"model-{form}"), blocks) == pytest.approx(
-            metrics["perplexity"]["fine_tuned"], rel=1e-4
-        )
-    sizes = [(folder / f"model-{form}" / "model.safetensors").stat().st_size for form in ("compact", "zeroed")]
-    assert sizes[0] == pytest.approx(metrics["size"]["pruned"]["bytes"], abs=10_000) and sizes[0] < sizes[1]
+        assert nb.perplexity(nb.reopen(folder / f"model-{form}"), blocks) == pytest.approx(wanted, rel=1e-4)
+    sizes = {form: (folder / f"model-{form}/model.safetensors").stat().st_size for form in ("compact", "zeroed")}
+    assert sizes == metrics["file_bytes"] and sizes["compact"] < sizes["zeroed"]
+    assert sizes["compact"] == pytest.approx(4 * parameters, abs=10_000)
     card = (folder / "model-compact" / "README.md").read_text()
-    assert (
-        card.startswith("---\nlibrary_name: transformers\n")
-        and "trust_remote_code=True" in card
-        and "10 of 32 attention heads removed" in card
-    )
-    assert (
-        f"| pruned + fine-tuned | 22 / 32 | {metrics['parameters']['pruned'] / 1e6:.2f} M | "
-        f"{metrics['size']['pruned']['bytes'] / 1e6:.1f} | {metrics['perplexity']['fine_tuned']:.2f} |" in card
-    )
-    assert not [
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and path.suffix not in (".json", ".safetensors", ".md", ".png", ".py")
-    ]
+    assert card.startswith("---\nlibrary_name: transformers\n") and "trust_remote_code=True" in card
+    assert "10 of 32 heads removed" in card and row in card
+    kinds = {path.suffix for path in folder.rglob("*") if path.is_file()}
+    assert kinds == {".json", ".safetensors", ".md", ".png", ".py"}
     assert json.loads((folder / "model-compact" / "config.json").read_text())["use_cache"] is True
 
 
-def test_no_secret_of_the_environment_is_in_what_is_handed_on(results, script_run, secret):
+def test_no_secret_of_the_environment_and_no_folder_of_this_machine_is_in_what_is_handed_on(
+    results, script_run, secret
+):
     for path in (*results.rglob("*"), Path(f"{results}.zip")):
         assert path.is_dir() or secret.encode() not in path.read_bytes()
     with zipfile.ZipFile(f"{results}.zip") as archive:
         assert not [name for name in archive.namelist() if secret.encode() in archive.read(name)]
     assert secret not in script_run.stdout + script_run.stderr
-
-
-def test_no_folder_of_this_machine_is_named_in_what_is_handed_on(results):
     for path in (*results.glob("model-*/*.json"), *results.glob("model-*/*.md"), *results.glob("*.md")):
         assert str(results.parents[1]) not in path.read_text()
 
@@ -152,16 +137,15 @@ sys.modules["google"], sys.modules["google.colab"] = types.ModuleType("google"),
 """
 
 
-def test_the_notebook_runs_top_to_bottom_and_again(results, tmp_path):
-    """`results` comes first, so that the demo model is there."""
+def test_the_notebook_runs_top_to_bottom_and_again(results, demo, tmp_path):
+    """`demo` comes first, so that the model is there."""
     notebook = nbformat.read(NOTEBOOK, 4)
     fill_form(notebook, FEW)
     (prune,) = (cell for cell in notebook.cells if "run.settings = settings\n" in cell.source)
     (settle,) = (cell for cell in notebook.cells if "settings = start_settings(MORE)" in cell.source)
     (compare,) = (cell for cell in notebook.cells if "draw_dashboard(run.metrics" in cell.source)
-    client = NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-    )
+    place = {"metadata": {"path": str(tmp_path)}}
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources=place)
     with client.setup_kernel():
 
         def run(source):
@@ -176,22 +160,16 @@ def test_the_notebook_runs_top_to_bottom_and_again(results, tmp_path):
             if cell.cell_type == "code":
                 client.execute_cell(cell, index)
         assert run("print(downloaded)").strip().endswith(".zip']")
-        pictures = [
-            output
-            for cell in notebook.cells
-            for output in cell.get("outputs", [])
-            if "image/png" in output.get("data", {})
-        ]
-        assert len(pictures) >= 4  # heads, two live plots, comparison
-        (folder,) = (path for path in (tmp_path / "results").iterdir() if path.is_dir())
+        outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+        # heads, attention, two live plots, comparison
+        assert len([output for output in outputs if "image/png" in output.get("data", {})]) >= 5
+        folder = only_folder_in(tmp_path / "results")
         metrics = json.loads((folder / "metrics.json").read_text())
         travels = "model-compact/modeling_pruned.py"
-        assert (folder / travels).read_text() == (results / travels).read_text(), (
-            "the same code from a notebook as from the script"
-        )
+        same = (folder / travels).read_text() == (results / travels).read_text()
+        assert same, "the same code from a notebook as from the script"
         assert metrics["reopened_difference"] == {"compact": 0}
-        again = run(prune.source)
-        assert f"pruned: perplexity {metrics['perplexity']['pruned']:.2f}" in again
+        assert f"pruned: perplexity {metrics['perplexity']['pruned']:.2f}" in run(prune.source)
         run("PRUNING_LEVEL = 0.5")
         run(settle.source)
         half = run(prune.source)
@@ -201,9 +179,7 @@ def test_the_notebook_runs_top_to_bottom_and_again(results, tmp_path):
             run(compare.source)
 
     # a fresh run at that level, from the record and the files alone
-    tokenizer, model = nb.load_model(
-        str(next((results.parents[1] / "cache/PruningAndFineTuningColab").iterdir())), torch.device("cpu")
-    )
+    tokenizer, model = nb.load_model(str(demo), torch.device("cpu"))
     gates = nb.choose_gates(torch.tensor(metrics["importance"]), 0.5)
     nb.set_gates(model, gates)
     blocks = nb.pack(nb.load_text(nb.Settings(dataset="python-docs"))["test"], tokenizer, 512)[:8]
@@ -211,207 +187,131 @@ def test_the_notebook_runs_top_to_bottom_and_again(results, tmp_path):
     assert f"pruned: perplexity {nb.perplexity(model, blocks):.2f}" in half
 
 
-def test_fine_tuning_closed_heads_stay_closed_and_may_come_back_when_asked(results, tmp_path):
-    settings = nb.Settings(
-        output_dir=str(tmp_path), max_steps=6, learning_rate=1e-3, block_length=64, batch_size=4, pruning_level=0.5
-    )
-    cache = next((results.parents[1] / "cache/PruningAndFineTuningColab").iterdir())
-    tokenizer, model = nb.load_model(str(cache), torch.device("cpu"))
+def test_fine_tuning_closed_heads_stay_closed_and_may_come_back_when_asked(demo, tmp_path):
+    settings = nb.Settings(output_dir=str(tmp_path), max_steps=6, learning_rate=1e-3, block_length=64, batch_size=4,
+                           pruning_level=0.5, strategy="fisher", calibration_blocks=4)  # fmt: skip
+    tokenizer, model = nb.load_model(str(demo), torch.device("cpu"))
     blocks = nb.pack_all(nb.load_text(nb.Settings(dataset="python-docs")), tokenizer, model, settings)
     gates = nb.choose_gates(nb.get_strategy("random").score(model), 0.5)
     nb.set_gates(model, gates)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     run = nb.Run(settings, torch.device("cpu"), torch.float32)
-    tuned = nb.fine_tune(run, "stay", lambda: copy.deepcopy(model), blocks, settings)
+    run.metrics |= {"model": nb.describe_model(model, settings), "heads": nb.describe_heads(gates)}
+    tuned = nb.fine_tuned(run, "stay", copy.deepcopy(model), blocks, settings)
     assert torch.equal(nb.get_gates(tuned), gates)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), (
-        "the original is untouched"
-    )
     assert not torch.equal(tuned.state_dict()["lm_head.weight"], before["lm_head.weight"])
-    monkey = pytest.MonkeyPatch()
-    with monkey.context() as patch:
-        patch.setattr(nb, "GATE_LEARNING_RATE", 0.6)  # only three steps to come back in
-        free = nb.fine_tune(
-            run, "reopen", lambda: copy.deepcopy(model), blocks, nb.dataclasses.replace(settings, reopen_heads=True)
-        )
-    reopened = nb.get_gates(free)
-    assert ((gates == 0) & (reopened != 0)).any(), "no head came back"
-    assert (reopened != 0).sum() == (gates != 0).sum(), "as many heads are open as the level says"
-    assert not any(parameter_name.endswith("gates") for parameter_name, _ in free.named_parameters())
+    run.settings = dataclasses.replace(settings, reopen_heads=True)
+    free = nb.fine_tune_pruned(run, model, model, blocks)
+    assert ((gates == 0) & (free.kept != 0)).any(), "no head came back"
+    assert (free.kept != 0).sum() == (gates != 0).sum(), "as many heads are open as the level says"
+    same = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert same, "the original, with its gates, is untouched"
 
 
 @pytest.fixture
-def short_run(results, tmp_path):
-    """Runs the script on a small random model with the demo's tokenizer; the run's folder and what it printed."""
+def short_run(demo, tmp_path):
+    """Runs the script on a small random model with the demo's tokenizer; folder, record, and what it printed."""
 
-    def run_on(model, *words):
-        cache = next((results.parents[1] / "cache/PruningAndFineTuningColab").iterdir())
-        shutil.copytree(cache, tmp_path / "tiny", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    def run_on(model, words):
+        shutil.copytree(demo, tmp_path / "tiny", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
         model.save_pretrained(tmp_path / "tiny")
         few = "--block-length 64 --eval-blocks 4 --calibration-blocks 2 --gate-steps 20 --max-steps 4 --no-control"
-        words = [*f"--model tiny --dataset python-docs {few}".split(), *words]
-        run = subprocess.run([sys.executable, SCRIPT, *words], cwd=tmp_path, capture_output=True, text=True)
+        words = f"--model tiny --dataset python-docs {few} {words}".split()
+        words = [sys.executable, SCRIPT, *(word.replace("+", " ") for word in words)]
+        run = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr[-3000:]
-        (folder,) = (path for path in (tmp_path / "results").iterdir() if path.is_dir())
-        return folder, run.stdout
+        folder = only_folder_in(tmp_path / "results")
+        return folder, json.loads((folder / "metrics.json").read_text()), run.stdout
 
     return run_on
+
+
+def llama(**sizes):
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4) | sizes
+    small = dict(vocab_size=1024, intermediate_size=64, max_position_embeddings=64)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, **sizes))
+
+
+def rows_left(folder: Path, name: str) -> list[int]:
+    """How many rows of a projection each layer of a compact model has, as its configuration says."""
+    shapes = json.loads((folder / "model-compact" / "config.json").read_text())["pruned"]["shapes"]
+    return [shape[0] for path, shape in shapes.items() if path.endswith(f"{name}.weight")]
 
 
 def test_a_sweep_runs_from_the_script(short_run):
     """As a script the cells run in order, so what a cell needs has to be above it; a sweep stops after its table."""
     config = transformers.GPT2Config(vocab_size=1024, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    folder, said = short_run(
-        transformers.GPT2LMHeadModel(config),
-        "--strategy",
-        "fisher",
-        "--pruning-level",
-        "0.5",
-        "--sweep",
-        "--sweep-strategies",
-        "fisher random",
-        "--sweep-levels",
-        "0.25 0.5",
-        "--repair-blocks",
-        "4",
-    )
+    words = "--strategy fisher --pruning-level 0.5 --sweep fisher+random+0.25+0.5 --repair 4"
+    folder, metrics, said = short_run(transformers.GPT2LMHeadModel(config), words)
     rows = (folder / "sweep.csv").read_text().splitlines()
-    assert rows[0] == "prune,strategy,level,closed,share,parameters,flops_per_token,pruned,repaired"
-    assert [row.split(",")[:4] for row in rows[1:5]] == [
-        ["heads", "fisher", "0.25", "2"],
-        ["heads", "fisher", "0.5", "4"],
-        ["heads", "random", "0.25", "2"],
-        ["heads", "random", "0.5", "4"],
-    ]
-    assert [row.split(",")[:3] for row in rows[5:]] == [
-        [kind, "fisher", level] for kind in ("neurons", "both") for level in ("0.25", "0.5")
-    ]
-    assert (folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert len(metrics["sweep"]) == 4 and metrics["sweep"][1]["pruned"] == metrics["perplexity"]["pruned"]
+    assert rows[0] == "prune,strategy,level,closed,parameters,flops_per_token,pruned,repaired"
+    names = ["heads,fisher,0.25,2", "heads,fisher,0.5,4", "heads,random,0.25,2", "heads,random,0.5,4"]
+    assert [",".join(row.split(",")[:4]) for row in rows[1:5]] == names
+    others = [[kind, "fisher", level] for kind in ("neurons", "both") for level in ("0.25", "0.5")]
+    assert [row.split(",")[:3] for row in rows[5:]] == others
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG") and "fine_tuned" not in metrics["perplexity"]
-    assert "| strategy | 25% | 50% |" in said
+    assert len(metrics["sweep"]) == 8 and metrics["sweep"][1]["pruned"] == metrics["perplexity"]["pruned"]
+    assert "| | 25% | 50% |" in said and "\n| both, fisher | " in said and Path(f"{folder}.zip").exists()
 
 
 def test_a_run_in_16_bits_hands_on_the_model_that_it_measured(short_run):
     """The default wherever there is a GPU."""
-    config = transformers.LlamaConfig(
-        vocab_size=1024,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    folder, said = short_run(
-        transformers.LlamaForCausalLM(config),
-        "--precision",
-        "bf16",
-        "--gate-steps",
-        "4",
-        "--repair-blocks",
-        "4",
-        "--save-model",
-        "compact zeroed",
-    )
-    metrics = json.loads((folder / "metrics.json").read_text())
+    words = "--precision bf16 --gate-steps 4 --repair 4 --save-model compact+zeroed"
+    metrics = short_run(llama(num_key_value_heads=2), words)[1]
     assert metrics["precision"] == "bfloat16" and metrics["reopened_difference"] == {"compact": 0, "zeroed": 0}
 
 
 def test_a_family_that_cannot_be_compacted_keeps_its_gates_and_says_so(short_run):
-    folder, said = short_run(
-        transformers.CodeGenForCausalLM(
-            transformers.CodeGenConfig(vocab_size=1024, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=512)
-        )
-    )
-    assert "nothing can be cut out, because cut, it" in said
+    config = transformers.CodeGenConfig(vocab_size=1024, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=512)
+    folder, metrics, said = short_run(transformers.CodeGenForCausalLM(config), "")
+    assert "nothing can be cut out, because cut, it" in said and metrics["size"] == {}
     assert "CodeGenForCausalLM keeps its gates, and its size: cut, it" in said
     assert "is not compact, so it is saved in the zeroed form" in said
     assert [path.name for path in folder.glob("model-*")] == ["model-zeroed"]
-    assert "2 of 8 attention heads closed" in (folder / "model-zeroed" / "README.md").read_text()
+    assert "2 of 8 heads closed" in (folder / "model-zeroed" / "README.md").read_text()
 
 
 def test_heads_and_neurons_are_pruned_as_far_as_the_loss_allows(short_run):
     """--prune both and --max-loss, from the command to the files: the level is found, and what is closed is gone."""
-    config = transformers.LlamaConfig(
-        vocab_size=1024,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-    )
-    words = "--prune both --pruning-level auto --max-loss 0.5 --strategy fisher --repair-blocks 4".split()
-    words += ["--round-neurons", "8", "--save-model", "compact zeroed"]
-    folder, said = short_run(transformers.LlamaForCausalLM(config), *words)
-    metrics = json.loads((folder / "metrics.json").read_text())
-    level, neurons = metrics["level"], metrics["neurons"]
-    assert metrics["settings"]["pruning_level"] == level["found"] > 0 and (folder / "level.png").exists()
+    words = "--prune both --pruning-level auto --max-loss 0.5 --strategy fisher --repair 4 --save-model compact+zeroed"
+    folder, metrics, said = short_run(llama(), words)
+    level, heads, neurons = metrics["level"], metrics["heads"], metrics["neurons"]
+    assert metrics["settings"]["pruning_level"] == level["found"] > 0
+    assert (folder / "level.png").read_bytes().startswith(b"\x89PNG")
     for point in level["points"]:
-        assert point["within"] == (point["perplexity"] <= 1.5 * level["dense"]) == (point["level"] <= level["found"])
-    assert neurons["closed"] > 0 and all(number % 8 == 0 for number in neurons["open_per_layer"])
-    report = (folder / "report.md").read_text()
-    assert f"| {neurons['total'] - neurons['closed']} / {neurons['total']} |" in report and "neurons left" in report
+        assert (point["repaired"] <= 1.5 * level["dense"]) == (point["level"] <= level["found"])
     assert metrics["size"]["pruned"]["parameters"] < metrics["size"]["dense"]["parameters"]
-    assert max(metrics["reopened_difference"].values()) < 1e-6 and set(metrics["reopened_difference"]) == {
-        "compact",
-        "zeroed",
-    }
-    kept = json.loads((folder / "model-compact" / "config.json").read_text())["kept_neurons"]
-    assert list(kept.values()) == neurons["open_per_layer"]
-    assert f"and {neurons['closed']} of {neurons['total']} neurons" in (
-        (folder / "model-compact" / "README.md").read_text()
-    )
+    assert max(metrics["reopened_difference"].values()) < 1e-6
+    assert set(metrics["reopened_difference"]) == {"compact", "zeroed"}
+    closed = f"{heads['closed']} of 8 heads and " * (heads["closed"] > 0) + f"{neurons['closed']} of 128 neurons"
+    left = ", ".join(map(str, neurons["open_per_layer"]))
+    assert neurons["closed"] > 0 and rows_left(folder, "up_proj") == neurons["open_per_layer"]
+    assert f"neurons left, layer by layer: {left}." in (folder / "report.md").read_text()
+    assert f"{closed} removed" in (folder / "model-compact" / "README.md").read_text()
 
 
 def test_a_uniform_run_saves_an_ordinary_smaller_checkpoint(short_run):
-    config = transformers.LlamaConfig(
-        vocab_size=1024,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        max_position_embeddings=64,
-    )
-    folder, said = short_run(transformers.LlamaForCausalLM(config), "--uniform", "--pruning-level", "0.3")
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["heads"]["open_per_layer"] == [4, 4, 4] and "18 gates, 6 of which will be closed" in said
-    assert all(
-        first % 2 == 0 and second == first + 1
-        for (_, first), (_, second) in zip(*[iter(metrics["heads"]["closed_list"])] * 2)
-    )
+    model = llama(hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3)
+    folder, metrics, said = short_run(model, "--uniform --pruning-level 0.3")
+    assert metrics["heads"]["open_per_layer"] == [4, 4, 4]
+    assert "18 heads, 30% of which will be closed, in every layer alike" in said
+    pairs = zip(*[iter(metrics["heads"]["closed_list"])] * 2)
+    assert all(first % 2 == 0 and second == first + 1 for (_, first), (_, second) in pairs)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model-compact")
     assert model.config.num_attention_heads == 4 and model.num_parameters() == metrics["parameters"]["fine_tuned"]
-    assert (
-        not list(folder.glob("model-compact/*.py"))
-        and "trust_remote_code" not in (folder / "model-compact" / "README.md").read_text()
-    )
+    assert not list(folder.glob("model-compact/*.py"))
+    assert "trust_remote_code" not in (folder / "model-compact" / "README.md").read_text()
 
 
 def test_reopened_heads_are_in_the_compact_model_too(short_run):
     config = transformers.OPTConfig(
-        vocab_size=1024,
-        hidden_size=32,
-        ffn_dim=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        word_embed_proj_dim=32,
-    )
-    folder, said = short_run(
-        transformers.OPTForCausalLM(config),
-        "--reopen-heads",
-        "--save-model",
-        "compact zeroed",
-        "--pruning-level",
-        "0.5",
-    )
-    metrics = json.loads((folder / "metrics.json").read_text())
-    kept = json.loads((folder / "model-compact" / "config.json").read_text())["kept_heads"]
-    assert [len(heads) for heads in kept.values()] == metrics["heads_after_fine_tuning"]["open_per_layer"]
-    assert sum(len(heads) for heads in kept.values()) == 4 and "closed heads came back" in said
+        vocab_size=1024, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, word_embed_proj_dim=32)  # fmt: skip
+    words = "--reopen-heads --save-model compact+zeroed --pruning-level 0.5"
+    folder, metrics, said = short_run(transformers.OPTForCausalLM(config), words)
+    heads = metrics["heads_after_fine_tuning"]["open_per_layer"]
+    shapes = [int(rows / 8) for rows in rows_left(folder, "q_proj")]
+    assert shapes == heads and sum(heads) == 4 and "closed heads came back" in said
     assert metrics["reopened_difference"]["compact"] == 0 and metrics["reopened_difference"]["zeroed"] < 1e-5
 
 
@@ -419,54 +319,22 @@ KEPT = ("cellView", "jupyter", "jp-MarkdownHeadingCollapsed", "id")
 
 
 def test_the_notebook_is_the_script_without_outputs():
-    notebook, script = nbformat.read(NOTEBOOK, 4), jupytext.read(SCRIPT)
-
     def parts(cells):
-        return [
-            (cell.cell_type, cell.source, {key: value for key, value in cell.metadata.items() if key in KEPT})
-            for cell in cells
-        ]
+        kept = ({key: cell.metadata[key] for key in KEPT if key in cell.metadata} for cell in cells)
+        return [(cell.cell_type, cell.source, metadata) for cell, metadata in zip(cells, kept)]
 
-    assert parts(notebook.cells) == parts(script.cells), (
-        "out of step: run `jupytext --to ipynb --update --output PruningAndFineTuningColab.ipynb "
-        "PruningAndFineTuningColab.py`"
-    )
+    notebook, script = nbformat.read(NOTEBOOK, 4), jupytext.read(SCRIPT)
+    remedy = f"jupytext --to ipynb --update --output {NOTEBOOK.name} {SCRIPT.name}"
+    assert parts(notebook.cells) == parts(script.cells), f"out of step: run `{remedy}`"
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
     assert notebook.metadata.accelerator == "GPU" and notebook.metadata.colab.collapsed_sections == ["workshop"]
-    assert any(
-        cell.metadata.get("id") == "workshop" and cell.metadata["jp-MarkdownHeadingCollapsed"]
-        for cell in notebook.cells
-    )
-
-
-def test_run_cells_use_only_what_stands_above_them():
-    """The tests import the whole file, which hides it; but as a script or notebook the cells run in order."""
-    defined, runs = {}, []
-    for node in ast.parse(SCRIPT.read_text()).body:
-        names = {
-            inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Load)
-        }
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            defined[node.name] = (node.lineno, names)
-        elif isinstance(node, ast.If) and "__name__" in names:
-            runs.append((node.lineno, names))
-    assert len(runs) > 15 and len(defined) > 100
-    for line, names in runs:
-        seen, left = set(), names & defined.keys()
-        while left:
-            name = left.pop()
-            seen.add(name)
-            assert defined[name][0] < line, f"the cell at line {line} needs {name}, which stands below it"
-            left |= (defined[name][1] & defined.keys()) - seen
+    (workshop,) = (cell for cell in notebook.cells if cell.metadata.get("id") == "workshop")
+    assert workshop.metadata["jp-MarkdownHeadingCollapsed"]
 
 
 def test_the_table_of_contents_is_clean():
-    headings = [
-        line
-        for cell in nbformat.read(NOTEBOOK, 4).cells
-        if cell.cell_type == "markdown"
-        for line in cell.source.splitlines()
-        if line.startswith(("# ", "## "))
-    ]
-    assert headings[0].startswith("# ")
-    assert [heading.split(".")[0] for heading in headings[1:]] == [f"## {number}" for number in range(1, len(headings))]
+    told = "\n".join(cell.source for cell in nbformat.read(NOTEBOOK, 4).cells if cell.cell_type == "markdown")
+    headings = re.findall(r"^##? .*", told, re.M)
+    assert headings[0].startswith("# ") and [int(h[3:].split(".")[0]) for h in headings[1:]] == list(range(1, 17))
+    linked = {f"## {words}" for words in re.findall(r"\[(\d+ [\w ]+)\]\(#", told[: told.index("## 1.")])}
+    assert linked == {heading.replace(".", "") for heading in headings[1:]}
