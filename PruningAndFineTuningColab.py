@@ -259,13 +259,13 @@ def converted(field, value):
         return words
     allowed = [{int: "a whole number", float: "a number", bool: "yes or no"}.get(kind)] + [rule and rule.words]
     try:
-        value = str(value) if kind is str else kind(float(words))
-        if kind is bool or (kind is int and value != float(words)) or not (rule is None or rule.holds(value)):
+        found = str(value) if kind is str else kind(float(words))
+        if kind is bool or (kind is int and found != float(words)) or not (rule is None or rule.holds(found)):
             raise ValueError
+        return found
     except (ValueError, OverflowError):
         raise UserError(f"{field.name} is {value!r}, but must be {', '.join(filter(None, allowed))}: the default is "
                         f"{field.default!r}.") from None
-    return value
 
 def check_settings(settings: Settings) -> None:
     """Converts the values of new settings. Raises UserError for one that is not allowed, or not with another."""
@@ -404,7 +404,7 @@ def fit_batch_size(function, largest: int, what: str, room: float = math.inf):
     """
     room = min(COMPUTING.fitted.get(what, largest), room)
     for size in [size for size in range(largest, 0, -1) if largest % size == 0 and size <= room] or [1]:
-        if what in COMPUTING.fitted and size < room:
+        if COMPUTING.fitted.get(what, room) < room:
             print(f"{what} runs out of memory: trying {size} blocks at once")
         try:
             return function(size)
@@ -522,6 +522,8 @@ def open_folder(settings: Settings, key: str) -> tuple[Path, filelock.FileLock]:
                   if path.suffix not in (".state", ".zip") and not path.with_name(path.name + ".zip").exists()]
     new = f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{name}_{key}"
     for folder in [*unfinished, *(place / f"{new}{number}" for number in ("", "-2", "-3", "-4"))]:
+        if folder.with_name(folder.name + ".zip").exists():
+            continue
         lock = filelock.FileLock(folder.with_name(folder.name + ".state") / "lock", timeout=0, is_singleton=True)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -1417,7 +1419,8 @@ def set_gates(model, gates: torch.Tensor) -> None:
             units.projection.gates.copy_(values)
 
 def get_gates(model) -> torch.Tensor:
-    """The gates of a model, (layers, units), on the processor."""
+    """The gates of a model, (layers, units), on the processor; open ones, where it has none yet."""
+    add_gates(model)
     return torch.stack([torch.cat([units.projection.gates.detach().float().cpu() for units in layer])
                         for layer in find_units(model)])
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -2905,17 +2908,19 @@ def sweep(run: Run, model, texts: tuple[torch.Tensor, ...], settings: Settings) 
     """
     (names, levels), points, gates = strategies_and_levels(settings.sweep), [], get_gates(model)
     others = [kind for kind in ("heads", "neurons", "both") if kind != settings.prune]
-    for kind, name in [*((settings.prune, name) for name in names), *((kind, names[0]) for kind in others)]:
-        try:
-            prune_only(model, kind)
-            for level in levels:
-                own = dataclasses.replace(settings, prune=kind, strategy=name, pruning_level=level)
-                points.append(try_level(run, model, scores_of(run, model, texts[0], own), texts[1:], own))
-                print(f"{kind}, {name}, {level:.0%}: {words_for_point(points[-1])}")
-        except UserError as error:  # no neurons, or a level that is out of reach there
-            print(f"{kind}, {name}: left out, {error}")
-    prune_only(model, settings.prune)
-    set_gates(model, gates)
+    try:
+        for kind, name in [*((settings.prune, name) for name in names), *((kind, names[0]) for kind in others)]:
+            try:
+                prune_only(model, kind)
+                for level in levels:
+                    own = dataclasses.replace(settings, prune=kind, strategy=name, pruning_level=level)
+                    points.append(try_level(run, model, scores_of(run, model, texts[0], own), texts[1:], own))
+                    print(f"{kind}, {name}, {level:.0%}: {words_for_point(points[-1])}")
+            except UserError as error:  # no neurons, or a level that is out of reach there
+                print(f"{kind}, {name}: left out, {error}")
+    finally:
+        prune_only(model, settings.prune)
+        set_gates(model, gates)
     return points
 
 def find_level(run: Run, model, importance: torch.Tensor, texts: tuple[torch.Tensor, ...], dense: float) -> dict:
@@ -3146,6 +3151,7 @@ def fine_tune_pruned(run: Run, model, pruned, blocks: dict[str, torch.Tensor]):
     """`pruned`, compacted where it can be and trained on blocks (n, time); `model` is the gated dense one."""
     require_same_gates(model, pruned)
     settings = with_steps(run.settings, blocks, run.device)
+    pruned = sharing_copy(pruned)  # it may be `model` itself, whose gates are opened below
     run.metrics.pop("heads_after_fine_tuning", None)
     with run.step("fine-tune"), all_open(model):
         run.dense_validation = perplexity(model, blocks["validation"][:16])
@@ -3213,7 +3219,7 @@ def fine_tune_as_long(run: Run, model, pruned, tokenizer, blocks: dict[str, torc
     print(f"The dense model makes {same} steps in the time in which the smaller one makes {steps}.")
     if steps == same:
         return
-    settings = dataclasses.replace(run.settings, max_steps=max(steps, 1))
+    settings, pruned = dataclasses.replace(run.settings, max_steps=max(steps, 1)), sharing_copy(pruned)
     with run.step("fine-tune for the same time"), all_open(model):
         tuned = fine_tuned(run, "fine_tuned_as_long", compact(pruned), blocks, settings, model)
     measure(run, "fine_tuned_as_long", rounded(tuned, saved_format(run)), tokenizer, test_blocks)

@@ -3,6 +3,7 @@
 torchrun short_of_memory.py SCRIPT OPTIONS
 """
 
+import functools
 import os
 import runpy
 import sys
@@ -14,13 +15,14 @@ from transformers import GPT2LMHeadModel
 forward, steps = GPT2LMHeadModel.forward, []
 
 
-def short(self, ids, *others, **options):
+@functools.wraps(forward)
+def short(self, input_ids=None, *others, **options):
     if self.training:
         steps.append(1)
-        if os.environ["RANK"] == "1" and len(ids) > 1 and len(steps) > 2:
+        if os.environ["RANK"] == "1" and len(input_ids) > 1 and len(steps) > 2:
             Path("ran out of memory").touch()
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-    return forward(self, ids, *others, **options)
+    return forward(self, input_ids, *others, **options)
 
 
 GPT2LMHeadModel.forward = short

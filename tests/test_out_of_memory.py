@@ -41,7 +41,8 @@ def test_the_batch_becomes_the_next_smaller_divisor(capsys):
     assert nb.fit_batch_size(function, 12, "a step") == 3 and tried == [12, 6, 4, 3]
     assert "a step runs out of memory: trying 6 blocks" in capsys.readouterr().out
     assert nb.fit_batch_size(function, 8, "another") == 2 and nb.fit_batch_size(function, 8, "another") == 2
-    assert tried[4:] == [8, 4, 2, 2] and capsys.readouterr().out.count("another runs out of memory: trying 2 blocks") == 1
+    assert tried[4:] == [8, 4, 2, 2], "what fits is remembered"
+    assert capsys.readouterr().out.count("another runs out of memory: trying 2 blocks at once") == 1
     with pytest.raises(ValueError):  # any other failure is not swallowed
         nb.fit_batch_size(lambda size: int("x"), 4, "a step")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from conftest import make
 
 import PruningAndFineTuningColab as nb
@@ -61,9 +62,7 @@ def test_a_fingerprint_sees_every_weight_and_gate(gates):
     assert nb.fingerprint(model) != closed
 
 
-def test_only_an_unfinished_run_of_these_very_settings_versions_and_device_is_gone_on_with(
-    tmp_path, capsys, monkeypatch
-):
+def test_only_an_unfinished_run_of_these_settings_and_versions_is_gone_on_with(tmp_path, capsys, monkeypatch):
     settings, run = new_run(tmp_path)
     run.metrics["perplexity"]["dense"] = 7.0
     run.save()
@@ -119,16 +118,17 @@ def test_weights_of_another_model_are_refused():
 
 
 def interrupt_at(monkeypatch, step):
-    """Training is interrupted in the step of this number, counted from 0 over all trainings."""
-    original, steps = nb.Gradients.backward, []
+    """Training is interrupted in the step of this number, counted from 0 over all trainings; the steps so far."""
+    original, steps = AcceleratedOptimizer.step, []
 
-    def die(self, *arguments):
+    def die(self):
         steps.append(1)
         if len(steps) > step:
             raise KeyboardInterrupt
-        return original(self, *arguments)
+        return original(self)
 
-    monkeypatch.setattr(nb.Gradients, "backward", die)
+    monkeypatch.setattr(AcceleratedOptimizer, "step", die)
+    return steps
 
 
 def interrupt_while_writing(monkeypatch, number):
@@ -173,12 +173,14 @@ def test_fine_tuning_goes_on_bit_for_bit(how, tmp_path, monkeypatch):
     if how == 14:  # killed, there was no time to remove what is half written
         kept[0].with_name(kept[0].name + ".part").write_bytes(b"half")
     torch.manual_seed(99)
+    steps = interrupt_at(monkeypatch, 100)
     _, run = new_run(tmp_path / "broken", learning_rate=1e-3)
     tuned = nb.fine_tuned(run, "fine_tuned", nb.compact(model), training_blocks(), settings)
     assert all(torch.equal(value, dict(whole.named_parameters())[name]) for name, value in tuned.named_parameters())
     again = run.metrics["training"]["fine_tuned"]
     assert again["history"] == record["history"] and again["kept_step"] == record["kept_step"]
-    assert not list(run.state.glob("training-*.safetensors")), "what it goes on from goes when it is not needed any more"
+    assert len(steps) == 20 - {1: 0, 13: 12, 14: 14}.get(how, 12), "it goes on from the last measurement"
+    assert not list(run.state.glob("training-*.safetensors")), "which is not kept for longer than it is needed"
 
 
 @pytest.mark.parametrize("step", [5, 15])
@@ -255,7 +257,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(home, tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     said = run_script(tmp_path / "killed")
-    assert "Going on with" in said and "[dense_fine_tuned: going on after step" in said
+    assert "Going on with" in said and "dense + fine-tuned: step " in said
+    assert "dense + fine-tuned: step 2 of 24" not in said, "it goes on after the first measurement"
     for name in ("importance", "repair", "fine_tuned", "measure_dense"):
         assert f"[{name}: kept from before]" in said
     assert not list((tmp_path / "killed").glob("results/*.state"))

@@ -18,6 +18,7 @@ import transformers
 from conftest import fill_form
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from safetensors.torch import load_file
 
 import PruningAndFineTuningColab as nb
 
@@ -233,9 +234,9 @@ def llama(**sizes):
 
 
 def rows_left(folder: Path, name: str) -> list[int]:
-    """How many rows of a projection each layer of a compact model has, as its configuration says."""
-    shapes = json.loads((folder / "model-compact" / "config.json").read_text())["pruned"]["shapes"]
-    return [shape[0] for path, shape in shapes.items() if path.endswith(f"{name}.weight")]
+    """How many rows a projection has in each layer of the compact model."""
+    weights = load_file(folder / "model-compact" / "model.safetensors")
+    return [len(weights[path]) for path in sorted(weights) if path.endswith(f"{name}.weight")]
 
 
 def test_a_sweep_runs_from_the_script(short_run):
@@ -336,5 +337,5 @@ def test_the_table_of_contents_is_clean():
     told = "\n".join(cell.source for cell in nbformat.read(NOTEBOOK, 4).cells if cell.cell_type == "markdown")
     headings = re.findall(r"^##? .*", told, re.M)
     assert headings[0].startswith("# ") and [int(h[3:].split(".")[0]) for h in headings[1:]] == list(range(1, 17))
-    linked = {f"## {words}" for words in re.findall(r"\[(\d+ [\w ]+)\]\(#", told[: told.index("## 1.")])}
-    assert linked == {heading.replace(".", "") for heading in headings[1:]}
+    linked, anchors = (set(re.findall(pattern, told)) for pattern in (r"\]\(#(.*?)\)", r'<a name="(.*?)">'))
+    assert linked == anchors == {heading[3:].replace(" ", "-") for heading in headings[1:]}

@@ -23,21 +23,15 @@ from torch_xla.debug import metrics
 import PruningAndFineTuningColab as nb
 
 FEW = (
-    "--dataset python-docs --max-steps 12 --eval-blocks 4 --calibration-blocks 8 --gate-steps 12 --repair-blocks 8 "
+    "--dataset python-docs --max-steps 12 --eval-blocks 4 --calibration-blocks 8 --gate-steps 12 --repair 8 "
     "--block-length 128"
 ).split()
 
 
 def walk(cwd, *words, **environment):
     cwd.mkdir()
-    done = subprocess.run(
-        [sys.executable, Path(nb.__file__), *FEW, *words],
-        cwd=cwd,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    command, own = [sys.executable, Path(nb.__file__), *FEW, *words], os.environ | environment
+    done = subprocess.run(command, cwd=cwd, env=own, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = cwd.glob("results/*/metrics.json")
     return json.loads(file.read_text())
@@ -48,41 +42,43 @@ def test_the_whole_walk_has_the_numbers_of_the_processor(home, tmp_path):
     (demo,) = (home / "cache").glob("*/demo-*")
     xla = walk(tmp_path / "xla", "--model", str(demo), "--device", "tpu", "--precision", "fp32")
     assert xla["device"].startswith("XLA") and plain["device"].startswith("CPU")
+    for run in (plain, xla):  # how many steps take the same time depends on the machine
+        for record in ("perplexity", "training"):
+            run[record].pop("fine_tuned_as_long", None)
     assert xla["perplexity"] == pytest.approx(plain["perplexity"], rel=1e-4)
-    assert xla["heads"] == plain["heads"]
-    for stage, record in xla["training"].items():
-        assert [value for _, value in record["history"]["perplexity"]] == pytest.approx(
-            [value for _, value in plain["training"][stage]["history"]["perplexity"]], rel=1e-3
-        )
+    assert xla["heads"] == plain["heads"] and set(xla["training"]) == set(plain["training"])
+    for stage in xla["training"]:
+        here, there = (dict(run["training"][stage]["history"]["perplexity"]) for run in (plain, xla))
+        assert there == pytest.approx(here, rel=1e-3)
 
 
 def test_bf16_runs_too(home, tmp_path):
-    with_16 = walk(tmp_path / "bf16", "--model", "demo", "--device", "tpu", "--strategy", "entropy", "--no-control")
-    assert (
-        with_16["precision"] == "bfloat16"
-        and with_16["perplexity"]["fine_tuned"] < 1.3 * with_16["perplexity"]["dense"]
-    )
+    found = walk(tmp_path / "bf16", "--model", "demo", "--device", "tpu", "--strategy", "entropy", "--no-control")
+    assert found["precision"] == "bfloat16"
+    assert found["perplexity"]["fine_tuned"] < 1.3 * found["perplexity"]["dense"]
 
 
 def count(work):
     """(graphs compiled, numbers read back) while `work()` runs."""
-    torch_xla.sync()
-    before = [(metrics.metric_data(name) or (0,))[0] for name in ("CompileTime", "TransferFromDeviceTime")]
+
+    def numbers():
+        torch_xla.sync()
+        return [(metrics.metric_data(name) or (0,))[0] for name in ("CompileTime", "TransferFromDeviceTime")]
+
+    before = numbers()
     work()
-    torch_xla.sync()
-    return [
-        (metrics.metric_data(name) or (0,))[0] - first
-        for name, first in zip(("CompileTime", "TransferFromDeviceTime"), before)
-    ]
+    return [after - first for after, first in zip(numbers(), before)]
+
+
+def scored(name, model, texts, **options):
+    return nb.get_strategy(name, **options).score(model, torch.randint(3, 97, (texts, 16)))
 
 
 WORK = {
     "perplexity": lambda model, n: nb.perplexity(model, torch.randint(3, 97, (4 * n, 16))),
-    "entropy": lambda model, n: nb.get_strategy("entropy").score(model, torch.randint(3, 97, (4 * n, 16))),
-    "gradient": lambda model, n: nb.get_strategy("gradient").score(model, torch.randint(3, 97, (4 * n, 16))),
-    "learned": lambda model, n: nb.get_strategy("learned", level=0.25, steps=6 * n).score(
-        model, torch.randint(3, 97, (16, 16))
-    ),
+    "entropy": lambda model, n: scored("entropy", model, 4 * n),
+    "gradient": lambda model, n: scored("gradient", model, 4 * n),
+    "learned": lambda model, n: scored("learned", model, 16, level=0.25, steps=6 * n),
 }
 
 

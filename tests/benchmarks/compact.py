@@ -8,7 +8,6 @@ ratios of medians of nine passes in turns, in one process. 'reopened' is the per
 a fresh process that does not know the notebook.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -19,10 +18,8 @@ from pathlib import Path
 
 import torch
 import transformers
+from common import begin, count_flops, nb, parser_for, scores, speed_ratio
 from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import PruningAndFineTuningColab as nb
 
 STRANGER = """
 import math, sys, torch
@@ -39,90 +36,62 @@ print(math.exp(total / blocks[:, 1:].numel()))
 """
 
 
-def speed_ratio(model, small, batch, training):
-    with nb.without_gates(model):
-        speeds = nb.tokens_per_second({"dense": model, "compact": small}, batch, training, rounds=9)
-    return speeds["compact"] / speeds["dense"]
-
-
 def gpt2_shapes():
     """GPT-2 small, random weights, half of its heads closed at random."""
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).eval()
     nb.set_gates(model, nb.choose_gates(nb.get_strategy("random").score(model), 0.5))
     small = nb.compact(model)
-    rows = ["| tokens | | by arithmetic | measured | measured / arithmetic |", "|---|---|---|---|---|"]
+    print("| tokens | | by arithmetic | measured | measured / arithmetic |\n|---|---|---|---|---|")
     for shape in ((1, 512), (4, 128), (1, 1024)):
         batch = torch.randint(0, 50257, shape)
-        expected = nb.count_flops(model, batch) / nb.count_flops(small, batch)
-        for kind, training in (("forward", False), ("training", True)):
-            ratio = speed_ratio(model, small, batch, training)
-            rows.append(
-                f"| {shape[0]} x {shape[1]} | {kind} | {expected:.3f} x | {ratio:.3f} x | {ratio / expected:.2f} |"
-            )
-            print(rows[-1], file=sys.stderr)
-    print("\n".join(rows))
+        expected = count_flops(model, batch) / count_flops(small, batch)
+        for kind in ("forward", "training"):
+            ratio = speed_ratio(model, small, batch, kind == "training")
+            numbers = f"{expected:.3f} x | {ratio:.3f} x | {ratio / expected:.2f}"
+            print(f"| {shape[0]} x {shape[1]} | {kind} | {numbers} |", flush=True)
+
+
+def perplexity_of_a_stranger(saved: Path, folder: Path, batch_size: int) -> float:
+    """Of a saved folder on the blocks in `test.st`, in a process that does not know the notebook."""
+    command = [sys.executable, "-c", STRANGER, saved, folder / "test.st", str(batch_size)]
+    own = os.environ | {"HF_HOME": str(folder / "hf")}
+    return json.loads(subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, check=True, env=own).stdout)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     parser.add_argument("--levels", type=float, nargs="+", default=[0.1, 0.3, 0.5])
     parser.add_argument("--gpt2-shapes", action="store_true")
     chosen, rest = parser.parse_known_args()
     if chosen.gpt2_shapes:
         return gpt2_shapes()
-    settings = nb.choose_sources(nb.read_settings(rest))
-    device = torch.device("cpu")
-    text = nb.load_text(settings)
-    tokenizer, model = nb.load_model(
-        nb.make_demo(text["train"]) if settings.model == "demo" else settings.model, device
-    )
-    blocks = nb.pack_all(text, tokenizer, model, settings)
-    test = blocks["test"][: settings.eval_blocks or None]
-    nb.add_gates(model)
-    nb.COMPUTING.batch_size = settings.batch_size
-    options = nb.options_for(settings)
-    importance = nb.get_strategy(settings.strategy, **options).score(
-        model, blocks["validation"][: settings.calibration_blocks]
-    )
-    dense = nb.perplexity(model, test)
-    bare = sum(p.nbytes for p in model.parameters()) / 1e6
-    rows = [
-        "| level | parameters, M | weights, MB | KV cache, bytes/token | forward, measured (arithmetic) | training "
-        "| perplexity: gated | compact | reopened | largest difference |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-        f"| dense | {model.num_parameters() / 1e6:.2f} | {bare:.1f} | {nb.cache_bytes(model):,} | 1 | 1 | {dense:.4f} "
-        "| | | |",
-    ]
+    run, tokenizer, model, blocks = begin(rest)
+    test, settings = blocks["tested"], run.settings
+    importance, dense = scores(model, blocks, settings), nb.perplexity(model, test)
+    bare = sum(parameter.nbytes for parameter in model.parameters()) / 1e6
+    print("| level | parameters, M | weights, MB | KV cache, bytes/token | forward, measured (arithmetic) | training "
+          "| perplexity: gated | compact | reopened | largest difference |\n" + "|---" * 10 + "|\n"
+          f"| dense | {model.num_parameters() / 1e6:.2f} | {bare:.1f} | {nb.cache_bytes(model):,} | 1 | 1 | "
+          f"{dense:.4f} | | | |", flush=True)  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         save_file({"blocks": test}, folder / "test.st")
         for level in chosen.levels:
-            own = dataclasses.replace(settings, pruning_level=level)
-            nb.set_gates(model, nb.gates_for(model, importance, own))
-            small = nb.compact(model)
-            saved = folder / f"{level}"
+            nb.set_gates(model, nb.gates_for(model, importance, dataclasses.replace(settings, pruning_level=level)))
+            small, saved = nb.compact(model), folder / f"{level}"
             nb.save_compact(small, tokenizer, saved)
             size = sum(file.stat().st_size for file in saved.glob("*.safetensors")) / 1e6
-            stranger = subprocess.run(
-                [sys.executable, "-c", STRANGER, saved, folder / "test.st", str(settings.batch_size)],
-                cwd=folder,
-                capture_output=True,
-                text=True,
-                check=True,
-                env=os.environ | {"HF_HOME": str(folder / "hf")},
-            )
-            reopened = json.loads(stranger.stdout)
+            reopened = perplexity_of_a_stranger(saved, folder, settings.batch_size)
             gated, cut = (nb.perplexity(each, test) for each in (model, small))
-            expected = nb.count_flops(model, test[:1]) / nb.count_flops(small, test[:1])
+            expected = count_flops(model, test[:1]) / count_flops(small, test[:1])
             forward, training = (speed_ratio(model, small, test[:1], kind) for kind in (False, True))
-            rows.append(
+            print(
                 f"| {level:.0%} | {small.num_parameters() / 1e6:.2f} | {size:.1f} | {nb.cache_bytes(small):,} | "
                 f"{forward:.2f} ({expected:.2f}) | {training:.2f} | {gated:.4f} | {cut:.4f} | {reopened:.4f} | "
-                f"{nb.largest_difference(model, small, test[:1]):.0e} |"
+                f"{nb.largest_difference(model, small, test[:1]):.0e} |",
+                flush=True,
             )
-            print(rows[-1], file=sys.stderr)
-    print("\n".join(rows))
 
 
 if __name__ == "__main__":

@@ -6,21 +6,18 @@ Real classes of transformers, small, with random weights (tests/families.py). Di
 float32 logits, relative to the largest logit. Takes about two minutes.
 """
 
+import copy
+import math
 import sys
 import tempfile
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-
 import torch
 import transformers
+from common import nb, trained
 from conftest import tiny_tokenizer
 from families import CATALOGUE, make
 
-import PruningAndFineTuningColab as nb
-
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
 BLOCKS = torch.randint(3, 80, (4, 16), generator=torch.Generator().manual_seed(1))
 
 
@@ -28,21 +25,16 @@ def finite(strategy, model) -> str:
     options = {"level": 0.3, "steps": 2} if strategy == "learned" else {}
     try:
         return "yes" if nb.get_strategy(strategy, **options).score(model, BLOCKS).isfinite().all() else "not finite"
-    except nb.UserError as error:
+    except (nb.UserError, nb.RunError) as error:
         return str(error).split(":")[0]
 
 
-def fine_tuned(model, folder) -> str:
+def losses(model, folder) -> str:
     """The loss of the first and of the last of twelve steps on the same four texts."""
-    run = nb.Run(
-        nb.Settings(output_dir=folder, block_length=16, max_steps=12, resume="no", learning_rate=3e-3),
-        torch.device("cpu"),
-        torch.float32,
-    )
-    blocks = {split: BLOCKS for split in nb.SPLITS}
-    nb.fine_tune(run, "fine_tuned", lambda: nb.copy.deepcopy(model), blocks, run.settings)
-    losses = [value for _, value in run.metrics["training"]["fine_tuned"]["history"]["loss"]]
-    return f"{losses[0]:.1f} → {losses[-1]:.1f}"
+    settings = nb.Settings(output_dir=folder, block_length=16, max_steps=12, learning_rate=3e-3)
+    run, blocks = nb.Run(settings, torch.device("cpu"), torch.float32), dict.fromkeys(nb.SPLITS, BLOCKS)
+    history = trained(run, copy.deepcopy(model), blocks, settings)[1]["history"]["loss"]
+    return f"{history[0][1]:.1f} → {history[-1][1]:.1f}"
 
 
 def row(name: str, folder: str) -> list[str]:
@@ -55,8 +47,8 @@ def row(name: str, folder: str) -> list[str]:
     gates[0, 1] = gates[-1, 0] = gates[-1, -1] = 0
     nb.set_gates(model, gates)
     cells = [f"{gates.numel()}", finite("entropy", model), finite("learned", model)]
-    dense = nb.perplexity(nb.copy.deepcopy(model), BLOCKS)
-    cells.append("yes" if nb.math.isfinite(nb.perplexity(nb.repair(model, BLOCKS), BLOCKS) / dense) else "no")
+    dense = nb.perplexity(copy.deepcopy(model), BLOCKS)
+    cells.append("yes" if math.isfinite(nb.perplexity(nb.repair(model, BLOCKS), BLOCKS) / dense) else "no")
     small = nb.compact(model) if nb.can_compact(model) else None
     cells.append(f"{nb.largest_difference(model, small, BLOCKS):.0e}" if small else nb.why_not_compact(model)[:90])
     path = Path(folder, "saved")
@@ -64,10 +56,8 @@ def row(name: str, folder: str) -> list[str]:
         nb.save_compact(small, tiny_tokenizer(), path)
     else:
         nb.save_gated(model, tiny_tokenizer(), path)
-    cells.append(
-        f"{nb.largest_difference(small or model, nb.reopen(path), BLOCKS):.0e}" + ("" if small else " (zeroed)")
-    )
-    cells.append(fine_tuned(small or model, folder))
+    difference = nb.largest_difference(small or model, nb.reopen(path), BLOCKS)
+    cells += [f"{difference:.0e}" + ("" if small else " (zeroed)"), losses(small or model, folder)]
     return cells
 
 

@@ -2,13 +2,12 @@
 
     pip install -r tests/requirements-llama.txt
     python tests/benchmarks/llama_cpp.py --model SmolLM2.gguf --train-file $D/valid.txt --test-file $D/test.raw.txt \
-        --strategy fisher --cases heads:0.3 heads:0.3:even heads:0.5 heads:0.5:even both:0.2
+        --strategy fisher --cases heads:0.3 heads:0.3:groups heads:0.5 heads:0.5:groups both:0.2
 
-Takes the options of the notebook; a case is what is pruned, the level, and `even` for even groups of heads. Repaired,
-not fine-tuned. Median of five, in turns.
+Takes the options of the notebook; a case is what is pruned, the level, and a value of `uniform` (no, groups, yes).
+Repaired, not fine-tuned. Median of five, in turns.
 """
 
-import argparse
 import dataclasses
 import math
 import statistics
@@ -17,17 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[2])]
-
+import gguf
 import numpy
 import torch
-import transformers
-from llama_cpp_py_sync import Llama
-
-import PruningAndFineTuningColab as nb
-
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
+from common import begin, nb, parser_for, scores
 
 
 def perplexity(llm, blocks):
@@ -40,12 +32,9 @@ def perplexity(llm, blocks):
             batch.token[place], batch.pos[place], batch.n_seq_id[place] = token, place, 1
             batch.seq_id[place][0], batch.logits[place] = 0, 1
         assert not llm._lib.llama_decode(llm._ctx, batch)
-        rows = [
-            numpy.frombuffer(
-                llm._ffi.buffer(llm._lib.llama_get_logits_ith(llm._ctx, place), 4 * llm.n_vocab), "float32"
-            )
-            for place in range(len(block))
-        ]
+        rows = [llm._ffi.buffer(llm._lib.llama_get_logits_ith(llm._ctx, place), 4 * llm.n_vocab)
+                for place in range(len(block))]  # fmt: skip
+        rows = [numpy.frombuffer(row, "float32") for row in rows]
         losses.append(nb.nll(torch.from_numpy(numpy.stack(rows))[None], block[None]).item())
         llm._lib.llama_batch_free(batch)
     return math.exp(statistics.mean(losses))
@@ -63,36 +52,32 @@ def seconds(llm, prompt, written=32):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=["heads:0.3", "heads:0.3:even", "heads:0.5", "heads:0.5:even"])
+    parser = parser_for(__doc__)
+    cases = ["heads:0.3", "heads:0.3:groups", "heads:0.5", "heads:0.5:groups"]
+    parser.add_argument("--cases", nargs="+", default=cases)
     parser.add_argument("--bits", default="f16")
     own, rest = parser.parse_known_args()
-    settings = nb.read_settings(rest)
-    tokenizer, model = nb.load_model(settings.model, torch.device("cpu"))
-    nb.COMPUTING.dtype = nb.find_precision(torch.device("cpu"), settings.precision)
-    blocks = nb.pack_all(nb.load_text(settings), tokenizer, model, settings)
-    test = blocks["test"][: settings.eval_blocks or None]
-    calibration = blocks["validation"][: settings.calibration_blocks]
-    text, scores, models = nb.evenly_spaced(blocks["train"], settings.repair_blocks), {}, {}
+    from llama_cpp_py_sync import Llama
+
+    run, tokenizer, model, blocks = begin(rest)
+    test, settings, importance, models = blocks["tested"], run.settings, {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for case in ["heads:0", *own.cases]:
-            prune, level, even = (*case.split(":"), "")[:3]
-            now = dataclasses.replace(
-                settings, prune=prune, pruning_level=float(level), even_groups="yes" if even else "no"
-            )
+            prune, level, uniform = (*case.split(":"), "no")[:3]
+            now = dataclasses.replace(settings, prune=prune, pruning_level=level, uniform=uniform)
             nb.prune_only(model, prune)
             nb.set_gates(model, torch.ones_like(nb.get_gates(model)))
-            if level != "0" and prune not in scores:
-                scores[prune] = nb.get_strategy(now.strategy, **nb.options_for(now)).score(model, calibration)
-            gates = nb.gates_for(model, scores[prune], now) if level != "0" else nb.get_gates(model)
-            nb.set_gates(model, gates)
-            small = nb.compact(nb.repair(model, text) if level != "0" else model)
-            file = Path(folder, f"{len(models)}.gguf")
+            fixed = model
+            if level != "0":
+                importance[prune] = importance[prune] if prune in importance else scores(model, blocks, now)
+                nb.set_gates(model, nb.gates_for(model, importance[prune], now))
+                fixed = nb.repair(model, blocks["repair"])
+            small, file = nb.compact(fixed), Path(folder, f"{len(models)}.gguf")
             words = {"format": own.bits, "name": case, "base": settings.model, "description": case}
             nb.write_gguf(file, small, tokenizer, settings.model, words)
-            written = sum(tensor.numel() for tensor in nb.read_gguf(file).values())
-            models[case] = (file, int((gates[:, : nb.number_of_heads(model)] == 0).sum()), small.num_parameters(),
-                            written, nb.perplexity(small, test))  # fmt: skip
+            written = sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(file).tensors)
+            closed = int((nb.heads_part(model, nb.get_gates(model)) == 0).sum())
+            models[case] = (file, closed, small.num_parameters(), written, nb.perplexity(small, test))
             print(case, models[case], file=sys.stderr, flush=True)
         opened = {case: Llama(str(file), n_ctx=1024, n_batch=512) for case, (file, *_) in models.items()}
         prompt, times = test[0].tolist(), {case: [] for case in opened}

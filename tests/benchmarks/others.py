@@ -10,8 +10,6 @@ every layer, as theirs. Torch-Pruning chooses in a process of its own, under a t
 models of transformers 5; its choice is then closed here with gates, which must give the perplexity that it measured.
 """
 
-import argparse
-import contextlib
 import dataclasses
 import json
 import subprocess
@@ -21,12 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import PruningAndFineTuningColab as nb
-
-transformers.utils.logging.disable_progress_bar()
+from common import begin, nb, parser_for, scores, trained
 
 
 @torch.no_grad()
@@ -41,7 +34,7 @@ def wanda(model, blocks):
     units = nb.all_units(model)
     with nb.hooks(part.projection.register_forward_pre_hook(add) for part in units):
         for batch in blocks.split(4):
-            model(batch, use_cache=False)
+            model(batch.to(model.device), use_cache=False)
     rows = []
     for layer in nb.find_units(model):
         parts = []
@@ -70,36 +63,22 @@ def torch_pruning(python, limit, folder, kind, settings, model):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     parser.add_argument("--torch-pruning", required=True, help="a Python that has torch-pruning")
     parser.add_argument("--limit", type=float, default=600, help="seconds that Torch-Pruning may take")
     chosen, rest = parser.parse_known_args()
-    settings = nb.choose_sources(nb.read_settings(rest))
-    device = nb.find_device(settings.device)
-    run = nb.Run(settings, device, nb.find_precision(device, settings.precision))
-    tokenizer, model = nb.load_model(settings.model, device)
-    blocks = nb.pack_all(nb.load_text(settings), tokenizer, model, settings)
-    test, calibration = (
-        blocks["test"][: settings.eval_blocks or None],
-        blocks["validation"][: settings.calibration_blocks],
-    )
-    repair_text = nb.evenly_spaced(blocks["train"], settings.repair_blocks)
-    run.metrics["blocks"] = {split: len(part) for split, part in blocks.items()} | {"tested": len(test)}
-    nb.prune_only(model, settings.prune)
+    run, _, model, blocks = begin(rest)
+    settings, test, calibration = run.settings, blocks["tested"], blocks["calibration"]
     open_gates, costs, versions = nb.get_gates(model), nb.unit_costs(model), ""
     print("| | parameters of what is pruned | heads closed | neurons closed | pruned | repaired | fine-tuned | "
           "time to choose, gradient = 1 |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
 
-    def tuned(model):
-        with contextlib.redirect_stdout(sys.stderr):  # where the Trainer prints its log
-            trained = nb.fine_tune(run, "row", lambda: nb.compact(model), blocks, settings)
-        return nb.perplexity(trained, test)
-
     def row(name, gates, seconds):
         nb.set_gates(model, gates)
         values = [nb.perplexity(model, test)]
-        fixed = nb.repair(model, repair_text) if not gates.all() else model
-        values += [nb.perplexity(fixed, test), tuned(fixed)]
+        fixed = nb.repair(model, blocks["repair"]) if not gates.all() else model
+        tuned = trained(run, nb.compact(fixed), blocks, settings)[0]
+        values += [nb.perplexity(fixed, test), nb.perplexity(tuned, test)]
         heads = nb.heads_part(model, gates)
         closed = [int((heads == 0).sum()), (nb.describe_neurons(model, gates) or {"closed": 0})["closed"]]
         share = (costs * (gates == 0)).sum() / costs.sum()
@@ -131,11 +110,8 @@ def main():
         nb.set_gates(model, open_gates)
         now = dataclasses.replace(settings, pruning_level=level, strategy="fisher" if name == "Wanda" else name)
         start = time.perf_counter()
-        if name == "Wanda":
-            scores = wanda(model, calibration)
-        else:
-            scores = nb.get_strategy(name, **nb.options_for(now)).score(model, calibration)
-        gates = nb.gates_for(model, scores, now)
+        importance = wanda(model, calibration) if name == "Wanda" else scores(model, blocks, now)
+        gates = nb.gates_for(model, importance, now)
         row(f"{name} (ours)" if name in ("fisher", "learned") else name, gates, (time.perf_counter() - start) / unit)
     print(f"\n{nb.conditions(run.metrics)} Torch-Pruning ran with {versions}.")
 

@@ -1,72 +1,54 @@
 """Fine-tuning settings, one changed at a time: the pruned and repaired model beside the dense one, same budget.
 
-    python tests/benchmarks/recovery.py --vary warmup=0,0.3 weight_decay=0,0.1 distillation=0.5,1 teacher=0.5,1 OPTIONS
+    python tests/benchmarks/recovery.py --vary learning_rate=3e-5,3e-4 warmup=0,0.3 distillation=0.5,1 teacher=0.5,1 \
+        OPTIONS
 
-OPTIONS are those of PruningAndFineTuningColab.py. `teacher` is distillation from the fine-tuned dense model instead
-of the dense one. Heads are chosen and repaired once. The settings are to be chosen by the validation column; the test
-column only reports.
+OPTIONS are those of PruningAndFineTuningColab.py; also its constants can be varied (warmup, weight_decay, patience).
+`teacher` is distillation from the fine-tuned dense model instead of the dense one. Heads are chosen and repaired once.
+The settings are to be chosen by the validation column; the test column only reports.
 """
 
-import argparse
 import copy
 import dataclasses
-import sys
-from pathlib import Path
+from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import PruningAndFineTuningColab as nb
+from common import begin, nb, parser_for, scores, trained
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     parser.add_argument("--vary", nargs="+", default=[], metavar="NAME=VALUE,...")
     chosen, rest = parser.parse_known_args()
-    settings = nb.choose_sources(nb.read_settings(rest))
-    device = nb.find_device(settings.device)
-    run = nb.Run(settings, device, nb.find_precision(device, settings.precision))
-    text = nb.load_text(settings)
-    tokenizer, model = nb.load_model(settings.model, device)
-    blocks = nb.pack_all(text, tokenizer, model, settings)
-    test, calibration = (
-        blocks["test"][: settings.eval_blocks or None],
-        blocks["validation"][: settings.calibration_blocks],
-    )
-    run.metrics["blocks"] = {split: len(part) for split, part in blocks.items()} | {"tested": len(test)}
-    nb.add_gates(model)
-    dense = copy.deepcopy(model)
-    importance = nb.get_strategy(settings.strategy, **nb.options_for(settings)).score(model, calibration)
-    nb.set_gates(model, nb.choose_gates(importance, settings.pruning_level, settings.min_heads))
-    pruned = nb.repair(model, nb.evenly_spaced(blocks["train"], settings.repair_blocks))
+    run, _, model, blocks = begin(rest)
+    settings, test, seen = run.settings, blocks["tested"], blocks["validation"][:16]
+    dense = nb.remove_gates(copy.deepcopy(model))
+    nb.set_gates(model, nb.gates_for(model, scores(model, blocks, settings), settings))
+    pruned = nb.repair(model, blocks["repair"])
 
-    def tune(start, settings, teacher=None):
-        source = pruned if start is nb.compact else dense
-        tuned = nb.fine_tune(run, "tuned", lambda: start(source), blocks, settings, teacher=teacher)
-        best = min(value for _, value in run.metrics["training"]["tuned"]["history"]["perplexity"])
-        return tuned, best, nb.perplexity(tuned, test)
-
-    print(
-        "| | pruned: validation | test | dense: validation | test | gap, validation | test |\n" + "|---" * 7 + "|",
-        flush=True,
-    )
+    def tune(model, settings, teacher=None):
+        tuned, record = trained(run, model, blocks, settings, teacher)
+        return tuned, min(value for _, value in record["history"]["perplexity"]), nb.perplexity(tuned, test)
 
     def row(name, pruned, dense):
-        print(
-            f"| {name} | {pruned[1]:.3f} | {pruned[2]:.3f} | {dense[1]:.3f} | {dense[2]:.3f} | "
-            f"{pruned[1] / dense[1] - 1:+.1%} | {pruned[2] / dense[2] - 1:+.1%} |",
-            flush=True,
-        )
+        numbers = [f"{value:.3f}" for value in (*pruned[1:], *dense[1:])]
+        gaps = [f"{pruned[which] / dense[which] - 1:+.1%}" for which in (1, 2)]
+        print(f"| {name} | " + " | ".join(numbers + gaps) + " |", flush=True)
 
-    nothing = [(None, nb.perplexity(m, blocks["validation"][:16]), nb.perplexity(m, test)) for m in (pruned, dense)]
-    row("before fine-tuning", *nothing)
-    control = tune(copy.deepcopy, settings)
-    row("defaults", tune(nb.compact, settings), control)
-    for name, _, values in (words.partition("=") for words in chosen.vary):
-        for value in values.split(","):
-            own = dataclasses.replace(settings, **{"distillation" if name == "teacher" else name: float(value)})
-            if name in ("distillation", "teacher"):
-                row(f"{name} {value}", tune(nb.compact, own, dense if name == "distillation" else control[0]), control)
-            else:
-                row(f"{name} {value}", tune(nb.compact, own), tune(copy.deepcopy, own))
+    print("| | pruned: validation | test | dense: validation | test | gap, validation | test |\n" + "|---" * 7 + "|")
+    row("before fine-tuning", *((None, nb.perplexity(m, seen), nb.perplexity(m, test)) for m in (pruned, dense)))
+    control = tune(copy.deepcopy(dense), settings)
+    row("defaults", tune(nb.compact(pruned), settings, dense), control)
+    for name, value in ((name, value) for words in chosen.vary for name, _, values in [words.partition("=")]
+                        for value in values.split(",")):  # fmt: skip
+        if name in ("distillation", "teacher"):
+            own = dataclasses.replace(settings, distillation=value)
+            row(f"{name} {value}", tune(nb.compact(pruned), own, {"teacher": control[0]}.get(name, dense)), control)
+        elif name in ("warmup", "weight_decay", "patience"):
+            with mock.patch.object(nb, name.upper(), float(value)):
+                row(f"{name} {value}", tune(nb.compact(pruned), settings, dense), tune(copy.deepcopy(dense), settings))
+        else:
+            own = dataclasses.replace(settings, **{name: value})
+            row(f"{name} {value}", tune(nb.compact(pruned), own, dense), tune(copy.deepcopy(dense), own))
     print(f"\n{nb.conditions(run.metrics)}")
 
 

@@ -8,17 +8,14 @@ what is random. Prints Markdown tables of means, with the smallest and the large
 in turns, as multiples of a plain forward pass over the same tokens.
 """
 
-import argparse
+import contextlib
 import dataclasses
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import PruningAndFineTuningColab as nb
+from common import begin, nb, parser_for
 
 
 def spread(values):
@@ -34,17 +31,14 @@ def costs(model, few):
     """Medians of five passes in turns, as multiples of the first."""
 
     @torch.no_grad()
-    def plain():
+    def forward(model):
         with nb.autocast(model.device):
-            model(few, use_cache=False)
+            model(few.to(model.device), use_cache=False).logits[0, -1, 0].item()
 
-    def bare():
-        with nb.without_gates(model):
-            plain()
-
-    jobs = {"plain forward pass without gates": bare, "with open gates": plain} | {
-        name: lambda name=name: nb.get_strategy(name).score(model, few) for name in ("entropy", "gradient", "fisher")
-    }
+    bare = nb.remove_gates(nb.sharing_copy(model))
+    jobs = {"plain forward pass without gates": lambda: forward(bare), "with open gates": lambda: forward(model)}
+    for name in ("entropy", "gradient", "fisher"):
+        jobs[name] = lambda name=name: nb.get_strategy(name).score(model, few)
     seconds = {name: [] for name in jobs}
     for _ in range(6):
         for name, job in jobs.items():
@@ -52,50 +46,40 @@ def costs(model, few):
             job()
             seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    first = next(iter(medians.values()))
-    return {name: value / first for name, value in medians.items()}
+    return {name: value / next(iter(medians.values())) for name, value in medians.items()}
+
+
+def points(run, model, blocks, chosen):
+    """(strategy, level) -> points, one for each choice of text."""
+    found, everything = {}, torch.cat([blocks["train"], blocks["validation"]])
+    for seed in range(chosen.calibrations):
+        calibration = choose(everything, run.settings.calibration_blocks, seed)
+        texts = (choose(blocks["train"], run.settings.repair, seed), blocks["tested"])
+        for name in chosen.strategies:
+            for level in chosen.levels:
+                own = dataclasses.replace(run.settings, seed=seed, strategy=name, pruning_level=level)
+                importance = nb.scores_of(run, model, calibration, own)
+                found.setdefault((name, level), []).append(nb.try_level(run, model, importance, texts, own))
+    return found
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--levels", nargs="*", default=["0.1", "0.3", "0.5"])
+    parser = parser_for(__doc__)
+    parser.add_argument("--levels", nargs="*", type=float, default=[0.1, 0.3, 0.5])
     parser.add_argument("--strategies", nargs="+", default=list(nb.STRATEGIES))
     parser.add_argument("--calibrations", type=int, default=1)
     parser.add_argument("--cost", action="store_true", help="also time the scoring")
     chosen, rest = parser.parse_known_args()
-    settings = dataclasses.replace(
-        nb.choose_sources(nb.read_settings(rest)),
-        sweep_strategies=" ".join(chosen.strategies),
-        sweep_levels=" ".join(chosen.levels),
-    )
-    device = nb.find_device(settings.device)
-    run = nb.Run(settings, device, nb.find_precision(device, settings.precision))
-    text = nb.load_text(settings)
-    tokenizer, model = nb.load_model(
-        nb.make_demo(text["train"]) if settings.model == "demo" else settings.model, device
-    )
-    blocks = nb.pack_all(text, tokenizer, model, settings)
-    test = blocks["test"][: settings.eval_blocks or None]
-    run.metrics["blocks"] = {split: len(part) for split, part in blocks.items()} | {"tested": len(test)}
-    nb.add_gates(model)
+    run, _, model, blocks = begin(rest)
     if chosen.levels:
-        run.metrics["perplexity"]["dense"] = dense = nb.perplexity(model, test)
-        results = {}
-        for seed in range(chosen.calibrations):
-            calibration = choose(torch.cat([blocks["train"], blocks["validation"]]), settings.calibration_blocks, seed)
-            texts = (calibration, choose(blocks["train"], settings.repair_blocks, seed), test)
-            own = dataclasses.replace(settings, seed=seed)
-            for point in nb.sweep(model, texts, own, nb.sweep_file(run, own, texts)):
-                results.setdefault((point["strategy"], f"{point['level']:.0%}"), []).append(point)
-        levels = list(dict.fromkeys(level for _, level in results))
-        for kind in ("pruned", "repaired") if settings.repair else ("pruned",):
-            print(f"\n| {kind} | " + " | ".join(levels) + " |\n|" + "---|" * (len(levels) + 1))
+        with contextlib.redirect_stdout(sys.stderr):
+            dense, found = nb.perplexity(model, blocks["tested"]), points(run, model, blocks, chosen)
+        for kind in ("pruned", "repaired") if run.settings.repair else ("pruned",):
+            heads = " | ".join(f"{level:.0%}" for level in chosen.levels)
+            print(f"\n| {kind} | {heads} |\n" + "|---" * (len(chosen.levels) + 1) + "|")
             for name in chosen.strategies:
-                print(
-                    f"| {name} | "
-                    + " | ".join(spread([point[kind] for point in results[name, level]]) for level in levels)
-                    + " |"
-                )
+                cells = (spread([point[kind] for point in found[name, level]]) for level in chosen.levels)
+                print(f"| {name} | {' | '.join(cells)} |")
         print(f"\nDense: {dense:.2f}. {chosen.calibrations} choices of calibration text. {nb.conditions(run.metrics)}")
     if chosen.cost:
         for name, ratio in costs(model, blocks["validation"][:4]).items():

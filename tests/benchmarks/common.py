@@ -1,0 +1,72 @@
+"""What the benchmarks share: the options, a run in a folder that is thrown away, training, speeds, counted FLOPs."""
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+import PruningAndFineTuningColab as nb
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+def parser_for(doc: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def begin(words: list[str]):
+    """(run, tokenizer, gated model, blocks) for options of the notebook.
+
+    Blocks are those of the three splits, and what is made of them: "calibration", "repair" and "tested".
+    """
+    settings, place = nb.choose_sources(nb.read_settings(words)), tempfile.TemporaryDirectory()
+    device, settings = nb.find_device(settings.device), dataclasses.replace(settings, output_dir=place.name)
+    run, text = nb.Run(settings, device, nb.find_precision(device, settings.precision)), nb.load_text(settings)
+    name = nb.make_demo(text["train"], device) if settings.model == "demo" else settings.model
+    tokenizer, model = nb.load_model(name, device, settings.trust_remote_code)
+    blocks = nb.pack_all(text, tokenizer, model, settings)
+    tested = blocks["test"][: settings.eval_blocks or None]
+    run.metrics["blocks"] = {split: len(part) for split, part in blocks.items()} | {"tested": len(tested)}
+    blocks |= {"tested": tested, "calibration": blocks["validation"][: settings.calibration_blocks],
+               "repair": nb.evenly_spaced(blocks["train"], settings.repair)}  # fmt: skip
+    nb.prune_only(model, settings.prune)
+    run.settings, run.place = nb.with_steps(settings, blocks, device), place  # removed with the run
+    return run, tokenizer, model, blocks
+
+
+def scores(model, blocks, settings):
+    """Importance (layers, units) by the strategy of the settings."""
+    with nb.all_open(model):
+        return nb.get_strategy(settings.strategy, **nb.options_for(settings)).score(model, blocks["calibration"])
+
+
+def trained(run, model, blocks, settings, teacher=None):
+    """(model, its record), trained in place; nothing is kept that a training could go on from."""
+    with contextlib.redirect_stdout(sys.stderr):
+        record = nb.train(run, "row", model, blocks, settings, teacher)
+    for file in run.state.glob("*.safetensors"):
+        file.unlink()
+    return model, record
+
+
+def speed_ratio(model, small, batch, training=False, rounds=9):
+    """How much faster a compact model is than the gated one, without its gates."""
+    models = {"dense": nb.remove_gates(nb.sharing_copy(model)), "compact": small}
+    speeds = nb.tokens_per_second(models, batch, training, rounds)
+    return speeds["compact"] / speeds["dense"]
+
+
+@torch.no_grad()
+def count_flops(model, batch):
+    """Floating-point operations of the matrix products in a forward pass; the counter knows eager attention."""
+    with nb.eager_attention(model), FlopCounterMode(display=False) as counter:
+        model.eval()(batch.to(model.device), use_cache=False)
+    return counter.get_total_flops()
