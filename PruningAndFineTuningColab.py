@@ -132,7 +132,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.pytorch_utils import Conv1D
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Mistakes and failures, each said in one sentence; the script's last words
+# @title Mistakes and failures, each said in one sentence; what a setting may be
 class UserError(Exception):
     """A mistake in the input. Its message names the bad value, what is allowed, and what to do."""
 
@@ -166,8 +166,6 @@ def stop_without_traceback(kind, error, trace):
     print(words, file=sys.__stderr__, flush=True)  # torch.distributed replaces sys.stderr, and drops what is in it
     raise SystemExit(status)
 
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title What a setting may be
 class Rule(NamedTuple):
     """What a setting may be, in words, and the function that checks it."""
 
@@ -475,9 +473,6 @@ def over_blocks(model, blocks, function, what: str, backward: bool = False, shar
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title What a run is named by, and files that are never half there
-VERSIONS = {"python": platform.python_version()} | {
-    package.__name__: package.__version__ for package in (torch, transformers, datasets, accelerate)}
-
 def fingerprint(*things) -> str:
     """The same for the same values (numbers, texts, tensors, models with weights and gates), and else another."""
     digest = hashlib.sha256()
@@ -514,7 +509,7 @@ def on_drive(folder: str) -> Path:
 def open_folder(settings: Settings, key: str) -> tuple[Path, filelock.FileLock]:
     """The folder of the run with this fingerprint that has no zip yet, else a new one; and its lock, which is held.
 
-    A run that another process is computing is left alone. Raises UserError where no folder can be made.
+    A run that another process computes is left alone. Raises UserError where no folder can be made.
     """
     place = on_drive(settings.output_dir) if settings.save_to_drive else Path(settings.output_dir)
     name = re.sub(r"[^\w.-]+", "-", Path(settings.model).name.removesuffix(".gguf"))
@@ -614,7 +609,7 @@ class Run(Record):
             yield
         except UserError:
             if self.writes and not self.metrics["perplexity"]:  # a mistake before anything was computed leaves nothing
-                self.lock.release()
+                self.lock.release(force=True)
                 shutil.rmtree(self.folder)
                 shutil.rmtree(self.state)
                 self.writes = False
@@ -648,12 +643,14 @@ class Run(Record):
         with in_one_move(archive) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as packed:
             for file in sorted(self.folder.rglob("*")):
                 packed.write(file, file.relative_to(self.folder.parent))
-        self.lock.release()
+        self.lock.release(force=True)
         shutil.rmtree(self.state, ignore_errors=True)
         return archive
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title What the story shows, and how a run starts
+VERSIONS = {"python": platform.python_version()} | {
+    package.__name__: package.__version__ for package in (torch, transformers, datasets, accelerate)}
 STAGES = {"dense": "dense, untouched", "pruned": "pruned", "repaired": "pruned + repaired",
           "fine_tuned": "pruned + fine-tuned", "dense_fine_tuned": "dense + fine-tuned",
           "fine_tuned_as_long": "pruned + fine-tuned for the same time"}
@@ -886,7 +883,6 @@ def load_text(settings: Settings) -> dict[str, str]:
                             "needed: take a longer text or a smaller --block-length.")
     return {split: text[split] for split in SPLITS}
 
-# %%
 if __name__ == "__main__":
     with run.step("text"):
         text = load_text(settings)
@@ -1192,7 +1188,7 @@ def make_demo(text: str, device: torch.device = torch.device("cpu")) -> str:  # 
             move(model, "cpu").save_pretrained(part)
             tokenizer.save_pretrained(part)
             part.rename(folder)
-            run.lock.release()
+            run.lock.release(force=True)
     accelerate.PartialState().wait_for_everyone()
     return str(folder)
 
@@ -1318,7 +1314,6 @@ class Units:
     def output_weight(self) -> torch.Tensor:
         """The projection's weight as (units, size, hidden), a view."""
         return inputs_first(self.projection).unflatten(0, (self.number, -1))
-# %%
 OUTPUTS = ("c_proj", "out_proj", "o_proj", "dense")  # names of attention output projections
 
 def find_heads(model) -> list[Units]:
@@ -2243,7 +2238,6 @@ def soft_gates(scores: torch.Tensor, budget: float, temperature: float, costs: t
 if __name__ == "__main__":
     print("scores 2, 1, 0, -1, of which two may be open; gates while the temperature falls:",
           *(soft_gates(torch.tensor([[2.0, 1, 0, -1]]), 2, t)[0].numpy().round(2) for t in (1.0, 0.3, 0.1)))
-# %%
 def cut_shorter(blocks: torch.Tensor, longest: int = 128) -> torch.Tensor:
     """Blocks (n, time) cut into equal parts of at most `longest` tokens: (more, shorter time)."""
     parts = math.ceil(blocks.shape[1] / longest)
@@ -2328,7 +2322,6 @@ def options_for(settings: Settings) -> dict:
     """What the chosen strategy takes from the settings."""
     learned = {"level": settings.pruning_level, "steps": settings.gate_steps, "seed": settings.seed}
     return {"learned": learned, "random": {"seed": settings.seed}}.get(settings.strategy, {})
-# %%
 def scores_of(run: Run, model, blocks: torch.Tensor, settings: Settings) -> torch.Tensor:
     """Importance (layers, units) by the chosen strategy on blocks (n, time), all gates open, kept with the run."""
     options = options_for(settings)
@@ -2526,7 +2519,7 @@ if __name__ == "__main__":
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title The explorer: strategy, level, a button for every head; measure, write, take
 COLORS = [to_hex(color) for color in matplotlib.colormaps["cividis"].resampled(16).colors]
-STYLE = "<style>.prune-head {color: white; text-shadow: 0 0 2px black; font-weight: bold; min-width: 0}</style>"
+STYLE = "<style>.prune-head {color: white; text-shadow: 0 0 2px black; font-weight: bold; line-height: 18px}</style>"
 
 class ExplorerPanel:
     """What the explorer shows: controls, a grid of heads, counts, and an output for words, bars and errors."""
@@ -2882,8 +2875,7 @@ if __name__ == "__main__":
 def try_level(run: Run, model, importance: torch.Tensor, texts: tuple[torch.Tensor, ...], settings: Settings) -> dict:
     """A point: size and perplexities at a level, by importance (layers, units), kept with the run.
 
-    `texts` are blocks (n, time) to repair on and to measure on. The gates stay as they were. Raises UserError for a
-    level that is out of reach.
+    `texts` are blocks (n, time) to repair on and to measure on. Raises UserError for a level that is out of reach.
     """
     repair_text, seen = texts
     gates = gates_for(model, importance, settings)
@@ -2898,8 +2890,8 @@ def try_level(run: Run, model, importance: torch.Tensor, texts: tuple[torch.Tens
                 point["repaired"] = perplexity(repair(model, repair_text), seen) if point["closed"] else point["pruned"]
         return {}, point
 
-    names = ("prune", "strategy", "pruning_level", "repair")
-    return run.cached("point", (model, gates, *texts, [getattr(settings, name) for name in names]), compute)[1]
+    options = (settings.prune, settings.strategy, settings.pruning_level, settings.repair)
+    return run.cached("point", (model, gates, *texts, options), compute)[1]
 
 def sweep(run: Run, model, texts: tuple[torch.Tensor, ...], settings: Settings) -> list[dict]:
     """The points of settings.sweep: its strategies at its levels, then the first of them for other kinds of units.
@@ -2926,7 +2918,7 @@ def sweep(run: Run, model, texts: tuple[torch.Tensor, ...], settings: Settings) 
 def find_level(run: Run, model, importance: torch.Tensor, texts: tuple[torch.Tensor, ...], dense: float) -> dict:
     """Halves in on the largest level within settings.max_loss of `dense`, with importance (layers, units).
 
-    `texts` are blocks (n, time) to repair on and to look at. Returns the level found, and all points that were tried.
+    `texts` are blocks (n, time) to repair on and to look at. Returns the level found, and all points.
     """
     low, high, points = 0.0, 1.0, []
     for _ in range(6):

