@@ -2740,8 +2740,10 @@ def refit(projection, inputs: torch.Tensor, target: torch.Tensor, ridge: float, 
     weight[kept] += change
     if bias is not None:
         bias += error_mean - x_mean @ change
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Where the dense model's stream is
+# %% [markdown]
+# The first pass notes where the dense model's stream is, after each attention and after each layer.
+
+# %%
 @torch.no_grad()
 def dense_streams(model, blocks: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
     """The dense model's stream on blocks (n, time) after each attention and each layer, (n, layers, 2, time, hidden).
@@ -2779,8 +2781,11 @@ def dense_streams(model, blocks: torch.Tensor) -> tuple[torch.Tensor, list[bool]
         numbered = (blocks, torch.arange(len(blocks)))
         adds_up = over_blocks(model, numbered, per_block, "looking at the dense model", share=False)
     return streams, adds_up.bool().all(0).tolist()
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Hooks that refit a layer when its turn comes
+# %% [markdown]
+# The second pass runs the pruned model, and refits each projection just before it is used. Both are ordinary
+# forward passes with hooks.
+
+# %%
 def refit_layer(layer: Units, stream: torch.Tensor, adds_up: bool):
     """Hooks that refit a layer to the dense stream (n, 2, time, hidden) when its turn comes; yields their handles."""
     seen = {}
@@ -2805,10 +2810,6 @@ def refit_layer(layer: Units, stream: torch.Tensor, adds_up: bool):
     if find_mlp_output(layer) is not None:
         yield find_mlp_output(layer).register_forward_pre_hook(before_mlp_output)
     yield layer.block.register_forward_hook(lambda *_: seen.clear())  # what is noted of a layer is large
-# %% [markdown]
-# Both passes are ordinary forward passes with hooks: the first notes where the dense model's stream is,
-# the second refits each projection just before it is used.
-
 # %%
 @torch.no_grad()
 def repair(model, blocks: torch.Tensor):
