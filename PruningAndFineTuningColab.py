@@ -23,11 +23,10 @@
 # %% [markdown]
 # # Make a language model smaller and better
 #
-# A transformer reads with many **attention heads** at once, and a trained model does not need all of
-# them. This notebook scores the heads of a causal language model, closes the least important ones,
-# repairs what is left without training, cuts the closed heads out, fine-tunes the smaller model, and
-# says what it cost. You get a folder that `from_pretrained` opens, and, if you like, a file for llama.cpp. Two
-# real runs, on two processor cores:
+# A transformer reads with many **attention heads** at once, and a trained model does not need all of them. This
+# notebook scores the heads of a causal language model, closes the least important ones, repairs what is left without
+# training, cuts the closed heads out, fine-tunes the smaller model, and says what it cost. You get a folder that
+# `from_pretrained` opens, and, if you like, a file for llama.cpp. Two real runs, on two processor cores:
 #
 # | SmolLM2-135M-Instruct, WikiText-2; test perplexity, lower is better | heads | heads and neurons |
 # |---|---|---|
@@ -51,13 +50,12 @@
 # <a name="1.-Settings"></a>
 # ## 1. Settings
 #
-# These eleven matter. As they are, you get GPT-2 on WikiText-2, or, without a network, a small demo model
-# that is trained here. `MODEL` takes any hub id (`HuggingFaceTB/SmolLM2-135M`), a folder or a `.gguf`
-# file. Change `PRUNE`, `STRATEGY` and `PRUNING_LEVEL` first: as they are, 30 % of the heads are closed.
-# `neurons` closes neurons of the MLPs, which hold most of a model's parameters; `both` closes whichever
-# is worth least for its size. `SWEEP` compares strategies and levels (section 12).
-# `MORE` takes every other setting as a shell would, for example `--block-length 256 --no-repair`;
-# `--help` lists them. The same file is a script: `python PruningAndFineTuningColab.py --help`.
+# These eleven matter. As they are, you get GPT-2 on WikiText-2, or, without a network, a small demo model that is
+# trained here. `MODEL` takes any hub id (`HuggingFaceTB/SmolLM2-135M`), a folder or a `.gguf` file. Change `PRUNE`,
+# `STRATEGY` and `PRUNING_LEVEL` first: as they are, 30 % of the heads are closed. `neurons` closes neurons of the
+# MLPs, which hold most of a model's parameters; `both` closes whichever is worth least for its size. `SWEEP` compares
+# strategies and levels (section 12). `MORE` takes every other setting as a shell would, for example
+# `--block-length 256 --no-repair`; `--help` lists them. This is a script, too: `python PruningAndFineTuningColab.py`.
 
 # %% cellView="form"
 # @title Settings
@@ -429,6 +427,24 @@ def first_not_finite(model, block: torch.Tensor) -> str:
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title The door between story and machine: over_blocks()
+def exactly(device: torch.device):
+    """Context in which all is computed in float32."""
+    return torch.autocast(device.type, enabled=False)
+
+def all_at_once(model, blocks: torch.Tensor, function, what: str, bytes_each: float):
+    """The model that `function(blocks)` returns, from all blocks (n, time) at once, or from as many as have room.
+
+    It computes in COMPUTING.dtype. Several processes do so alike, and all go on with the first one's model.
+    """
+    def attempt(number: int):
+        with autocast(model.device):
+            return function(blocks[:number].to(model.device))
+
+    made = fit_batch_size(attempt, len(blocks), what, room_for(model.device, bytes_each))
+    if accelerate.PartialState().num_processes > 1:
+        broadcast([parameter.detach() for parameter in made.parameters()])
+    return made
+
 def long_loop(items, what: str, device: torch.device):
     """The items one by one, with a bar; `device` does the work of an item."""
     quiet = not accelerate.PartialState().is_main_process or None
@@ -720,6 +736,9 @@ def start_run(settings: Settings) -> Run:
 # %%
 if __name__ == "__main__":
     settings = start_settings(MORE)
+
+# %%
+if __name__ == "__main__":
     run = start_run(settings)
 
 # %% [markdown]
@@ -783,6 +802,12 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
         if not tokenizer("a b", add_special_tokens=False)["input_ids"]:
             raise OSError("it knows no tokens")
     return tokenizer
+
+def python_docs() -> str:
+    """Python's own reference manual, about half a million characters, from the standard library."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Reading text: files of all kinds, chats, hub datasets
@@ -848,12 +873,6 @@ def read_dataset(name: str, tokenizer=lambda: None) -> dict[str, str]:
 
 # %%
 SPLITS = ("train", "validation", "test")
-
-def python_docs() -> str:
-    """Python's own reference manual, about half a million characters, from the standard library."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
 
 def cut_tail(text: str, share: float) -> tuple[str, str]:
     """Cuts a text in two at `1 - share` of its length, or at a line break (else a space) soon after that place."""
@@ -2579,7 +2598,7 @@ class Explorer(ExplorerPanel):
     def refresh(self) -> None:
         """Grid and counts as the gates are."""
         gates, neurons = self.gates[:, :self.heads], describe_neurons(self.model, self.gates)
-        self.show(self.importance[self.strategy.value][:, :self.heads], gates)
+        self.show(self.importance[self.settings.strategy][:, :self.heads], gates)
         words = [f"<b>{int((gates != 0).sum())} heads open, {int((gates == 0).sum())} closed</b>"]
         words += [f"{neurons['closed']:,} of {neurons['total']:,} neurons closed"] if neurons else []
         words += [words_for_size(self.model, self.gates, self.settings.block_length)] * can_compact(self.model)
@@ -2598,8 +2617,8 @@ class Explorer(ExplorerPanel):
             text = self.validation[: settings.calibration_blocks]
             with all_open(self.model):
                 self.importance[name] = get_strategy(name, **options_for(settings)).score(self.model, text)
-        self.gates = gates_for(self.model, self.importance[name], settings)
-        self.chosen = self.gates.clone()
+        self.chosen, self.settings = gates_for(self.model, self.importance[name], settings), settings
+        self.gates = self.chosen.clone()
         self.refresh()
 
     def both(self, look) -> list:
@@ -2617,8 +2636,8 @@ class Explorer(ExplorerPanel):
         return "dense:\n{}\n\nshown:\n{}".format(*self.both(lambda m: sample(m, self.tokenizer, self.prompt.value)))
 
     def take_it(self) -> str:
-        name, by_hand = self.strategy.value, int((self.gates != self.chosen).sum())
-        value = self.take(self.gates, self.importance[name], name, self.level.value, by_hand)
+        name, by_hand = self.settings.strategy, int((self.gates != self.chosen).sum())
+        value = self.take(self.gates, self.importance[name], name, self.settings.pruning_level, by_hand)
         return f"Taken: test perplexity {value:.2f}. Now run the cells from section 11 on."
 
 # %%
@@ -2734,7 +2753,7 @@ def refit(projection, inputs: torch.Tensor, target: torch.Tensor, ridge: float, 
         x, error = x - x_mean, error - error_mean
     gram, wanted = (x.T @ x).cpu().double(), (x.T @ error).cpu().double()
     if not (gram.isfinite().all() and wanted.isfinite().all()):
-        raise FloatingPointError("the layer's inputs are not finite")
+        raise RunError("repair meets numbers that are not finite: take --precision fp32, or another model or text")
     gram.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(1e-12))
     change = torch.linalg.solve(gram, wanted).to(weight)
     weight[kept] += change
@@ -2795,14 +2814,14 @@ def refit_layer(layer: Units, stream: torch.Tensor, adds_up: bool):
         kept = (gates != 0).repeat_interleave(layer.size)
         wanted = stream[:, 0].to(args[0].device) - (seen["in"].float() if adds_up else 0)
         if kept.any():
-            with torch.autocast(args[0].device.type, enabled=False):  # a solution needs all of float32
+            with exactly(args[0].device):  # a solution needs all of float32
                 refit(projection, args[0], wanted, RIDGE["attention"], kept)
 
     def before_mlp_output(projection, args):
         wanted = stream[:, 1].to(args[0].device) - (seen["in"].float() + seen["attention"] if adds_up else 0)
         kept = projection.gates != 0 if hasattr(projection, "gates") else slice(None)
         lost = hasattr(projection, "gates") and not kept.all()
-        with torch.autocast(args[0].device.type, enabled=False):
+        with exactly(args[0].device):
             refit(projection, args[0], wanted, RIDGE["mlp that lost neurons" if lost else "mlp"], kept)
 
     yield from watch_layer(layer, seen)
@@ -2816,18 +2835,15 @@ def repair(model, blocks: torch.Tensor):
     """A copy of a gated model, refitted on blocks (n, time) to follow the model with open gates. Raises RunError."""
     streams, adds_up = dense_streams(model, blocks)
 
-    def refitted(number: int):
+    def refitted(blocks):
         fixed = copy.deepcopy(model).eval()
-        layers = zip(find_heads(fixed), streams[:number].unbind(1), adds_up)
-        with autocast(model.device), hooks(handle for layer in layers for handle in refit_layer(*layer)):
-            fixed.base_model(blocks[:number].to(model.device), use_cache=False)
+        layers = zip(find_heads(fixed), streams[:len(blocks)].unbind(1), adds_up)
+        with hooks(handle for layer in layers for handle in refit_layer(*layer)):
+            fixed.base_model(blocks, use_cache=False)
         return fixed
 
-    each = (4 * streams.shape[1] + 60) * streams.shape[3] * streams.shape[4]  # bytes of a block's streams and inputs
-    fixed = fit_batch_size(refitted, len(blocks), "repair", room_for(model.device, each))
-    if accelerate.PartialState().num_processes > 1:
-        broadcast([parameter.detach() for parameter in fixed.parameters()])
-    return fixed
+    _, layers, _, length, width = streams.shape  # a block: two streams of each layer, one layer's inputs and targets
+    return all_at_once(model, blocks, refitted, "repair", bytes_each=(4 * layers + 60) * length * width)
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Repaired weights are kept with the run
