@@ -578,6 +578,7 @@ class Record:
     def save(self) -> None:
         """Writes metrics.json in one move, so that it is never half there."""
         if self.writes:
+            self.folder.mkdir(exist_ok=True)
             with in_one_move(self.folder / "metrics.json") as part:
                 part.write_text(json.dumps(self.metrics, indent=1))
 
@@ -620,22 +621,22 @@ class Run(Record):
         clear_device_cache(garbage_collection=True)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        start, self.reused = time.perf_counter(), False
+        start, self.reused, empty = time.perf_counter(), False, False
         try:
             yield
         except UserError:
-            if self.writes and not self.metrics["perplexity"]:  # a mistake before anything was computed leaves nothing
-                self.lock.release(force=True)
-                shutil.rmtree(self.folder)
-                shutil.rmtree(self.state)
-                self.writes = False
+            empty = self.writes and not self.metrics["perplexity"]
             raise
         finally:
             used, seconds, noted = memory_used(self.device), time.perf_counter() - start, self.metrics["seconds"]
             if not (self.reused and name in noted):  # else what was noted then stays
                 noted[name], self.metrics["peak_memory_bytes"][name] = round(seconds, 2), used
-            self.save()
-            failed = sys.exc_info()[0] is not None and self.writes and in_notebook()
+            if empty:  # a mistake before anything was computed leaves nothing behind
+                shutil.rmtree(self.folder, ignore_errors=True)
+                shutil.rmtree(self.state, ignore_errors=True)
+            else:
+                self.save()
+            failed = sys.exc_info()[0] is not None and not empty and in_notebook()
             kept = f" What is there is in {self.folder}: run all cells again, and it goes on." if failed else ""
             memory = ", ".join(f"{kind} {size / 2**30:.2f} GiB" for kind, size in used.items())
             print(f"[{name}: {seconds:.1f} s, {memory}]{kept}")
