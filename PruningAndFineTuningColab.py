@@ -386,7 +386,8 @@ COMPUTING = Computing()
 
 def autocast(device: torch.device):
     """Context in which a model computes in COMPUTING.dtype."""
-    return torch.autocast(device.type, dtype=COMPUTING.dtype, enabled=COMPUTING.dtype != torch.float32)
+    exact = COMPUTING.dtype == torch.float32
+    return contextlib.nullcontext() if exact else torch.autocast(device.type, dtype=COMPUTING.dtype)
 
 def room_for(device: torch.device, bytes_each: float) -> float:
     """So many blocks have room in free RAM: the kernel of a processor ends a process that asks for more."""
@@ -998,6 +999,7 @@ def train(run: Run, name: str, model, blocks: dict[str, torch.Tensor], settings:
             run.keep(file, kept, done)
             live, loss = show_training(run, name, done, settings, live), 0.0
             model.train()
+    show_training(run, name, done, settings, live, last=True)
     return end_training(kept, done, model, settings)
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -1088,14 +1090,16 @@ def end_training(kept: dict, done: dict, model, settings: Settings) -> dict:
     return {"steps": done["step"], "planned_steps": settings.max_steps, "kept_step": best, "tokens_per_step": tokens,
             "train_tokens_per_second": round(tokens * done["step"] / done["seconds"], 1), "history": done["history"]}
 
-def show_training(run: Run, name: str, done: dict, settings: Settings, live):
-    """Loss and validation perplexity so far, in a notebook as a picture in the place of `live`, the last one."""
+def show_training(run: Run, name: str, done: dict, settings: Settings, live, last: bool = False):
+    """Loss and validation perplexity so far, as a picture in the place of `live`; a script draws the last one only."""
     steps, seconds, history = done["step"], done["seconds"], done["history"]
     minutes, rest = divmod(seconds / steps * (settings.max_steps - steps), 60)
     words = (f"{STAGES.get(name, name)}: step {steps} of {settings.max_steps} · loss {history['loss'][-1][1]:.3f} · "
              f"validation perplexity {history['perplexity'][-1][1]:.2f} · "
              f"{settings.batch_size * settings.block_length * steps / seconds:,.0f} tokens/s · "
              f"{minutes:.0f} min {rest:02.0f} s left")
+    if not in_notebook() and not last:
+        return print(words)
     figure = new_figure(8, 2.8)
     figure.suptitle(words, fontsize=9)
     for axes, (title, points) in zip(figure.subplots(1, 2), history.items()):
@@ -1105,11 +1109,7 @@ def show_training(run: Run, name: str, done: dict, settings: Settings, live):
     if run.dense_validation:
         axes.axhline(run.dense_validation, color="#D55E00", linestyle="--", label="dense, untouched")
         axes.legend(fontsize=8)
-    if in_notebook():
-        return run.show(figure, f"{name}.png", live=live)
-    print(words)
-    if run.writes:
-        figure.savefig(run.folder / f"{name}.png", dpi=150)
+    return run.show(figure, f"{name}.png", live=live)
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Opening a model, or saying in one sentence why it cannot be used
