@@ -109,7 +109,7 @@ if torch.cuda.is_available():
     os.environ.setdefault("USE_TORCH_XLA", "0")  # where both are installed accelerate would leave the GPU idle
 
 import argparse, contextlib, copy, dataclasses, datetime, difflib, functools, glob, gzip, hashlib, html, inspect, json
-import linecache, math, platform, re, shlex, shutil, statistics, tempfile, textwrap, time, typing, urllib, zipfile
+import linecache, math, platform, re, shlex, shutil, statistics, tempfile, textwrap, time, typing, urllib
 import urllib.parse, urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -117,13 +117,13 @@ from typing import Literal, NamedTuple
 
 import accelerate, datasets, filelock, gguf, huggingface_hub, matplotlib, pandas, psutil, tokenizers, transformers
 import ipywidgets as widgets
-from accelerate.utils import broadcast, broadcast_object_list, gather_object
+from accelerate.utils import broadcast, broadcast_object_list, gather_object, send_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from matplotlib.colors import PowerNorm, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -152,9 +152,7 @@ def stop_without_traceback(kind, error, trace):
     """The script's sys.excepthook: one sentence; exit status 2 for a mistake, 1 for a failure, 130 for Ctrl-C."""
     there, foreseen = "", issubclass(kind, (RunError, OSError, SafetensorError)) or "No space left" in str(error)
     if "run" in globals() and run.folder.exists():
-        known = ", ".join(f"{stage} {value:.2f}" for stage, value in run.metrics["perplexity"].items())
-        known = f" (perplexity: {known})" if known else ""
-        there = f" What is there is in {run.folder}{known}; the same command goes on from it."
+        there = f" What is there is in {run.folder}; the same command goes on from it."
     if not (foreseen or issubclass(kind, (UserError, KeyboardInterrupt))):
         sys.__excepthook__(kind, error, trace)
     words, status = {UserError: (f"error: {error}", 2), KeyboardInterrupt: (f"interrupted.{there}", 130)}.get(
@@ -202,15 +200,13 @@ class Settings:
     strategy: Literal[STRATEGY_NAMES] = setting(STRATEGY, "how units are scored")
     pruning_level: float = setting(PRUNING_LEVEL, "share to close of all heads, neurons, or parameters of both; auto: "
                                    "as much as --max-loss allows", at_least(0, 1), auto=0.3)
-    max_loss: float = setting(0.0, "find the largest level at which validation perplexity rises by no more than this",
-                              at_least(0))
+    max_loss: float = setting(0.0, "take the largest level that costs no more validation perplexity", at_least(0))
     min_heads: int = setting(1, "heads that stay open in every layer", at_least(1))
     gate_steps: int = setting(240, "steps that the strategy 'learned' trains the gates for", at_least(1))
-    repair: int = setting(128, "blocks of training text that projections are refitted on, without training; 0: none",
-                          at_least(0), yes=128, no=0)
+    repair: int = setting(128, "training blocks to refit projections on; 0: none", at_least(0), yes=128, no=0)
     uniform: Literal["auto", "no", "groups", "yes"] = setting(
-        "auto", "yes: close equally much in every layer, so that no code has to travel; groups: leave equally many "
-        "heads for every key of a layer; auto: groups where save_model asks for gguf", yes="yes", no="no")
+        "auto", "yes: equally many in every layer, an ordinary checkpoint; groups: equally many heads for every key of "
+        "a layer; auto: groups for gguf", yes="yes", no="no")
     reopen_heads: bool = setting(False, "half-way through fine-tuning score again, and choose again")
     dataset: str = setting(DATASET, "hub dataset (id, or id:configuration), 'python-docs' (no network), or 'auto'")
     train_file: str = setting(TRAIN_FILE, "file, folder or pattern instead of a dataset; alone it is split 80/10/10")
@@ -220,8 +216,7 @@ class Settings:
     calibration_blocks: int = setting(64, "validation blocks that units are scored on", at_least(1))
     eval_blocks: int = setting(64, "test blocks that perplexity is measured on, 0 = all", at_least(0))
     prompt: str = setting("The history of the city began", "start of the samples", Rule("some words", str.strip))
-    max_steps: int = setting(MAX_STEPS, "steps of fine-tuning; auto: one pass over the text, or 200 on a processor",
-                             at_least(0), auto=0)
+    max_steps: int = setting(MAX_STEPS, "steps of fine-tuning; auto: one pass, or 200 on a CPU", at_least(0), auto=0)
     learning_rate: float = setting(1e-4, "peak learning rate", Rule("above 0", lambda rate: 0 < rate < math.inf))
     batch_size: int = setting(4, "blocks in one optimizer step, however many fit at once", at_least(1))
     distillation: float = setting(0.0, "share of the loss that asks for the dense model's predictions", SHARE)
@@ -233,8 +228,7 @@ class Settings:
     device: Literal["auto", "cuda", "tpu", "mps", "cpu"] = setting("auto", "where to compute")
     precision: Literal["auto", "fp32", "fp16", "bf16"] = setting("auto", "number format of the computations")
     seed: int = setting(0, "seed of everything random", at_least(0, 2**32))
-    save_model: str = setting(SAVE_MODEL, "forms of the saved model: compact (smaller, faster), gguf (for llama.cpp), "
-                              "zeroed (full size, opens without code)", FORMS, no="no")
+    save_model: str = setting(SAVE_MODEL, "forms to save: compact, gguf for llama.cpp, or zeroed", FORMS, no="no")
     output_dir: str = setting("results", "folder that gets a results folder for each run")
     save_to_drive: bool = setting(SAVE_TO_DRIVE, "in Colab, keep the results on your Google Drive")
     trust_remote_code: bool = setting(False, "run the Python code that a model brings along, if it does")
@@ -509,6 +503,8 @@ def in_one_move(file: Path):
     try:
         yield part
         part.replace(file)
+    except RuntimeError as error:  # torch.save has words of its own for a full disk
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -530,18 +526,16 @@ def open_folder(settings: Settings, key: str) -> tuple[Path, filelock.FileLock]:
     """
     place = on_drive(settings.output_dir) if settings.save_to_drive else Path(settings.output_dir)
     name = re.sub(r"[^\w.-]+", "-", Path(settings.model).name.removesuffix(".gguf"))
-    unfinished = [path for path in sorted(place.glob(f"*_{key}*"), reverse=True)
-                  if path.suffix not in (".state", ".zip") and not path.with_name(path.name + ".zip").exists()]
-    new = f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{name}_{key}"
-    for folder in [*unfinished, *(place / f"{new}{number}" for number in ("", "-2", "-3", "-4"))]:
-        if folder.with_name(folder.name + ".zip").exists():
-            continue
+    new = place / f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{name}_{key}"
+    earlier = sorted((path for path in place.glob(f"*_{key}*") if path.suffix not in (".state", ".zip")), reverse=True)
+    for folder in [*earlier, new, *(Path(f"{new}-{number}") for number in (2, 3, 4))]:
         lock = filelock.FileLock(folder.with_name(folder.name + ".state") / "lock", timeout=0, is_singleton=True)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            Path(lock.lock_file).parent.mkdir(exist_ok=True)
-            lock.acquire()
-            return folder, lock
+            if not folder.with_name(folder.name + ".zip").exists():
+                for made in (folder, Path(lock.lock_file).parent):
+                    made.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
+                return folder, lock
         except filelock.Timeout:
             continue
         except OSError as error:
@@ -583,30 +577,26 @@ class Record:
             with in_one_move(self.folder / "metrics.json") as part:
                 part.write_text(json.dumps(self.metrics, indent=1))
 
-    def keep(self, name: str, tensors: dict[str, torch.Tensor], record: dict) -> None:
-        """Keeps a dict of tensors and a record (JSON) under a name, in one move."""
+    def keep(self, name: str, thing) -> None:
+        """Keeps a thing (tensors, numbers, texts, in dicts and lists) under a name, in one move."""
         if self.writes:
             self.state.mkdir(exist_ok=True)
-            with in_one_move(self.state / f"{name}.safetensors") as part:
-                save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part,
-                          {"record": json.dumps(record)})
+            with in_one_move(self.state / f"{name}.pt") as part, part.open("wb") as file:
+                torch.save(send_to_device(thing, "cpu"), file)
 
-    def kept(self, name: str) -> tuple[dict[str, torch.Tensor], dict] | None:
-        """What was kept under a name (a dict of tensors and a record), or None."""
-        file = self.state / f"{name}.safetensors"
-        if not broadcast_object_list([file.exists()])[0]:
-            return None
-        with safe_open(file, "pt") as stored:
-            return load_file(file), json.loads(stored.metadata()["record"])
+    def kept(self, name: str):
+        """What was kept under a name, on the processor; or None."""
+        there = broadcast_object_list([(self.state / f"{name}.pt").exists()])[0]
+        return torch.load(self.state / f"{name}.pt") if there else None
 
-    def cached(self, name: str, depends: tuple, compute) -> tuple[dict[str, torch.Tensor], dict]:
-        """compute(), which returns (dict of tensors, record), or what it returned before for the same `depends`."""
+    def cached(self, name: str, depends: tuple, compute):
+        """compute(), or what it returned before for the same `depends`; not None."""
         key = f"{name}-{fingerprint(self.metrics['precision'], self.settings.seed, *depends)}"
         found = self.kept(key)
         self.reused = found is not None
         if found is None:
             found = compute()
-            self.keep(key, *found)
+            self.keep(key, found)
         else:
             print(f"[{name}: kept from before]")
         return found
@@ -658,9 +648,8 @@ class Run(Record):
         """The run's folder as a zip, which says that it is finished. What was kept to go on from goes, in the end."""
         self.save()
         archive = self.folder.with_name(self.folder.name + ".zip")
-        with in_one_move(archive) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as packed:
-            for file in sorted(self.folder.rglob("*")):
-                packed.write(file, file.relative_to(self.folder.parent))
+        packed = shutil.make_archive(self.state / "packed", "zip", self.folder.parent, self.folder.name)
+        Path(packed).replace(archive)
         self.lock.release(force=True)
         shutil.rmtree(self.state, ignore_errors=True)
         return archive
@@ -670,8 +659,7 @@ class Run(Record):
 VERSIONS = {"python": platform.python_version()} | {
     package.__name__: package.__version__ for package in (torch, transformers, datasets, accelerate)}
 STAGES = {"dense": "dense, untouched", "pruned": "pruned", "repaired": "pruned + repaired",
-          "fine_tuned": "pruned + fine-tuned", "dense_fine_tuned": "dense + fine-tuned",
-          "fine_tuned_as_long": "pruned + fine-tuned for the same time"}
+          "fine_tuned": "pruned + fine-tuned", "dense_fine_tuned": "dense + fine-tuned"}
 
 def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), facecolor="white", layout="constrained")
@@ -973,8 +961,9 @@ def train(run: Run, name: str, model, blocks: dict[str, torch.Tensor], settings:
     text, seen, steps = blocks["train"], blocks["validation"][:16], settings.max_steps
     accelerator, optimizer = accelerated(model, settings)
     file = f"training-{name}-{fingerprint(model, text, seen, training_options(settings))}"
-    kept, done = run.kept(file) or ({}, {"step": 0, "seconds": 0.0, "history": {"loss": [], "perplexity": []}})
-    put_training(kept, done, model, accelerator, optimizer)
+    kept = run.kept(file) or {"done": {"step": 0, "seconds": 0.0, "history": {"loss": [], "perplexity": []}}}
+    put_training(kept, model, accelerator, optimizer)
+    done = kept["done"]
     order = draw(len(text), settings.batch_size, steps, torch.Generator().manual_seed(settings.seed))
     loss, start, history, live = 0.0, time.perf_counter() - done["seconds"], done["history"], None
     for step in long_loop(range(done["step"], steps), name, model.device):
@@ -995,12 +984,12 @@ def train(run: Run, name: str, model, blocks: dict[str, torch.Tensor], settings:
             history["loss"].append([step + 1, loss])
             history["perplexity"].append([step + 1, perplexity(model, seen)])
             done |= {"step": step + 1, "seconds": time.perf_counter() - start}
-            kept = training_to_keep(kept, done, model, accelerator, optimizer)
-            run.keep(file, kept, done)
+            kept = training_to_keep(kept, model, accelerator, optimizer)
+            run.keep(file, kept)
             live, loss = show_training(run, name, done, settings, live), 0.0
             model.train()
     show_training(run, name, done, settings, live, last=True)
-    return end_training(kept, done, model, settings)
+    return end_training(kept, model, settings)
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title What the loop stands on (1): batches, mixed precision, gradients that fit
@@ -1054,37 +1043,33 @@ def backward(accelerator, model, batch: torch.Tensor, loss_of, seed: int) -> tor
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title What the loop stands on (2): what it goes on from, and its live picture
-def training_to_keep(kept: dict, done: dict, model, accelerator, optimizer) -> dict[str, torch.Tensor]:
-    """Weights, the best weights so far (from `kept`, if not these), and AdamW's state, as in a state_dict."""
-    weights, best = list(model.parameters()), measurements_since_the_best(done["history"]) == 0
-    tensors = {f"weight {i}": weight for i, weight in enumerate(weights)}
-    tensors |= {f"best {i}": weight.detach().to("cpu", copy=True) if best else kept[f"best {i}"]
-                for i, weight in enumerate(weights)}
-    done["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
-    return tensors | {f"{key} {i}": value for i, weight in enumerate(weights)
-                      for key, value in optimizer.state.get(weight, {}).items()}
+def put_weights(model, weights: dict[str, torch.Tensor]) -> None:
+    """Gives a model weights by their names, some of its state_dict; others stay."""
+    model.load_state_dict(weights, strict=False)
 
-@torch.no_grad()
-def put_training(kept: dict, done: dict, model, accelerator, optimizer) -> None:
-    """Puts what was kept (a state_dict) back where it was, if anything was."""
-    for i, weight in enumerate(model.parameters() if kept else ()):
-        weight.copy_(kept[f"weight {i}"])
-        state = {key: kept[f"{key} {i}"].to(weight.device) for key in ("step", "exp_avg", "exp_avg_sq")
-                 if f"{key} {i}" in kept}
-        if state:
-            optimizer.state[weight] = state
-    if done.get("scaler"):
-        accelerator.scaler.load_state_dict(done["scaler"])
+def training_to_keep(kept: dict, model, accelerator, optimizer) -> dict:
+    """All that a training goes on from: weights, the best ones so far (from `kept`, if not these), AdamW's state."""
+    weights, is_best = dict(model.named_parameters()), measurements_since_the_best(kept["done"]["history"]) == 0
+    best = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()} if is_best else kept["best"]
+    return {"done": kept["done"], "weights": weights, "best": best, "optimizer": optimizer.state_dict(),
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
 
-@torch.no_grad()
-def end_training(kept: dict, done: dict, model, settings: Settings) -> dict:
-    """The model gets the best weights of `kept` (a state_dict), and is as it was before training; the record."""
-    for i, weight in enumerate(model.parameters()):
-        weight.copy_(kept[f"best {i}"])
+def put_training(kept: dict, model, accelerator, optimizer) -> None:
+    """Puts what was kept back where it was, if anything was."""
+    if "weights" in kept:
+        put_weights(model, kept["weights"])
+        optimizer.load_state_dict(kept["optimizer"])
+        if kept["scaler"]:
+            accelerator.scaler.load_state_dict(kept["scaler"])
+
+def end_training(kept: dict, model, settings: Settings) -> dict:
+    """The model gets the best weights that were kept, and is as it was before training; the record."""
+    put_weights(model, kept["best"])
     model.zero_grad()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_disable()
     model.eval()
+    done = kept["done"]
     best = min(done["history"]["perplexity"], key=lambda point: point[1])[0]
     tokens = settings.batch_size * settings.block_length
     return {"steps": done["step"], "planned_steps": settings.max_steps, "kept_step": best, "tokens_per_step": tokens,
@@ -1981,13 +1966,16 @@ def measure(run: Run, stage: str, model, tokenizer, blocks: torch.Tensor) -> Non
     drop_outdated(run, stage)
 
     def compute():
-        return {}, {"perplexity": perplexity(model, blocks), "samples": sample(model, tokenizer, prompt),
-                    "parameters": model.num_parameters()}
+        return {"perplexity": perplexity(model, blocks), "samples": sample(model, tokenizer, prompt),
+                "parameters": model.num_parameters()}
 
     with run.step(f"measure {stage}"):
-        for name, value in run.cached(f"measure_{stage}", (model, blocks, prompt), compute)[1].items():
+        for name, value in run.cached(f"measure_{stage}", (model, blocks, prompt), compute).items():
             run.metrics[name][stage] = value
     print(f"{stage}: perplexity {run.metrics['perplexity'][stage]:.2f}")
+
+def markdown_table(head: list, rows) -> str:
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [head, ["---"] * len(head), *rows])
 
 def bare_name(name: str) -> str:
     """A model or file name without the folders of this machine."""
@@ -1995,21 +1983,16 @@ def bare_name(name: str) -> str:
 
 def conditions(metrics: dict) -> str:
     """One paragraph: everything that the numbers depend on."""
-    s, blocks, by_hand = metrics["settings"], metrics["blocks"], metrics["heads"].get("by_hand")
-    text = ", ".join(f"{split} {bare_name(s[f'{split}_file']) or 'cut from it'}" for split in SPLITS)
-    said = ("model dataset train_file validation_file test_file strategy prune pruning_level repair calibration_blocks "
-            "eval_blocks block_length seed precision device prompt output_dir save_model save_to_drive sweep").split()
-    other = [f"{field.name} {s[field.name]}" for field in dataclasses.fields(Settings)
-             if field.name not in said and s[field.name] != field.default]
-    words = [f"Model {bare_name(s['model'])}", f"text {text if s['train_file'] else s['dataset']}",
-             f"strategy {s['strategy']}, level {s['pruning_level']:g} of {s['prune']}", *other,
-             *([f"{by_hand} gates set by hand"] if by_hand else []),
-             f"scored on {min(s['calibration_blocks'], blocks['validation'])} validation blocks",
-             f"repaired on {min(s['repair'], blocks['train'])} training blocks",
-             f"tested on {blocks['tested']} test blocks of {s['block_length']} tokens", f"seed {s['seed']}",
-             f"{metrics['precision']} on {metrics['device']}",
-             ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())]
-    return "; ".join(words) + "."
+    s, blocks = metrics["settings"], metrics["blocks"]
+    always = "prune pruning_level strategy calibration_blocks repair block_length seed".split()
+    never = "model dataset eval_blocks precision device prompt output_dir save_model save_to_drive sweep".split()
+    named = [f"{field.name} {bare_name(str(s[field.name]))}" for field in dataclasses.fields(Settings)
+             if field.name in always or (field.name not in never and s[field.name] != field.default)]
+    text = f"text {s['dataset']}" if not s["train_file"] else "splits without a file are cut from train_file"
+    return "; ".join([f"Model {bare_name(s['model'])}", text, *named, f"{metrics.get('by_hand', 0)} gates set by hand",
+                      f"tested on {blocks['tested']} of {blocks['test']} test blocks",
+                      f"{metrics['precision']} on {metrics['device']}",
+                      *(f"{name} {version}" for name, version in metrics["versions"].items())]) + "."
 
 # %%
 if __name__ == "__main__":
@@ -2346,11 +2329,9 @@ def scores_of(run: Run, model, blocks: torch.Tensor, settings: Settings) -> torc
     """Importance (layers, units) by the chosen strategy on blocks (n, time), all gates open, kept with the run."""
     options = options_for(settings)
 
-    def compute():
-        return {"importance": get_strategy(settings.strategy, **options).score(model, blocks)}, {}
-
     with all_open(model):
-        return run.cached("importance", (model, blocks, settings.strategy, options), compute)[0]["importance"]
+        return run.cached("importance", (model, blocks, settings.strategy, options),
+                          lambda: get_strategy(settings.strategy, **options).score(model, blocks))
 
 if __name__ == "__main__":
     calibration = blocks["validation"][: settings.calibration_blocks]
@@ -2450,18 +2431,13 @@ def words_for_size(model, gates: torch.Tensor, tokens: int) -> str:
     return (f"{after['parameters'] / 1e6:,.2f} M parameters ({fewer}), {saved / 1e6:,.1f} MB as saved, "
             f"{after['flops_per_token'] / 1e6:,.1f} MFLOP a token ({less})")
 
-def describe_heads(gates: torch.Tensor) -> dict:
-    """Counts for the record, of gates (layers, heads); closed_list has [layer, head] pairs."""
-    closed = gates == 0
-    return {"total": gates.numel(), "closed": int(closed.sum()), "open_per_layer": (~closed).sum(1).tolist(),
-            "closed_per_layer": closed.sum(1).tolist(), "closed_list": closed.nonzero().tolist()}
-
-def describe_neurons(model, gates: torch.Tensor) -> dict | None:
-    """Counts for the record, of gates (layers, units); None where neurons are not pruned."""
-    part = gates[:, number_of_heads(model):] != 0
-    if not part.numel():
-        return None
-    return {"total": part.numel(), "closed": int((~part).sum()), "open_per_layer": part.sum(1).tolist()}
+def describe_units(model, gates: torch.Tensor) -> dict[str, dict | None]:
+    """Counts for the record, of gates (layers, units): of heads, and of neurons where these are pruned."""
+    parts = {"heads": heads_part(model, gates) != 0, "neurons": gates[:, number_of_heads(model):] != 0}
+    counts = {kind: {"total": part.numel(), "closed": int((~part).sum()), "open_per_layer": part.sum(1).tolist()}
+              for kind, part in parts.items() if part.numel()}
+    counts["heads"]["closed_list"] = (~parts["heads"]).nonzero().tolist()  # [layer, head]
+    return {"neurons": None} | counts
 
 def words_for_closed(metrics: dict) -> str:
     """What was closed, in words: heads, neurons, or both."""
@@ -2509,12 +2485,11 @@ def draw_units(run: Run, model, importance: torch.Tensor) -> Figure:
 def close_units(run: Run, model, tokenizer, gates: torch.Tensor, blocks: torch.Tensor, by_hand: int = 0) -> None:
     """Sets a model's gates (layers, units), of which some were set by hand, and measures it on blocks (n, time)."""
     set_gates(model, gates)
-    run.metrics["heads"] = describe_heads(heads_part(model, gates)) | {"by_hand": by_hand}
-    run.metrics["neurons"] = describe_neurons(model, gates)
+    run.metrics |= describe_units(model, gates) | {"by_hand": by_hand}
     measure(run, "pruned", model, tokenizer, blocks)
-    print(f"heads closed, layer by layer: {' '.join(map(str, run.metrics['heads']['closed_per_layer']))}")
-    if run.metrics["neurons"]:
-        print(f"neurons left, layer by layer: {' '.join(map(str, run.metrics['neurons']['open_per_layer']))}")
+    for kind in ("heads", "neurons"):
+        if run.metrics[kind] and run.metrics[kind]["closed"]:
+            print(f"{kind} left, layer by layer: {' '.join(map(str, run.metrics[kind]['open_per_layer']))}")
     if can_compact(model):
         print(f"when that is cut out: {words_for_size(model, gates, blocks.shape[1])}")
 
@@ -2537,20 +2512,20 @@ if __name__ == "__main__":
 # section 11.
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title The explorer: strategy, level, a button for every head; measure, write, take
+# @title The explorer: strategy, level, a button for every head; measure, take, write
 COLORS = [to_hex(color) for color in matplotlib.colormaps["cividis"].resampled(16).colors]
 STYLE = "<style>.prune-head {color: white; text-shadow: 0 0 2px black; font-weight: bold; line-height: 18px}</style>"
 
 class ExplorerPanel:
-    """What the explorer shows: controls, a grid of heads, counts, and an output for words, bars and errors."""
+    """What the explorer shows: controls, a grid of heads, counts, and an output for words, bars and mistakes."""
 
     def __init__(self, settings: Settings, layers: int, heads: int):
         self.strategy = widgets.Dropdown(options=STRATEGY_NAMES, value=settings.strategy, description="strategy")
         self.level = widgets.FloatSlider(settings.pruning_level, min=0, max=0.95, step=0.01, description="level",
                                          readout_format=".0%", continuous_update=False)
         self.prompt = widgets.Text(settings.prompt, description="prompt", layout=widgets.Layout(width="480px"))
-        self.measuring, self.writing, self.taking = map(
-            lambda name: widgets.Button(description=name), ("Measure", "Write", "Take it"))
+        self.measuring, self.taking, self.writing = map(
+            lambda name: widgets.Button(description=name), ("Measure", "Take it", "Write"))
         self.counts, self.output = widgets.HTML(), widgets.Output()
         small = widgets.Layout(width="22px", height="18px", padding="0", margin="0")
         self.styles = [widgets.ButtonStyle(button_color=color) for color in COLORS]
@@ -2562,13 +2537,6 @@ class ExplorerPanel:
         rows = ([self.strategy, self.level], [grid], [self.counts], [self.measuring, self.taking],
                 [self.prompt, self.writing], [self.output])
         self.box = widgets.VBox([widgets.HTML(STYLE), *map(widgets.HBox, rows)])
-
-    def show(self, importance: torch.Tensor, gates: torch.Tensor) -> None:
-        """Colours by the rank of importance (layers, heads), and a cross where a gate is 0."""
-        shades = ranks(importance) * 16 // importance.numel()
-        for (layer, head), button in self.buttons.items():
-            button.style = self.styles[shades[layer, head]]
-            button.description = "\N{NO-BREAK SPACE}" if gates[layer, head] else "×"  # (an empty one is not sent)
 
     def do(self, work) -> None:
         """work(), with its bars, and the words that it returns, in the panel; a mistake is said there, too."""
@@ -2590,34 +2558,34 @@ class Explorer(ExplorerPanel):
         super().__init__(settings, len(importance), self.heads)
         for control in (self.strategy, self.level):
             control.observe(lambda _: self.do(self.choose), "value")
-        for button, work in ((self.measuring, self.measure), (self.writing, self.write), (self.taking, self.take_it)):
+        works = {self.measuring: self.measure, self.writing: self.write, self.taking: self.take_it}
+        works |= {button: functools.partial(self.toggle, place) for place, button in self.buttons.items()}
+        for button, work in works.items():
             button.on_click(lambda _, work=work: self.do(work))
-        for place, button in self.buttons.items():
-            button.on_click(lambda _, place=place: self.do(lambda: self.toggle(*place)))
         self.refresh()
 
     def refresh(self) -> None:
-        """Grid and counts as the gates are."""
-        gates, neurons = self.gates[:, :self.heads], describe_neurons(self.model, self.gates)
-        self.show(self.importance[self.settings.strategy][:, :self.heads], gates)
-        words = [f"<b>{int((gates != 0).sum())} heads open, {int((gates == 0).sum())} closed</b>"]
-        words += [f"{neurons['closed']:,} of {neurons['total']:,} neurons closed"] if neurons else []
-        words += [words_for_size(self.model, self.gates, self.settings.block_length)] * can_compact(self.model)
-        self.counts.value = " · ".join(words)
+        scores = self.importance[self.settings.strategy][:, :self.heads]
+        shades = ranks(scores) * 16 // scores.numel()
+        for place, button in self.buttons.items():
+            button.style = self.styles[shades[place]]
+            button.description = "\N{NO-BREAK SPACE}" if self.gates[place] else "×"  # (an empty one is not sent)
+        counts = describe_units(self.model, self.gates)
+        size = [words_for_size(self.model, self.gates, self.settings.block_length)] * can_compact(self.model)
+        self.counts.value = " · ".join([f"<b>{words_for_closed(counts)} closed</b>", *size])
 
-    def toggle(self, layer: int, head: int) -> None:
-        self.gates[layer, head] = 1 - (self.gates[layer, head] != 0).float()
+    def toggle(self, place: tuple[int, int]) -> None:
+        self.gates[place] = 1 - (self.gates[place] != 0).float()
         self.refresh()
 
     def choose(self) -> None:
-        """The gates that strategy and level ask for; scores first where there are none yet."""
         name = self.strategy.value
         settings = dataclasses.replace(self.settings, strategy=name, pruning_level=self.level.value)
         if name not in self.importance:
             print(f"Scoring with {name}, once.")
-            text = self.validation[: settings.calibration_blocks]
             with all_open(self.model):
-                self.importance[name] = get_strategy(name, **options_for(settings)).score(self.model, text)
+                self.importance[name] = get_strategy(name, **options_for(settings)).score(
+                    self.model, self.validation[: settings.calibration_blocks])
         self.chosen, self.settings = gates_for(self.model, self.importance[name], settings), settings
         self.gates = self.chosen.clone()
         self.refresh()
@@ -2630,8 +2598,8 @@ class Explorer(ExplorerPanel):
         return [dense, look(self.model)]
 
     def measure(self) -> str:
-        words = "Validation perplexity: dense {:.2f}, shown {:.2f}, before repair and fine-tuning."
-        return words.format(*self.both(lambda model: perplexity(model, self.validation[:16])))
+        dense, shown = self.both(lambda model: perplexity(model, self.validation[:16]))
+        return f"Validation perplexity: dense {dense:.2f}, shown {shown:.2f}, before repair and fine-tuning."
 
     def write(self) -> str:
         return "dense:\n{}\n\nshown:\n{}".format(*self.both(lambda m: sample(m, self.tokenizer, self.prompt.value)))
@@ -2685,12 +2653,11 @@ def attention_maps(model, tokenizer, sentence: str, longest: int = 40) -> tuple[
         raise UserError(f"{type(model).__name__} does not give its attention weights: there is nothing to look at.")
     return torch.cat(maps).float().cpu(), [tokenizer.decode([token]) for token in ids[0].tolist()]
 
-def describe_head(attention: torch.Tensor, importance: dict[str, torch.Tensor], layer: int, head: int) -> str:
-    """What can be said of one head: entropy and sink share of its map (time, time), and its rank by every strategy."""
-    total = next(iter(importance.values())).numel()
-    places = ", ".join(f"{name} {total - int(ranks(scores)[layer, head])}" for name, scores in importance.items())
-    return (f"layer {layer}, head {head}\nentropy {1 - focus(attention)[1:].mean():.0%} of its maximum, "
-            f"{attention[1:, 0].mean():.0%} on the first token\nimportance rank of {total}: {places}")
+def describe_head(attention: torch.Tensor, importance: torch.Tensor, layer: int, head: int) -> str:
+    """What can be said of one head: entropy and sink share of its map (time, time), and its rank of importance."""
+    place = importance.numel() - int(ranks(importance)[layer, head])
+    return (f"layer {layer}, head {head}: number {place} of {importance.numel()} by importance\nentropy "
+            f"{1 - focus(attention)[1:].mean():.0%} of its maximum, {attention[1:, 0].mean():.0%} on the first token")
 
 def draw_attention(maps: list[torch.Tensor], titles: list[str], tokens: list[str]) -> Figure:
     """One map (time, time) for each head: rows read, columns are read from, both labelled with the tokens."""
@@ -2719,7 +2686,7 @@ def show_attention(run: Run, model, tokenizer, sentence: str = "", places: list[
         maps, tokens = attention_maps(model, tokenizer, sentence)
     except UserError as error:  # nothing that follows needs the picture
         return print(error)
-    titles = [describe_head(maps[place], {run.settings.strategy: importance}, *place) for place in places]
+    titles = [describe_head(maps[place], importance, *place) for place in places]
     run.show(draw_attention([maps[place] for place in places], titles, tokens), "attention.png", width=1000)
 
 if __name__ == "__main__":
@@ -2848,11 +2815,6 @@ def repair(model, blocks: torch.Tensor):
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Repaired weights are kept with the run
-def put_weights(model, weights: dict[str, torch.Tensor]) -> None:
-    """Gives a model kept weights (name -> tensor, as in its state_dict); others stay. Raises RunError for strangers."""
-    if strangers := model.load_state_dict(weights, strict=False).unexpected_keys:
-        raise RunError(f"what was kept is of another model ({strangers[0]}): remove the run's folder and start anew")
-
 def evenly_spaced(blocks: torch.Tensor, number: int) -> torch.Tensor:
     """So many blocks (number, time), evenly spaced over all of them (n, time)."""
     return blocks[torch.linspace(0, len(blocks) - 1, min(number, len(blocks))).round().long()]
@@ -2865,12 +2827,11 @@ def repaired(run: Run, model, tokenizer, text: torch.Tensor, test_blocks: torch.
 
     def compute():
         old, fixed = dict(model.named_parameters()), repair(model, text)
-        return {name: value for name, value in fixed.named_parameters() if not torch.equal(value, old[name])}, {}
+        return {name: value for name, value in fixed.named_parameters() if not torch.equal(value, old[name])}
 
     with run.step("repair"):
-        stored, _ = run.cached("repair", (model, text, RIDGE), compute)
         fixed = copy.deepcopy(model)
-        put_weights(fixed, stored)
+        put_weights(fixed, run.cached("repair", (model, text, RIDGE), compute))
     measure(run, "repaired", fixed, tokenizer, test_blocks)
     return fixed
 
@@ -2906,10 +2867,10 @@ def try_level(run: Run, model, importance: torch.Tensor, texts: tuple[torch.Tens
                      "pruned": perplexity(model, seen), "repaired": None}
             if settings.repair:
                 point["repaired"] = perplexity(repair(model, repair_text), seen) if point["closed"] else point["pruned"]
-        return {}, point
+        return point
 
     options = (settings.prune, settings.strategy, settings.pruning_level, settings.repair)
-    return run.cached("point", (model, gates, *texts, options), compute)[1]
+    return run.cached("point", (model, gates, *texts, options), compute)
 
 def sweep(run: Run, model, texts: tuple[torch.Tensor, ...], settings: Settings) -> list[dict]:
     """The points of settings.sweep: its strategies at its levels, then the first of them for other kinds of units.
@@ -2961,9 +2922,8 @@ def points_table(points: list[dict]) -> str:
     levels, rows = sorted({point["level"] for point in points}), {}
     for point in points:
         rows.setdefault(f"{point['prune']}, {point['strategy']}", {})[point["level"]] = words_for_point(point)
-    head = ["| | " + " | ".join(f"{level:.0%}" for level in levels) + " |", "|---" * (len(levels) + 1) + "|"]
-    return "\n".join(head + [f"| {name} | {' | '.join(row.get(level, '') for level in levels)} |"
-                             for name, row in rows.items()])
+    return markdown_table(["", *(f"{level:.0%}" for level in levels)],
+                          [[name, *(row.get(level, "") for level in levels)] for name, row in rows.items()])
 
 def draw_points(points: list[dict], dense: dict, limit: float | None = None) -> Figure:
     """Perplexity (log axis) against parameters and FLOPs: a line for each kind and strategy, dotted before repair.
@@ -3085,17 +3045,13 @@ def tokens_per_second(models: dict, batch: torch.Tensor, training: bool = False,
 
 def size_table(sizes: dict[str, dict]) -> str:
     """Dense and compact model side by side, as a Markdown table."""
-    rows = {"parameters, million": ("parameters", 1e-6, ".2f"),
-            "KV cache, bytes per token": ("cache_bytes_per_token", 1, ",.0f"),
-            "forward pass, MFLOP per token": ("flops_per_token", 1e-6, ".1f"),
-            "forward pass, tokens/s": ("forward_tokens_per_second", 1, ",.0f"),
-            "training, tokens/s": ("training_tokens_per_second", 1, ",.0f")}
-    lines = ["| | dense | compact | ratio |", "|---|---|---|---|"]
-    for title, (key, unit, form) in rows.items():
-        before, after = sizes["dense"][key], sizes["pruned"][key]
-        ratio = f"{after / before:.3f}" if before else "-"
-        lines.append(f"| {title} | {before * unit:{form}} | {after * unit:{form}} | {ratio} |")
-    return "\n".join(lines)
+    titles = {"parameters": "parameters", "cache_bytes_per_token": "KV cache, bytes per token",
+              "flops_per_token": "forward pass, FLOP per token", "forward_tokens_per_second": "forward pass, tokens/s",
+              "training_tokens_per_second": "training, tokens/s"}
+    pairs = {title: (sizes["dense"][key], sizes["pruned"][key]) for key, title in titles.items()}
+    return markdown_table(["", "dense", "compact", "ratio"], [
+        (title, f"{before:,.0f}", f"{after:,.0f}", f"{after / before:.3f}" if before else "-")
+        for title, (before, after) in pairs.items()])
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Compacting, checked and recorded
@@ -3120,7 +3076,7 @@ def check_compact(run: Run, model, pruned, block: torch.Tensor) -> str:
                 sizes[name][f"{kind}_tokens_per_second"] = speed
         for name, each in models.items():
             sizes[name]["cache_bytes_per_token"] = cache_bytes(each)
-        return {}, sizes
+        return sizes
 
     with run.step("compact"):
         small = compact(pruned)
@@ -3128,7 +3084,7 @@ def check_compact(run: Run, model, pruned, block: torch.Tensor) -> str:
         if difference > 1e-3:
             raise RunError(f"the compact model differs from the gated one by {difference:.1e}: please report this, "
                            "naming the model")
-        run.metrics["size"] = run.cached("size", (model, pruned, block), compute)[1]
+        run.metrics["size"] = run.cached("size", (model, pruned, block), compute)
         for stage in {"pruned", "repaired"} & set(run.metrics["parameters"]):
             run.metrics["parameters"][stage] = small.num_parameters()
     return (f"{size_table(run.metrics['size'])}\n\nLargest difference to the gated logits: {difference:.0e} of the "
@@ -3197,7 +3153,8 @@ def reopen_heads(run: Run, pruned, calibration: torch.Tensor) -> None:
         importance = scores_of(run, pruned, calibration, run.settings)
     set_gates(pruned, gates_for(pruned, importance, run.settings))
     came_back = ((before == 0) & (get_gates(pruned) != 0)).nonzero().tolist()
-    run.metrics["heads_after_fine_tuning"] = describe_heads(get_gates(pruned)) | {"came_back": came_back}
+    now = describe_units(pruned, get_gates(pruned))["heads"]
+    run.metrics["heads_after_fine_tuning"] = now | {"came_back": came_back}
     print(f"{len(came_back)} of {run.metrics['heads']['closed']} closed heads came back [layer, head]: {came_back}")
 
 def fine_tune_dense(run: Run, model, tokenizer, blocks: dict[str, torch.Tensor], test_blocks: torch.Tensor) -> None:
@@ -3213,27 +3170,6 @@ def fine_tune_dense(run: Run, model, tokenizer, blocks: dict[str, torch.Tensor],
         tuned = rounded(tuned, saved_format(run))
     measure(run, "dense_fine_tuned", tuned, tokenizer, test_blocks)
 
-def steps_in_the_same_time(metrics: dict, steps: int, teaching: bool) -> int:
-    """Steps of the compact model in the time of so many of the dense one, by the speeds that section 13 measured."""
-    dense, small = metrics["size"]["dense"], metrics["size"]["pruned"]
-    teacher = 1 / dense["forward_tokens_per_second"] if teaching else 0.0
-    return round(steps / dense["training_tokens_per_second"] / (1 / small["training_tokens_per_second"] + teacher))
-
-def fine_tune_as_long(run: Run, model, pruned, tokenizer, blocks: dict[str, torch.Tensor], test_blocks: torch.Tensor):
-    """Fine-tunes the compact model on blocks (n, time) for as long as the dense one took, and measures it."""
-    run.metrics["training"].pop("fine_tuned_as_long", None)
-    if "dense_fine_tuned" not in run.metrics["perplexity"] or not run.metrics["size"] or run.settings.reopen_heads:
-        return
-    same = run.metrics["training"]["fine_tuned"]["planned_steps"]
-    steps = steps_in_the_same_time(run.metrics, same, run.settings.distillation > 0)
-    print(f"The dense model makes {same} steps in the time in which the smaller one makes {steps}.")
-    if steps == same:
-        return
-    settings, pruned = dataclasses.replace(run.settings, max_steps=max(steps, 1)), sharing_copy(pruned)
-    with run.step("fine-tune for the same time"), all_open(model):
-        tuned = fine_tuned(run, "fine_tuned_as_long", compact(pruned), blocks, settings, model)
-    measure(run, "fine_tuned_as_long", rounded(tuned, saved_format(run)), tokenizer, test_blocks)
-
 # %%
 if __name__ == "__main__":
     tuned = None  # lets the last one go, if this cell is run again
@@ -3247,17 +3183,11 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     fine_tune_dense(run, model, tokenizer, blocks, test_blocks)
 # %% [markdown]
-# **The same time.** A smaller model makes more steps in an hour. Who pays for hours wants to know what it
-# reaches in the time in which the dense model made its own.
-# %%
-if __name__ == "__main__":
-    fine_tune_as_long(run, model, pruned, tokenizer, blocks, test_blocks)
-# %% [markdown]
 # <a name="15.-Compare"></a>
 # ## 15. Compare
 #
-# The numbers side by side. *Pruned + fine-tuned* against *dense + fine-tuned* is what pruning really cost at
-# the same number of steps; *for the same time*, what it cost where time is what you pay for.
+# The numbers side by side. *Pruned + fine-tuned* against *dense + fine-tuned* is what pruning really cost, at
+# the same number of steps.
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title The comparison as a table, as a picture, and the report
 def require_fine_tuned(metrics: dict) -> None:
@@ -3268,12 +3198,14 @@ def require_fine_tuned(metrics: dict) -> None:
 def comparison(metrics: dict) -> str:
     """The comparison as a Markdown table."""
     dense, bits = metrics["perplexity"]["dense"], getattr(torch, metrics["model"]["saved_in"]).itemsize
-    rows = ["| model | parameters | file, MB | test perplexity | against dense |", "|---|---|---|---|---|"]
+    rows = []
     for stage, value in metrics["perplexity"].items():
-        size = (stage == "dense" and metrics["model"]["file_bytes"]) or metrics["parameters"][stage] * bits
-        rows.append(f"| {STAGES[stage]} | {metrics['parameters'][stage] / 1e6:,.2f} M | {size / 1e6:,.1f} | "
-                    f"{value:.2f} | {value / dense - 1:+.1%} |")
-    return f"{words_for_closed(metrics)} closed.\n\n" + "\n".join(rows)
+        parameters = metrics["parameters"][stage]
+        size = (stage == "dense" and metrics["model"]["file_bytes"]) or parameters * bits
+        rows.append([STAGES[stage], f"{parameters / 1e6:,.2f} M", f"{size / 1e6:,.1f}", f"{value:.2f}",
+                     f"{value / dense - 1:+.1%}"])
+    head = ["model", "parameters", "file, MB", "test perplexity", "against dense"]
+    return f"{words_for_closed(metrics)} closed.\n\n{markdown_table(head, rows)}"
 
 def draw_dashboard(metrics: dict) -> Figure:
     """Perplexity of every stage, as the distance from the dense model, and of training."""
@@ -3594,15 +3526,16 @@ def model_card(metrics: dict, folder: Path) -> str:
     data = huggingface_hub.ModelCardData(base_model=name if on_hub else None, pipeline_tag="text-generation",
                                          library_name=None if is_gguf else "transformers",
                                          tags=["attention-head-pruning", *["gguf"] * is_gguf])
+    trust = ", trust_remote_code=True" if code else ""
     open_it = f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{", trust_remote_code=True" if code else ""})
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{trust})
 ```"""
     for file in folder.glob("*.gguf"):
         open_it = f"""```sh
-llama-cli -m {file.name} -p "{metrics["settings"]["prompt"]}"
+llama-cli -m {file.name}
 echo "FROM ./{file.name}" > Modelfile && ollama create pruned -f Modelfile && ollama run pruned
 ```"""
     note = "`trust_remote_code=True` runs `modeling_pruned.py`, which is in this folder: read it first." if code else ""

@@ -294,8 +294,7 @@ def test_a_run_hands_over_a_gguf_file(tmp_path):
     small = nb.compact(model)
     run.metrics |= {
         "model": {"saved_in": "float32", "file_bytes": None},
-        "heads": nb.describe_heads(gates),
-        "neurons": None,
+        **nb.describe_units(model, gates),
         "perplexity": {"dense": 2.0, "fine_tuned": 2.0},
         "parameters": {"dense": model.num_parameters(), "fine_tuned": small.num_parameters()},
         "blocks": {"train": 1, "validation": 1, "test": 1, "tested": 1},

@@ -192,7 +192,8 @@ def test_level_and_minimum_are_kept(level, min_heads, closed):
     gates = nb.choose_gates(importance, level, min_heads)
     assert (gates == 0).sum() == closed
     assert gates.sum(1).min() >= min_heads
-    report = nb.describe_heads(gates)
+    model = make("gpt2", n_layer=3, n_head=8)
+    report = nb.describe_units(model, gates)["heads"]
     assert (report["total"], report["closed"], sum(report["open_per_layer"])) == (24, closed, 24 - closed)
     assert len(report["closed_list"]) == closed
     assert all(gates[layer, head] == 0 for layer, head in report["closed_list"])

@@ -39,8 +39,6 @@ def one(demo, tmp_path_factory):
 
 
 def require_the_same(two, one, rel):
-    for record in (two["perplexity"], one["perplexity"], two["training"], one["training"]):
-        record.pop("fine_tuned_as_long", None)  # as many steps as the speed of that moment says
     assert two["perplexity"] == pytest.approx(one["perplexity"], rel=rel) and two["heads"] == one["heads"]
     assert torch.allclose(torch.tensor(two["importance"]), torch.tensor(one["importance"]), rtol=rel, atol=rel)
     assert set(two["training"]) == set(one["training"]) == {"fine_tuned", "dense_fine_tuned"}

@@ -149,31 +149,6 @@ def test_without_repair_it_is_the_pruned_model_that_is_trained(run, blocks):
     assert torch.equal(tuned.kept, closed) and torch.equal(nb.get_gates(model), closed)
 
 
-def test_the_smaller_model_is_trained_for_the_same_time(run, blocks, monkeypatch, capsys):
-    speeds = {
-        "dense": {"training_tokens_per_second": 100, "forward_tokens_per_second": 300},
-        "pruned": {"training_tokens_per_second": 125, "forward_tokens_per_second": 400},
-    }
-    assert nb.steps_in_the_same_time({"size": speeds}, 100, teaching=False) == 125
-    assert nb.steps_in_the_same_time({"size": speeds}, 100, teaching=True) == 88, "0.01 / (0.008 + 0.00333)"
-    run.metrics["model"] = {"saved_in": "float32"}
-    model = make("opt")
-    nb.set_gates(model, torch.tensor([[1.0, 0, 1, 1], [1, 1, 0, 1]]))
-    asked = []
-    monkeypatch.setattr(nb, "measure", lambda run, stage, tuned, *_: asked.append((stage, tuned.num_parameters())))
-    nb.fine_tune_as_long(run, model, model, None, blocks, blocks["test"])
-    assert not asked, "without a control there is nothing to compare with"
-    run.metrics["perplexity"]["dense_fine_tuned"] = 1.0
-    run.metrics["training"] = {"fine_tuned": {"planned_steps": 8}}
-    for speed, steps in ((100, 8), (125, 10)):
-        speeds["pruned"]["training_tokens_per_second"] = speed
-        run.metrics["size"] = speeds
-        nb.fine_tune_as_long(run, model, model, None, blocks, blocks["test"])
-        assert f"in the time in which the smaller one makes {steps}" in capsys.readouterr().out
-    assert asked == [("fine_tuned_as_long", nb.compact(model).num_parameters())]
-    assert run.metrics["training"]["fine_tuned_as_long"]["planned_steps"] == 10
-
-
 # --- the training loop
 
 

@@ -88,7 +88,7 @@ def main():
             if own.same_time:
                 cells.append(f"{fine_tuned(small, round(steps * faster)):.3f} ({round(steps * faster)})")
         heads = nb.heads_part(model, gates)
-        neurons = nb.describe_neurons(model, gates) or {"closed": 0, "open_per_layer": []}
+        neurons = nb.describe_units(model, gates)["neurons"] or {"closed": 0, "open_per_layer": []}
         left = "; ".join(" ".join(map(str, part)) for part in (heads.sum(1).int().tolist(), neurons["open_per_layer"]))
         cells = [f"{share:.1%}", kind, int((heads == 0).sum()), neurons["closed"], *cells, left]
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)

@@ -80,7 +80,7 @@ def main():
         tuned = trained(run, nb.compact(fixed), blocks, settings)[0]
         values += [nb.perplexity(fixed, test), nb.perplexity(tuned, test)]
         heads = nb.heads_part(model, gates)
-        closed = [int((heads == 0).sum()), (nb.describe_neurons(model, gates) or {"closed": 0})["closed"]]
+        closed = [int((heads == 0).sum()), (nb.describe_units(model, gates)["neurons"] or {"closed": 0})["closed"]]
         share = (costs * (gates == 0)).sum() / costs.sum()
         cells = [f"{share:.1%}", *closed, *(f"{value:.3f}" for value in values), f"{seconds:.1f}"]
         print(f"| {name} | " + " | ".join(map(str, cells)) + " |", flush=True)
