@@ -8,7 +8,7 @@
 #     provenance: []
 #     toc_visible: true
 #   jupytext:
-#     cell_metadata_filter: cellView,jupyter,jp-MarkdownHeadingCollapsed,id,-all
+#     cell_metadata_filter: cellView,jupyter,jp-MarkdownHeadingCollapsed,id,tags,-all
 #     formats: ipynb,py:percent
 #     notebook_metadata_filter: accelerator,colab,-jupytext.text_representation.jupytext_version
 #     text_representation:
@@ -17,6 +17,7 @@
 #       format_version: '1.3'
 #   kernelspec:
 #     display_name: Python 3
+#     language: python
 #     name: python3
 # ---
 
@@ -57,7 +58,7 @@
 # strategies and levels (section 12). `MORE` takes every other setting as a shell would, for example
 # `--block-length 256 --no-repair`; `--help` lists them. This is a script, too: `python PruningAndFineTuningColab.py`.
 
-# %% cellView="form"
+# %% cellView="form" tags=["parameters"]
 # @title Settings
 MODEL = "auto"  # @param ["auto", "demo", "gpt2", "facebook/opt-125m", "EleutherAI/pythia-160m"] {allow-input: true}
 DATASET = "auto"  # @param ["auto", "Salesforce/wikitext:wikitext-2-raw-v1", "python-docs"] {allow-input: true}
@@ -108,15 +109,17 @@ import torch
 if torch.cuda.is_available():
     os.environ.setdefault("USE_TORCH_XLA", "0")  # where both are installed accelerate would leave the GPU idle
 
-import argparse, contextlib, copy, dataclasses, datetime, difflib, functools, glob, gzip, hashlib, html, inspect, json
-import linecache, math, platform, re, shlex, shutil, statistics, tempfile, textwrap, time, typing, urllib
+import argparse, contextlib, copy, csv, dataclasses, datetime, difflib, functools, glob, gzip, hashlib, html
+import json, math, platform, re, shlex, shutil, statistics, tempfile, textwrap, time, types
+import typing, urllib
 import urllib.parse, urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import accelerate, datasets, filelock, gguf, huggingface_hub, matplotlib, pandas, psutil, tokenizers, transformers
+import accelerate, datasets, filelock, gguf, huggingface_hub, matplotlib, numpy, pandas, psutil, tokenizers
 import ipywidgets as widgets
+import transformers
 from accelerate.utils import broadcast, broadcast_object_list, gather_object, send_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from matplotlib.colors import PowerNorm, to_hex
@@ -125,8 +128,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 from transformers.pytorch_utils import Conv1D
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -157,7 +159,7 @@ def stop_without_traceback(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
     words, status = {UserError: (f"error: {error}", 2), KeyboardInterrupt: (f"interrupted.{there}", 130)}.get(
         kind, (f"failed: {error if foreseen else 'this should not happen, please report it'}.{there}", 1))
-    if int(os.environ.get("RANK", "0")):
+    if RANK:
         time.sleep(3)  # where the first process has the same to say, it ends now, and torchrun ends this one
     print(words, file=sys.__stderr__, flush=True)  # torch.distributed replaces sys.stderr, and drops what is in it
     raise SystemExit(status)
@@ -177,6 +179,7 @@ def strategies_and_levels(words: str) -> tuple[list[str], list[float]]:
     names = [word for word in words.split() if word in STRATEGY_NAMES]
     return names, [float(word) for word in words.split() if word not in names]
 
+RANK = int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
 STRATEGY_NAMES = ("learned", "fisher", "gradient", "entropy", "magnitude", "random", "entropy-literal")
 SHARE = Rule("from 0 to 1", lambda value: 0 <= value <= 1)
 POINTS = Rule("strategies and levels from 0 to below 1, separated by spaces, some of each", lambda words: not words or (
@@ -300,6 +303,11 @@ def read_settings(arguments: list[str]) -> Settings:
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Model and text that are 'auto', and whether there is a network
+def bare_name(name: str) -> str:
+    """A model or file name without the folders of this machine; of a folder of the hub's cache, the model's id."""
+    cached = re.search(r"models--([^/\\]+)", name)
+    return cached[1].replace("--", "/") if cached else Path(name).name if Path(name).exists() else name
+
 def hub_is_reachable(timeout: float = 2.0) -> bool:
     """Asks the hub once, instead of letting every download find out for itself."""
     try:
@@ -525,7 +533,7 @@ def open_folder(settings: Settings, key: str) -> tuple[Path, filelock.FileLock]:
     A run that another process computes is left alone. Raises UserError where no folder can be made.
     """
     place = on_drive(settings.output_dir) if settings.save_to_drive else Path(settings.output_dir)
-    name = re.sub(r"[^\w.-]+", "-", Path(settings.model).name.removesuffix(".gguf"))
+    name = re.sub(r"[^\w.-]+", "-", bare_name(settings.model).split("/")[-1].removesuffix(".gguf"))
     new = place / f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{name}_{key}"
     earlier = sorted((path for path in place.glob(f"*_{key}*") if path.suffix not in (".state", ".zip")), reverse=True)
     for folder in [*earlier, new, *(Path(f"{new}-{number}") for number in (2, 3, 4))]:
@@ -664,10 +672,6 @@ STAGES = {"dense": "dense, untouched", "pruned": "pruned", "repaired": "pruned +
 def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), facecolor="white", layout="constrained")
 
-def ranks(importance: torch.Tensor) -> torch.Tensor:
-    """The place of every head in the order of importance, 0 for the least: integers (layers, heads)."""
-    return importance.flatten().argsort(stable=True).argsort().view_as(importance)
-
 def show_markdown(text: str) -> None:
     """Rendered in a notebook, as it is in a terminal."""
     if not in_notebook():
@@ -693,13 +697,17 @@ def start_settings(more: str) -> Settings:
     if not in_notebook():
         sys.excepthook = stop_without_traceback
         for stream in (sys.stdout, sys.stderr):  # a sign that a console or a file cannot hold must not end a run
-            stream.reconfigure(errors="replace")
-    if int(os.environ.get("RANK", "0")):  # of several processes the first alone speaks
+            if hasattr(stream, "reconfigure"):  # (there may be none at all)
+                stream.reconfigure(errors="replace")
+    if RANK:  # of several processes the first alone speaks
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open as long as the process)
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
+    is_script = "__file__" in globals() and Path(sys.argv[0]).name == Path(__file__).name  # also %run in a notebook
     try:
-        words = shlex.split(more) if in_notebook() else sys.argv[1:]
+        lexer = shlex.shlex(more, posix=True, punctuation_chars=False)
+        lexer.whitespace_split, lexer.escape, lexer.commenters = True, "", ""  # a Windows path stays what it is
+        words = sys.argv[1:] if is_script or not in_notebook() else list(lexer)
     except ValueError as error:
         raise UserError(f"MORE is {more!r}, but must be options as in a shell ({error}): correct it.") from None
     settings = choose_sources(read_settings(words))
@@ -741,8 +749,10 @@ if __name__ == "__main__":
 # SparseGPT and Wanda do, so that perplexities can be compared with published ones.
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Names of models and files, tokenizers
+# @title Which files a setting means
 KINDS = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")  # all but the last also with .gz behind it
+NOT_TEXT = re.compile(r"/\.|/__MACOSX/|/\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_")  # what is hidden, and results of ours
+SPLIT_WORDS = {"train": "train|training", "validation": "validation|valid|val|dev", "test": "test|testing"}
 
 def kind_of(path: Path) -> str:
     """The suffix that says how a file is read, in small letters and without .gz."""
@@ -755,7 +765,8 @@ def find_files(name: str, path: str) -> list[Path]:
     """
     place, found = Path(path), []
     if place.is_dir():
-        found = [file for file in place.rglob("*") if kind_of(file) in KINDS]
+        found = [file for file in place.rglob("*") if kind_of(file) in KINDS
+                 and not NOT_TEXT.search(f"/{file.relative_to(place).as_posix()}")]
     elif not place.is_file():
         found = map(Path, glob.glob(path, recursive=True))
     found = [place] if place.is_file() else sorted(file for file in found if file.is_file())
@@ -765,6 +776,37 @@ def find_files(name: str, path: str) -> list[Path]:
                         "check the path, or convert it first.")
     return found
 
+def files_of_splits(files: list[Path], path: str) -> dict[str, list[Path]]:
+    """Split -> files of a folder or pattern: by their names where all of them say a split, else all are for train."""
+    def inside(file):
+        return (file.relative_to(path) if Path(path).is_dir() else Path(file.name)).as_posix().lower()
+
+    parts = {split: [file for file in files if re.search(rf"(?<![a-z])({words})(?![a-z])", inside(file))]
+             for split, words in SPLIT_WORDS.items()}
+    named = {split: found for split, found in parts.items() if found}
+    apart = "train" in named and len(named) > 1 and sum(map(len, named.values())) == len(files)
+    return named if apart else {"train": files}
+
+def is_saved(path: str) -> bool:
+    return any(Path(path, name).exists() for name in ("dataset_dict.json", "state.json"))
+
+SPLITS = ("train", "validation", "test")
+
+def read_files(settings: Settings, tokenizer) -> dict[str, str]:
+    """Split -> text of the files that the settings name; those of train_file may be named after splits."""
+    text = {}
+    for split, path in ((split, getattr(settings, f"{split}_file")) for split in SPLITS):
+        if path and is_saved(path):
+            parts = read_dataset(path, tokenizer)
+        elif path:
+            parts = {name: "\n\n".join(read_file(file, tokenizer) for file in files)
+                     for name, files in files_of_splits(find_files(f"{split}_file", path), path).items()}
+        if path:
+            text |= parts if split == "train" else {split: "\n\n".join(parts.values())}
+    return text
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Names of models, tokenizers, and what to do where something cannot be had
 @contextlib.contextmanager
 def saying_cannot_be_had(what: str, remedy: str):
     """Within it whatever goes wrong becomes a UserError; a broken file fails in every way there is."""
@@ -773,13 +815,28 @@ def saying_cannot_be_had(what: str, remedy: str):
     except UserError:
         raise
     except Exception as error:
-        remedy = "install that package" if isinstance(error, ImportError) else remedy
+        said = f"{type(error).__name__}: {error}"
+        remedy = next((better for found, better in REMEDIES.items() if re.search(found, said, re.I)), remedy)
         raise UserError(f"{what} cannot be had ({first_sentence(error)}): {remedy}.") from error
+
+REMEDIES = {  # what a library says -> what to do
+    "ImportError|ModuleNotFound": "install that package",
+    "untagged enum|does not recognize this architecture|Unrecognized configuration|is not a valid .*Config": (
+        "it was made by a newer version: pip install -U transformers tokenizers"),
+    "HeaderTooLarge|InvalidHeader|incomplete|Truncated|unexpected end|EOF|not a valid|IncompleteMetadata|corrupt": (
+        "a file is cut short or broken: download or copy it again"),
+    "gated|restricted|401|403": "ask for access on its page, and log in with `hf auth login`",
+    "No such file|FileNotFound|no file named|not appear to have": "a file is missing: download or copy all of them",
+    "Permission denied": "make its files readable", "No space left": "make room on the disk",
+    "timed out|ConnectionError|MaxRetry|offline mode": "check the network, or give a local folder",
+}
 
 def place_of(name: str, trust_remote_code: bool = False) -> tuple[str, dict]:
     """What from_pretrained() takes for a model's name: a folder or hub id, and options."""
     if name.endswith(".gguf"):
         return str(Path(name).parent), {"gguf_file": Path(name).name}
+    if snapshots := list(Path(name, "snapshots").glob("*")):  # a folder of the hub's cache
+        return str(max(snapshots, key=os.path.getmtime)), {"trust_remote_code": trust_remote_code}
     path, _, revision = name.partition("@") if not Path(name).exists() else (name, "", "")
     return path, {"revision": revision or "main", "trust_remote_code": trust_remote_code}
 
@@ -800,13 +857,39 @@ def python_docs() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Reading text: files of all kinds, chats, hub datasets
-def write_chat(turns: list[dict], tokenizer) -> str:
+# @title Reading text (1): chats, and the column of a table that holds the text
+def for_template(value):
+    """A value of a table as a template wants it: JSON in a text is read, arrays are lists, empty keys are left out."""
+    if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
+        with contextlib.suppress(ValueError):  # a text that only begins like JSON
+            return for_template(json.loads(value))
+    if isinstance(value, dict):
+        return {key: part if key in ("content", "value") and isinstance(part, str) else for_template(part)
+                for key, part in value.items() if part is not None}
+    return list(map(for_template, value)) if isinstance(value, (list, tuple, numpy.ndarray)) else value
+
+def parts_of(value):
+    """A dict or list, and all that are in it, from the outermost on."""
+    if isinstance(value, (dict, list)):
+        yield value
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from parts_of(part)
+
+def write_chat(row: dict, column: str, tokenizer) -> str:
     """One chat as text, by the model's chat template; turns have role and content, or from and value."""
-    roles = {"human": "user", "gpt": "assistant"}  # how the turns of `conversations` are called in `messages`
-    named = [{"role": turn.get("role") or roles.get(turn.get("from"), turn.get("from")),
-              "content": turn.get("content", turn.get("value"))} for turn in turns]
-    return tokenizer.apply_chat_template(named, tokenize=False)
+    turns, roles = for_template(row[column]), {"human": "user", "gpt": "assistant"}  # names in `conversations`
+    if isinstance(turns, dict):  # of lists
+        turns = [dict(zip(turns, values)) for values in zip(*turns.values())]
+    for turn in turns:
+        turn.setdefault("role", roles.get(turn.get("from"), turn.get("from")))
+        content = turn.setdefault("content", turn.get("value", ""))
+        if isinstance(content, list):  # parts of a text
+            turn["content"] = "".join(part if isinstance(part, str) else part["text"] for part in content)
+    tools = for_template(row.get("tools")) or None
+    text = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False)
+    for part in parts_of([turns, tools]):  # a template that forgets to ask for JSON gets Python's notation
+        text = text.replace(repr(part), json.dumps(part, ensure_ascii=False))
+    return text
 
 def join_rows(table: pandas.DataFrame, name: str, tokenizer=lambda: None) -> str:
     """The text column of a table as one string, rows parted by a blank line; no other column is looked at.
@@ -814,9 +897,11 @@ def join_rows(table: pandas.DataFrame, name: str, tokenizer=lambda: None) -> str
     It is 'text'; else chats (`messages`, `conversations`), which `tokenizer()` writes out; else 'content'; else the
     only column that holds text. Raises UserError where there is none.
     """
-    texts = [key for key in table if isinstance(next(iter(table[key].dropna()), None), str)]
-    liked = [key for key in ("text", "messages", "conversations", "content") if key in table]
-    column = liked[0] if liked else texts[0] if len(texts) == 1 else None
+    filled = {key: table[key].map(lambda value: bool(len(value)) if hasattr(value, "__len__") else pandas.notna(value))
+              for key in table}
+    texts = [key for key in table if isinstance(next(iter(table[key][filled[key]]), None), str)]
+    liked = [key for key in ("text", "messages", "conversations", "content") if key in table and filled[key].any()]
+    column = max(liked, key=lambda key: filled[key].sum()) if liked else texts[0] if len(texts) == 1 else None
     if column is None:
         raise UserError(f"{name!r} has the columns {', '.join(map(str, table)) or '(none)'}, but one named 'text' is "
                         "needed: rename the column that holds the text.")
@@ -828,10 +913,28 @@ def join_rows(table: pandas.DataFrame, name: str, tokenizer=lambda: None) -> str
             raise UserError(f"{name!r} holds chats, but the model has no chat template to write them out: take a model "
                             "that has one, or a file with a column 'text'.")
         with saying_cannot_be_had(f"a chat of {name!r}", "correct it"):
-            rows = rows.map(lambda turns: write_chat(turns, speaker))
+            rows = table[filled[column]].apply(lambda row: write_chat(row.to_dict(), column, speaker), axis=1)
     if wrong := next((row + 1 for row, value in rows.items() if not isinstance(value, str)), None):
         raise UserError(f"{name!r} has a column {column!r}, but row {wrong} holds no text in it: correct it.")
     return "\n\n".join(rows)
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Reading text (2): files of all kinds, datasets
+def read_csv(path: Path) -> pandas.DataFrame:
+    """A table whose columns are parted by what its first line holds most of. Raises ValueError for a row that does not
+    fit."""
+    csv.field_size_limit(2**31 - 1)
+    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+        head = file.readline()
+        file.seek(0)
+        reader = csv.reader(file, delimiter=max(",;\t|", key=head.count), strict=True)
+        try:
+            rows = [row for row in reader if row]
+        except csv.Error as error:
+            raise ValueError(f"line {reader.line_num}: {error}") from None
+    if wrong := next((number for number, row in enumerate(rows, 1) if len(row) != len(rows[0])), None):
+        raise ValueError(f"row {wrong} has {len(rows[wrong - 1])} columns, but the first one {len(rows[0])}")
+    return pandas.DataFrame(rows[1:], columns=rows[0])
 
 def read_file(path: str | Path, tokenizer=lambda: None) -> str:
     """The text of a file of KINDS; of a table, its text column. Raises UserError where it has none."""
@@ -841,7 +944,7 @@ def read_file(path: str | Path, tokenizer=lambda: None) -> str:
             case ".parquet":
                 table = pandas.read_parquet(path)
             case ".csv":
-                table = pandas.read_csv(path, dtype=str, keep_default_na=False, **utf8)
+                table = read_csv(path)
             case ".json" | ".jsonl" as kind:
                 table = pandas.read_json(path, lines=kind == ".jsonl", dtype=False, convert_dates=False, **utf8)
             case _:
@@ -853,17 +956,19 @@ def read_file(path: str | Path, tokenizer=lambda: None) -> str:
     return join_rows(table, str(path), tokenizer)
 
 def read_dataset(name: str, tokenizer=lambda: None) -> dict[str, str]:
-    """Split -> text of a hub dataset, `id` or `id:configuration`. Raises UserError where it cannot be had."""
+    """Split -> text of a hub dataset, `id` or `id:configuration`, or of a folder that `save_to_disk` wrote.
+
+    Raises UserError where it cannot be had.
+    """
     with saying_cannot_be_had(f"dataset {name!r}", "check the name, the configuration and the network, or take "
                               "--train-file or --dataset python-docs"):
-        data = datasets.load_dataset(*name.split(":"))
+        data = datasets.load_from_disk(name) if is_saved(name) else datasets.load_dataset(*name.split(":"))
+        data = data if isinstance(data, dict) else {"train": data}
     if "train" not in data:
         raise UserError(f"dataset {name!r} has the splits {', '.join(data)}, but 'train' is needed: take another one.")
     return {split: join_rows(data[split].to_pandas(), name, tokenizer) for split in SPLITS if split in data}
 
 # %%
-SPLITS = ("train", "validation", "test")
-
 def cut_tail(text: str, share: float) -> tuple[str, str]:
     """Cuts a text in two at `1 - share` of its length, or at a line break (else a space) soon after that place."""
     middle = round(len(text) * (1 - share))
@@ -876,9 +981,7 @@ def load_text(settings: Settings) -> dict[str, str]:
     tokenizer = functools.cache(lambda: None if settings.model == "demo" else load_tokenizer(
         settings.model, settings.trust_remote_code))
     if settings.train_file:
-        names = {split: f"{split}_file" for split in SPLITS if getattr(settings, f"{split}_file")}
-        files = {split: find_files(name, getattr(settings, name)) for split, name in names.items()}
-        text = {split: "\n\n".join(read_file(file, tokenizer) for file in those) for split, those in files.items()}
+        text = read_files(settings, tokenizer)
     elif settings.dataset == "python-docs":
         text = {"train": python_docs()}
     else:
@@ -922,7 +1025,7 @@ def perplexity(model, blocks: torch.Tensor) -> float:
     def per_block(batch):
         return nll(model(batch, use_cache=False).logits, batch)
 
-    return math.exp(over_blocks(model, blocks, per_block, "perplexity").cpu().double().mean())
+    return over_blocks(model, blocks, per_block, "perplexity").cpu().double().mean().exp().item()
 
 def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Mean Kullback-Leibler divergence per token, (batch,), from wanted ones; both are logits (batch, time, n)."""
@@ -978,11 +1081,11 @@ def train(run: Run, name: str, model, blocks: dict[str, torch.Tensor], settings:
         optimizer.zero_grad()
         if (step + 1) % max(1, steps // MEASUREMENTS) == 0 or step + 1 == steps:
             loss = accelerator.reduce(loss, "sum").item() / (step + 1 - done["step"])
-            if not math.isfinite(loss):
+            history["loss"].append([step + 1, loss])
+            history["perplexity"].append([step + 1, perplexity(model, seen) if math.isfinite(loss) else loss])
+            if not math.isfinite(history["perplexity"][-1][1]):
                 raise RunError(f"the loss is {loss} at step {step + 1} of {steps}: take a lower --learning-rate, or "
                                "--precision fp32")
-            history["loss"].append([step + 1, loss])
-            history["perplexity"].append([step + 1, perplexity(model, seen)])
             done |= {"step": step + 1, "seconds": time.perf_counter() - start}
             kept = training_to_keep(kept, model, accelerator, optimizer)
             run.keep(file, kept)
@@ -1097,14 +1200,16 @@ def show_training(run: Run, name: str, done: dict, settings: Settings, live, las
     return run.show(figure, f"{name}.png", live=live)
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Opening a model, or saying in one sentence why it cannot be used
+# @title Opening a model (1): its configuration
 def open_config(name: str, trust_remote_code: bool):
     """A model's configuration. Raises UserError for one whose weights cannot be cut."""
     path, options = place_of(name, trust_remote_code)
-    config = AutoConfig.from_pretrained(path, **options)
-    origin, kind = "take the model that it was made from", (config.architectures or [""])[0]
-    if hasattr(config, "pruned") or hasattr(config, "kept_heads"):
+    origin, (said, _) = "take the model that it was made from", transformers.PreTrainedConfig.get_config_dict(
+        path, revision=options.get("revision"))
+    if "pruned" in said or "kept_heads" in said:
         raise UserError(f"model {name!r} is compact, its heads are cut out already: {origin}.")
+    config = AutoConfig.from_pretrained(path, **options)
+    kind = (config.architectures or [""])[0]
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"model {name!r} is quantised, and such weights can be neither cut nor trained: {origin}.")
     if not trust_remote_code and hasattr(config, "auto_map") and not hasattr(transformers, kind):
@@ -1118,6 +1223,8 @@ def opener_for(config):
     kind, (causal, images) = type(config), (AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
     return images if kind not in causal._model_mapping and kind in images._model_mapping else causal
 
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Opening a model (2), or saying in one sentence why it cannot be used
 @torch.no_grad()
 def is_causal(model) -> bool:
     """True where no token's prediction depends on a later token."""
@@ -1141,18 +1248,30 @@ def load_model(name: str, device: torch.device, trust_remote_code: bool = False)
             raise OSError("no such file")
     tokenizer = load_tokenizer(name, trust_remote_code)
     with saying_cannot_be_had(f"model {name!r}", remedy):
-        options |= {"dtype": torch.float32, "output_loading_info": True}
-        model, found = opener_for(config).from_pretrained(path, **options)
+        came_in, opener = torch.bfloat16, opener_for(config)  # (.gguf files hold no format of ours)
+        if config:  # not the format that the configuration names, but that of the file
+            bare = copy.deepcopy(config)
+            bare.dtype = bare.get_text_config().dtype = None
+            shapes = options | {"config": bare, "dtype": "auto", "device_map": "meta"}
+            came_in = opener.from_pretrained(path, **shapes).dtype
+        model, found = opener.from_pretrained(path, **options, dtype=torch.float32, output_loading_info=True)
+    others = sorted(map(str, found["unexpected_keys"]))
     if lacking := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
-        raise UserError(f"model {name!r} lacks {len(lacking)} of its weights ({lacking[0]} first): download it again.")
+        remedy = f"it has {others[0]} instead: save it under the model's own names" if others else "download it again"
+        raise UserError(f"model {name!r} lacks {len(lacking)} of its weights ({lacking[0]} first): {remedy}.")
+    if others:
+        print(f"{name}: {len(others)} weights have no place in a {type(model).__name__}, and are left out ({others[0]} "
+              "first).")
     if broken := next((path for path, weight in model.named_parameters() if not weight.isfinite().all()), None):
         raise UserError(f"model {name!r} has numbers that are not finite in {broken}: download it again, or take "
                         "another one.")
     if config is None:  # the weights are plain float32 now, but save_pretrained would refuse it as quantised
         model.hf_quantizer, model.is_quantized = None, False
         model.config.__dict__.pop("quantization_config", None)
-    model.came_in = getattr(config.get_text_config(), "dtype", None) or torch.float32 if config else torch.bfloat16
-    model = move(model, device).eval()
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False  # whatever it says: the file holds a matrix of its own
+    model.came_in, model = came_in, move(model, device).eval()
     if not is_causal(model):
         raise UserError(f"model {name!r} is a {type(model).__name__} whose tokens see those after them: take a causal "
                         "language model.")
@@ -1216,25 +1335,25 @@ def pack_all(text: dict[str, str], tokenizer, model, settings: Settings) -> dict
     """Split -> token ids (blocks, block_length). Raises UserError where text, tokenizer, model or prompt do not fit."""
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx", "context_length")
     limits = [getattr(model.config.get_text_config(), name, None) for name in names]
-    longest, new_tokens = next(filter(None, limits), settings.block_length + 40), 40
+    longest, new_tokens = min(filter(None, limits), default=settings.block_length + 40), 40
     if settings.block_length > longest:
         raise UserError(f"block_length is {settings.block_length}, but the model reads at most {longest} tokens: take "
                         f"--block-length {longest} or less.")
-    prompt = len(tokenizer(settings.prompt)["input_ids"])
-    if not 1 <= prompt <= longest - new_tokens:
-        raise UserError(f"prompt has {prompt} tokens, but must have 1 to {longest - new_tokens}: write a "
-                        f"{'shorter' if prompt else 'longer'} one.")
+    prompt = tokenizer(settings.prompt, return_tensors="pt")["input_ids"].long()
+    if not 1 <= prompt.numel() <= longest - new_tokens:
+        raise UserError(f"prompt has {prompt.numel()} tokens, but must have 1 to {longest - new_tokens}: write a "
+                        f"{'shorter' if prompt.numel() else 'longer'} one.")
     if settings.gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise UserError(f"gradient_checkpointing is on, but {type(model).__name__} does not have it: leave it off.")
     blocks = {split: pack(part, tokenizer, settings.block_length) for split, part in text.items()}
     vocabulary = model.get_input_embeddings().num_embeddings
-    for split, packed in blocks.items():
+    for split, packed in {**blocks, "prompt": prompt}.items():
         if not len(packed):
             raise UserError(f"the {split} text has fewer than {settings.block_length} tokens, but one block is needed: "
                             "take a longer text or a smaller --block-length.")
         if packed.max() >= vocabulary:
-            raise UserError(f"the tokenizer of model {settings.model!r} has a token {packed.max()}, but the model "
-                            f"knows only {vocabulary}: they do not belong together.")
+            raise UserError(f"the tokenizer of model {settings.model!r} has a token {packed.max()} (in the {split}), "
+                            f"but the model knows only {vocabulary}: they do not belong together.")
     return blocks
 
 def describe_model(model, settings: Settings) -> dict:
@@ -1557,6 +1676,7 @@ def heads_that_stay(row: torch.Tensor, sharing: int, together: bool) -> list[int
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Cutting (2): what a slice leaves to do at run time: an uneven number of readers, a norm over all heads
+HOOKS = '''
 class RepeatedKeys:
     """A KV cache that keeps few key/value heads, and hands out one for each query head that reads it."""
 
@@ -1568,15 +1688,18 @@ class RepeatedKeys:
             keys, values = self.cache.update(keys, values, *position, **options)
         return keys[:, self.key_of], values[:, self.key_of]
 
+
 def repeat_keys(attention, args, kwargs):
     """Forward pre-hook of an attention module some of whose keys are read by more heads than others."""
     names = ("past_key_values", "layer_past", "cache")  # depends on family and version
     name = next((name for name in names if name in kwargs), names[0])
     return args, kwargs | {name: RepeatedKeys(kwargs.get(name), attention.key_of)}
 
+
 def pick(norm, args, output):
     """Forward hook of a norm over all heads (OLMo 2), which needs them all: what stays of (batch, time, width)."""
     return output[..., norm.picked]
+
 
 def add_hooks(module):
     """Gives a module of a cut model the hooks that its numbers ask for."""
@@ -1587,6 +1710,10 @@ def add_hooks(module):
     if hasattr(module, "told"):  # Phi-3 asks the configuration, which all layers share
         module.config = copy.copy(module.config)
         module.config.num_attention_heads = module.told
+'''  # as a text, because a saved model takes it along
+AT_RUN_TIME = types.ModuleType("at_run_time")
+sys.modules.update(at_run_time=AT_RUN_TIME)  # torch.compile looks for it there
+exec(f"import copy\n{HOOKS}", vars(AT_RUN_TIME))
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Cutting (3): projections and heads
@@ -1617,7 +1744,7 @@ def cut_heads(layer: Units, row: torch.Tensor) -> tuple[list[int], dict | None]:
         weight = getattr(norm, "weight", torch.empty(0))
         if weight.dim() == 1 and weight.numel() == table.numel() > size:  # it needs all heads
             norm.picked = table[wanted].flatten().tolist()
-            add_hooks(norm)
+            AT_RUN_TIME.add_hooks(norm)
         else:
             rows.setdefault(name, []).append(table[wanted].flatten())
     for path, parameter in list(attention.named_parameters()):  # a row for each head: GPT-OSS's sinks, Cohere's norms
@@ -1640,7 +1767,7 @@ def cut_heads(layer: Units, row: torch.Tensor) -> tuple[list[int], dict | None]:
         attention.key_of = [shared.index(head // sharing) for head in kept]
     if "qkv_proj" in rows:
         attention.told = len(kept)
-    add_hooks(attention)
+    AT_RUN_TIME.add_hooks(attention)
     words = {"num_attention_heads": len(kept), "num_key_value_heads": len(shared), "head_dim": size}
     return kept, None if len(readers) > 1 else words
 
@@ -1683,12 +1810,173 @@ def without_weights(model):
     return remove_gates(copy.deepcopy(model, shapes))
 
 # %% cellView="form" jupyter={"source_hidden": true}
+# @title Whether the family's own configuration can say what is left, tried without weights
+def native_config(small):
+    """A cut model's configuration in the words of its family alone, or None where they do not suffice.
+
+    Its class is built from it, without weights, and must have the same shapes. What LlamaConfig refuses, MistralConfig
+    can say: with its own head_dim and without a window it is the same model.
+    """
+    words, text, own = small.words[0], small.config.get_text_config(), type(small)
+    wanted = {name: part.shape for name, part in small.named_parameters()}
+    if words is None or any(layer != words for layer in small.words):
+        return None
+    for kind in [own] + [transformers.MistralForCausalLM] * (own is transformers.LlamaForCausalLM):
+        said = text.to_dict() | {word: n for word, n in words.items() if word == "head_dim" or hasattr(text, word)}
+        config = copy.deepcopy(small.config)
+        try:
+            if kind is not own:
+                said |= {"sliding_window": None, "model_type": "mistral"}
+                config = kind.config_class.from_dict(said)
+            elif text is small.config:
+                config = type(text).from_dict(said)
+            else:
+                name = next(key for key in config.sub_configs if getattr(small.config, key) is text)
+                setattr(config, name, type(text).from_dict(said))
+            config.architectures = [kind.__name__]
+            with torch.device("meta"):
+                built = kind(copy.deepcopy(config))
+        except Exception:  # numbers that nobody foresaw fail in every way: then this class cannot say them
+            continue
+        if {name: part.shape for name, part in built.named_parameters()} == wanted:
+            return config
+    return None
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title modeling_pruned.py, but for the hooks above
+CODE = '''"""{model} with some of its heads or neurons removed: `pruned` in config.json says what is left.
+
+Written by PruningAndFineTuningColab. Needs torch and transformers, nothing else.
+"""
+
+import copy
+
+import torch
+import transformers
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+
+class PrunedConfig(transformers.{config}):
+    """The family's, but for its name in config.json: so whoever allows no code is told that it is needed."""
+
+    _auto_class = "AutoConfig"  # so that save_pretrained takes this file along
+
+    @classmethod
+    def get_config_dict(cls, *place, **options):
+        words, rest = super().get_config_dict(*place, **options)
+        return words | {"model_type": "{kind}"}, rest
+
+    def to_diff_dict(self):
+        return super().to_diff_dict() | {"model_type": "pruned_{kind}"}
+
+
+class Pruned:
+    """Builds the full model, and gives it the shapes that are left before the weights are loaded."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        base = "" if hasattr(self, self.base_model_prefix) else f"{self.base_model_prefix}."  # (AutoModel is the base)
+        for path, shape in config.pruned["shapes"].items():
+            owner, _, name = path.removeprefix(base).rpartition(".")
+            owner = self.get_submodule(owner)
+            setattr(owner, name, torch.nn.Parameter(getattr(owner, name).new_empty(shape)))
+        for path, numbers in config.pruned["numbers"].items():
+            module = self.get_submodule(path.removeprefix(base))
+            vars(module).update(numbers)
+            add_hooks(module)
+
+
+for auto, name in {classes}.items():
+    words = {"_auto_class": auto, "config_class": PrunedConfig, "__module__": __name__}
+    globals()[f"Pruned{name}"] = type(f"Pruned{name}", (Pruned, getattr(transformers, name)), words)
+    # Some weights have another name in files than in models: the same ones as in the class that it derives from.
+    if renamed := get_checkpoint_conversion_mapping(name) or get_checkpoint_conversion_mapping("{kind}"):
+        register_checkpoint_conversion_mapping(f"Pruned{name}", renamed, overwrite=True)
+
+'''
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Saving and opening the compact form, with code or natively
+def differences(small) -> dict:
+    """Shapes of parameters and numbers of modules in which a cut model differs from what its class builds."""
+    with torch.device("meta"):
+        whole = type(small)(copy.deepcopy(small.config))
+    shapes = {name: list(p.shape) for name, p in small.named_parameters() if p.shape != whole.get_parameter(name).shape}
+    numbers = {}
+    for path, module in small.named_modules():
+        other = vars(whole.get_submodule(path))
+        if changed := {key: value for key, value in vars(module).items()
+                       if type(value) in (int, list) and value != other.get(key) and path}:
+            numbers[path] = changed
+    return {"shapes": shapes, "numbers": numbers}
+
+def save_config(small, folder: Path, dtype: torch.dtype) -> None:
+    """config.json of a compact model: in its family's words where they suffice, else with modeling_pruned.py."""
+    config, name = native_config(small), type(small).__name__
+    if config is None:
+        config = copy.deepcopy(small.config)
+        classes = {"AutoModelForCausalLM": name, "AutoModel": type(small.base_model).__name__,
+                   "AutoModelForSequenceClassification": re.sub("(ForCausalLM|LMHeadModel)$", "", name)
+                   + "ForSequenceClassification"}
+        classes = {auto: name for auto, name in classes.items() if hasattr(transformers, name)}
+        config.pruned, config.architectures = differences(small), [f"Pruned{name}"]
+        config.auto_map = {auto: f"modeling_pruned.Pruned{name}" for auto, name in classes.items()}
+        config.auto_map["AutoConfig"] = "modeling_pruned.PrunedConfig"
+        code = CODE + HOOKS.lstrip()
+        for word, value in (("{model}", name), ("{kind}", config.model_type), ("{config}", type(config).__name__),
+                            ("{classes}", repr(classes))):
+            code = code.replace(word, value)
+        (folder / "modeling_pruned.py").write_text(code, encoding="utf-8")
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    if hasattr(config, "pruned"):
+        words = json.loads((folder / "config.json").read_text()) | {"model_type": f"pruned_{config.model_type}"}
+        (folder / "config.json").write_text(json.dumps(words, indent=2))
+
+def save_compact(small, tokenizer, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Saves a compact model for from_pretrained: natively where that is possible, else with modeling_pruned.py."""
+    small = move(copy.deepcopy(small), "cpu").to(dtype)
+    small.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    save_config(small, folder, dtype)
+
+# %% cellView="form" jupyter={"source_hidden": true}
 # @title The proof that it works for this model
+def reopen(folder: Path, model=None):
+    """The model of a saved folder, as a stranger opens it; or its class and configuration with the weights of `model`.
+
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True), step by step, because some versions of it
+    then use the folder's class for the whole family.
+    """
+    try:
+        os.makedirs(dynamic_module_utils.HF_MODULES_CACHE, exist_ok=True)
+    except OSError:  # a home that cannot be written to
+        dynamic_module_utils.HF_MODULES_CACHE = tempfile.mkdtemp()
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)  # its code is ours, or was trusted before
+    code = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
+    opener = dynamic_module_utils.get_class_from_dynamic_module(code, folder) if code else opener_for(config)
+    if model is None:
+        return opener.from_pretrained(folder, dtype=torch.float32)
+    if not code:
+        with torch.device("meta"):
+            opener = type(opener.from_config(config))
+    return opener.from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=torch.float32)
+
 @torch.no_grad()
 def largest_difference(model, other, blocks: torch.Tensor) -> float:
     """The largest difference between two models' float32 logits on blocks (n, time), relative to the largest logit."""
     logits, others = (m.eval()(blocks.to(m.device), use_cache=False).logits.float() for m in (model, other))
     return ((logits - others).abs().max() / logits.abs().max()).item()
+
+def greedy(model, ids: torch.Tensor, mask: torch.Tensor, **options):
+    """generate() for ids (texts, time), always the most likely token, whatever generation_config.json asks for."""
+    before, ends = model.generation_config, model.generation_config.eos_token_id
+    options |= {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, "eos_token_id": ends}
+    model.generation_config = transformers.GenerationConfig(**options)
+    try:
+        return model.eval().generate(ids, attention_mask=mask)
+    finally:
+        model.generation_config = before
 
 @torch.no_grad()
 def written_logits(model) -> torch.Tensor:
@@ -1696,23 +1984,69 @@ def written_logits(model) -> torch.Tensor:
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.arange(3, 19, device=model.device).view(2, 8) % vocabulary
     mask = torch.ones_like(ids).index_put((torch.tensor([0, 0]), torch.tensor([0, 1])), ids.new_tensor(0))
-    output = model.eval().generate(ids, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, do_sample=False,
-                                   pad_token_id=0, output_logits=True, return_dict_in_generate=True)
-    return torch.stack(output.logits).float()
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "pad_token_id": 0}
+    return torch.stack(greedy(model, ids, mask, **options).logits).float()
 
-def try_cutting(model, gates: torch.Tensor) -> str:
-    """What goes wrong where units are cut out that gates (layers, units) close; "" where nothing does."""
-    gated = sharing_copy(model)
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title What comes into a layer, and what goes out
+def maps_in(output, heads: int) -> torch.Tensor | None:
+    """Attention weights (batch, heads, time, time) among what an attention module returns, or None."""
+    others = output[1:] if isinstance(output, (tuple, list)) else []
+    return next((part for part in others if isinstance(part, torch.Tensor) and part.dim() == 4
+                 and part.shape[1] == heads and part.shape[2] == part.shape[3] == first_of(output).shape[1]), None)
+
+def watch_layer(layer: Units, seen: dict):
+    """Hooks that note in `seen`, and yield their handles:
+
+    "in" and "out", the stream before and after the layer; "heads", the output projection's input; "attention" and
+    "mlp", what they add to it, all (batch, time, width); "maps" (batch, heads, time, time) where they are built.
+    """
+    def keep(name):
+        def hook(module, args, output):
+            seen[name] = first_of(output).clone()  # Falcon goes on adding to it
+        return hook
+
+    def keep_maps(attention, args, output):
+        seen["maps"] = maps_in(output, layer.number)
+
+    def enter(block, args, kwargs):
+        seen["in"] = args[0] if args else kwargs["hidden_states"]
+
+    yield layer.block.register_forward_pre_hook(enter, with_kwargs=True)
+    yield layer.projection.register_forward_pre_hook(lambda projection, args: seen.update(heads=args[0]))
+    yield layer.projection.register_forward_hook(keep("attention"))
+    yield layer.module.register_forward_hook(keep_maps)
+    if find_mlp_output(layer) is not None:
+        yield find_mlp_output(layer).register_forward_pre_hook(lambda projection, args: seen.update(neurons=args[0]))
+        yield find_mlp_output(layer).register_forward_hook(keep("mlp"))
+    yield layer.block.register_forward_hook(keep("out"))
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title The proof, once for each model
+def try_compact(model, gates: torch.Tensor) -> str:
+    """What goes wrong where units that gates (layers, units) close are cut out, saved and opened again; "" for nothing.
+
+    Only the configuration is really saved: the copies share all weights but those that are cut.
+    """
+    gated, step = sharing_copy(model), "cut"
     set_gates(gated, gates)
     ids = (torch.arange(24).view(2, 12) * 7) % model.get_input_embeddings().num_embeddings
-    wanted = written_logits(gated)
+    wanted, deterministic = written_logits(gated), torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # what opening leaves unfilled is NaN then, and shows
     try:
         small = cut(remove_gates(sharing_copy(gated)), gates)
-        difference = max(largest_difference(gated, small, ids),
-                         ((written_logits(small) - wanted).abs().max() / wanted.abs().max()).item())
+        with tempfile.TemporaryDirectory() as folder:
+            save_config(small, Path(folder), torch.float32)
+            for step, tried in (("cut", small), ("opened again", reopen(Path(folder), small))):
+                difference = max(largest_difference(gated, tried, ids),
+                                 ((written_logits(tried) - wanted).abs().max() / wanted.abs().max()).item())
+                if not difference < 1e-3:
+                    return f"{step}, its logits differ by {difference:.0e} of the largest"
     except Exception as error:  # code that was written for whole layers breaks in many ways; the sentence says how
-        return f"cut, it fails: {first_sentence(error)}"
-    return "" if difference < 1e-3 else f"cut, its logits differ by {difference:.0e} of the largest"
+        return f"{step}, it fails: {first_sentence(error)}"
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+    return ""
 
 def why_not_compact(model) -> str:
     """Why units of a gated model cannot be cut out, or "" where they can; tried once, and then known."""
@@ -1720,14 +2054,31 @@ def why_not_compact(model) -> str:
     if getattr(model, "tried", "") != prunes:
         plain = move(copy.deepcopy(model), "cpu") if model.device.type == "xla" else model
         gates = torch.rand(get_gates(model).shape, generator=torch.Generator().manual_seed(0)).gt(0.5).float()
-        gates[:, 0], gates[:, 1:2], gates[0, number_of_heads(model) - 1] = 1, 0, 0.5
+        gates[:, 0], gates[:, 1:2] = 1, 0
+        gates[0, : len(gates[0]) if len(gates) > 1 else 0] = 1  # it loses less than others, so code has to travel
+        gates[0, number_of_heads(model) - 1] = 0.5
         model.tried, model.not_compact = prunes, "its class brings its own code"
         if type(model).__module__.startswith("transformers.models."):
-            model.not_compact = try_cutting(plain, gates)
+            model.not_compact = try_compact(plain, gates)
     return model.not_compact
 
 def can_compact(model) -> bool:
     return not why_not_compact(model)
+
+@torch.no_grad()
+def why_not_repair(model) -> str:
+    """Why layers cannot be refitted, or "": each has to run once, between streams (batch, time, hidden)."""
+    def watch(layer, seen, runs):
+        yield from watch_layer(layer, seen)
+        yield layer.block.register_forward_hook(lambda *_: runs.append(
+            [tuple(seen[name].shape) for name in ("in", "attention", "out") if name in seen]))
+
+    layers = [(layer, {}, []) for layer in find_heads(model)]
+    with hooks(handle for each in layers for handle in watch(*each)):
+        model.eval().base_model(torch.ones(1, 8, dtype=torch.long, device=model.device), use_cache=False)
+    once = [[(1, 8, layers[0][0].output_weight.shape[2])] * 3]
+    strange = next((layer.path for layer, _, runs in layers if runs != once), None)
+    return f"the layer of {strange} does not run once, from one stream to the next" if strange else ""
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title What a unit costs, and which units hang together
@@ -1769,12 +2120,12 @@ class Layout(NamedTuple):
     neuron_cost: float = 1.0
 
 def layout_of(model, settings: Settings) -> Layout:
-    """Heads are single, or in groups where the settings want these even; in wide layers 32 neurons suit kernels."""
+    """Heads are single, or in groups where the settings want these even; in wide layers 64 neurons suit kernels."""
     layer, costs, heads = find_heads(model)[0], unit_costs(model)[0], number_of_heads(model)
     even, keys = {"auto": "gguf" in settings.save_model.split(), "no": False}.get(settings.uniform, True), layer.number
     if even and can_compact(model):  # else nobody can say which heads read the same key
         keys = len(find_rows(layer.module, layer.number, layer.size)[1][1])
-    chunk = 32 if len(costs) - heads >= 1024 else 1
+    chunk = 64 if len(costs) - heads >= 1024 else 1
     return Layout(heads, layer.number // keys, chunk, costs[0].item(), costs[-1].item())
 
 def weakest_first(scores: list[float], layout: Layout) -> tuple[list[list[int]], list[list[int]]]:
@@ -1788,38 +2139,7 @@ def weakest_first(scores: list[float], layout: Layout) -> tuple[list[list[int]],
             [neurons[:rest]] * bool(rest) + chunks)
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title The same in every layer (uniform): what the family's own configuration can say, tried without weights
-def native_config(small):
-    """A cut model's configuration in the words of its family alone, or None where they do not suffice.
-
-    Its class is built from it, without weights, and must have the same shapes. What LlamaConfig refuses, MistralConfig
-    can say: with its own head_dim and without a window it is the same model.
-    """
-    words, text, own = small.words[0], small.config.get_text_config(), type(small)
-    wanted = {name: part.shape for name, part in small.named_parameters()}
-    if words is None or any(layer != words for layer in small.words):
-        return None
-    for kind in [own] + [transformers.MistralForCausalLM] * (own is transformers.LlamaForCausalLM):
-        said = text.to_dict() | {word: n for word, n in words.items() if word == "head_dim" or hasattr(text, word)}
-        config = copy.deepcopy(small.config)
-        try:
-            if kind is not own:
-                said |= {"sliding_window": None, "model_type": "mistral"}
-                config = kind.config_class.from_dict(said)
-            elif text is small.config:
-                config = type(text).from_dict(said)
-            else:
-                name = next(key for key in config.sub_configs if getattr(small.config, key) is text)
-                setattr(config, name, type(text).from_dict(said))
-            config.architectures = [kind.__name__]
-            with torch.device("meta"):
-                built = kind(copy.deepcopy(config))
-        except Exception:  # numbers that nobody foresaw fail in every way: then this class cannot say them
-            continue
-        if {name: part.shape for name, part in built.named_parameters()} == wanted:
-            return config
-    return None
-
+# @title The same in every layer (uniform)
 def close_alike(importance: torch.Tensor, level: float, layout: Layout) -> torch.Tensor:
     """Gates (layers, units): in every layer the share `level` of groups of heads and of chunks of neurons is 0."""
     gates = torch.ones_like(importance)
@@ -1924,6 +2244,8 @@ def plan_closing(model, settings: Settings) -> str:
         check_reach(model, dataclasses.replace(settings, pruning_level=other))
     if settings.uniform == "yes":
         check_uniform(model, settings)
+    if settings.repair and (reason := why_not_repair(model)):
+        raise UserError(f"{type(model).__name__} cannot be repaired, because {reason}: take --no-repair.")
     numbers = {"heads": layers * heads, "neurons": layers * neurons}
     kinds = " and ".join(f"{number} {kind}" for kind, number in numbers.items() if number)
     how = ", in every layer alike" if settings.uniform == "yes" else ""
@@ -1949,10 +2271,9 @@ def sample(model, tokenizer, prompt: str, new_tokens: int = 40) -> str:
     if model.device.type == "xla":
         model = move(copy.deepcopy(model), "cpu")  # a TPU would compile the model anew for every length of the text
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
-    options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": tokenizer.eos_token_id,
-               "attention_mask": torch.ones_like(ids)}
-    output = fit_batch_size(lambda _: model.eval().generate(ids, **options), 1, "writing a sample")
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    options = {"max_new_tokens": new_tokens, "pad_token_id": tokenizer.eos_token_id}
+    output = fit_batch_size(lambda _: greedy(model, ids, torch.ones_like(ids), **options), 1, "writing a sample")
+    return tokenizer.decode(output.sequences[0], skip_special_tokens=True)
 
 def drop_outdated(run: Run, stage: str) -> None:
     """Drops what was measured of a stage and of later ones."""
@@ -1976,10 +2297,6 @@ def measure(run: Run, stage: str, model, tokenizer, blocks: torch.Tensor) -> Non
 
 def markdown_table(head: list, rows) -> str:
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [head, ["---"] * len(head), *rows])
-
-def bare_name(name: str) -> str:
-    """A model or file name without the folders of this machine."""
-    return Path(name).name if Path(name).exists() else name
 
 def conditions(metrics: dict) -> str:
     """One paragraph: everything that the numbers depend on."""
@@ -2077,7 +2394,7 @@ if __name__ == "__main__":
     print(f"focus on the fourth token: even {focus(torch.ones(4, 4) / 4)[3]:.2f}, "
           f"two tokens {focus(torch.tensor([[0.5, 0.5, 0, 0]] * 4))[3]:.2f}, one token {focus(torch.eye(4))[3]:.2f}")
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Attention weights, which the fast kernels never build; what comes into a layer, and what goes out
+# @title Attention weights, which the fast kernels never build, and the norm of what a head writes
 @contextlib.contextmanager
 def eager_attention(model):
     """Within it the model hands out its attention weights, which the fast kernels never build."""
@@ -2091,38 +2408,6 @@ def eager_attention(model):
     finally:
         for name, value in before.items():
             setattr(config, name, value)
-
-def maps_in(output, heads: int) -> torch.Tensor | None:
-    """Attention weights (batch, heads, time, time) among what an attention module returns, or None."""
-    others = output[1:] if isinstance(output, (tuple, list)) else []
-    return next((part for part in others if isinstance(part, torch.Tensor) and part.dim() == 4
-                 and part.shape[1] == heads and part.shape[2] == part.shape[3] == first_of(output).shape[1]), None)
-
-def watch_layer(layer: Units, seen: dict):
-    """Hooks that note in `seen`, and yield their handles:
-
-    "in" and "out", the stream before and after the layer; "heads", the output projection's input; "attention" and
-    "mlp", what they add to it, all (batch, time, width); "maps" (batch, heads, time, time) where they are built.
-    """
-    def keep(name):
-        def hook(module, args, output):
-            seen[name] = first_of(output).clone()  # Falcon goes on adding to it
-        return hook
-
-    def keep_maps(attention, args, output):
-        seen["maps"] = maps_in(output, layer.number)
-
-    def enter(block, args, kwargs):
-        seen["in"] = args[0] if args else kwargs["hidden_states"]
-
-    yield layer.block.register_forward_pre_hook(enter, with_kwargs=True)
-    yield layer.projection.register_forward_pre_hook(lambda projection, args: seen.update(heads=args[0]))
-    yield layer.projection.register_forward_hook(keep("attention"))
-    yield layer.module.register_forward_hook(keep_maps)
-    if find_mlp_output(layer) is not None:
-        yield find_mlp_output(layer).register_forward_pre_hook(lambda projection, args: seen.update(neurons=args[0]))
-        yield find_mlp_output(layer).register_forward_hook(keep("mlp"))
-    yield layer.block.register_forward_hook(keep("out"))
 
 def head_norms(layer: Units, heads: torch.Tensor) -> torch.Tensor:
     """Norms of what each head writes, (batch, heads, time), from the output projection's input (batch, time, width)."""
@@ -2418,7 +2703,7 @@ def predict_cost(model, gates: torch.Tensor, tokens: int) -> dict[str, float]:
     """
     empty = without_weights(model)
     outputs = [layer.projection for layer in find_heads(empty)]
-    small = cut(empty, gates, fold=False)
+    small = cut(empty, gates, fold=False) if can_compact(model) else empty
     width = sum(inputs_first(output).shape[0] for output in outputs)
     products = sum(m.weight.numel() for m in small.modules() if isinstance(m, (torch.nn.Linear, Conv1D)))
     return {"parameters": small.num_parameters(), "flops_per_token": 2 * products + 4 * tokens * width}
@@ -2430,6 +2715,10 @@ def words_for_size(model, gates: torch.Tensor, tokens: int) -> str:
     saved = after["parameters"] * getattr(model, "saved_in", torch.float32).itemsize
     return (f"{after['parameters'] / 1e6:,.2f} M parameters ({fewer}), {saved / 1e6:,.1f} MB as saved, "
             f"{after['flops_per_token'] / 1e6:,.1f} MFLOP a token ({less})")
+
+def ranks(importance: torch.Tensor) -> torch.Tensor:
+    """The place of every head in the order of importance, 0 for the least: integers (layers, heads)."""
+    return importance.flatten().argsort(stable=True).argsort().view_as(importance)
 
 def describe_units(model, gates: torch.Tensor) -> dict[str, dict | None]:
     """Counts for the record, of gates (layers, units): of heads, and of neurons where these are pruned."""
@@ -2800,7 +3089,12 @@ def refit_layer(layer: Units, stream: torch.Tensor, adds_up: bool):
 # %%
 @torch.no_grad()
 def repair(model, blocks: torch.Tensor):
-    """A copy of a gated model, refitted on blocks (n, time) to follow the model with open gates. Raises RunError."""
+    """A copy of a gated model, refitted on blocks (n, time) to follow the model with open gates.
+
+    Raises UserError for a model whose layers cannot be refitted, RunError for numbers that are not finite.
+    """
+    if reason := why_not_repair(model):
+        raise UserError(f"{type(model).__name__} cannot be repaired, because {reason}: take --no-repair.")
     streams, adds_up = dense_streams(model, blocks)
 
     def refitted(blocks):
@@ -3258,84 +3552,6 @@ if __name__ == "__main__":
 # shapes which the configuration lists. Where all layers have lost equally much and the family's own
 # configuration can say so (`uniform`), no code has to travel: the folder is an ordinary, smaller checkpoint.
 
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title modeling_pruned.py, but for the functions of section 7 that it needs
-CODE = '''"""{name} with some of its heads or neurons removed: `pruned` in config.json says what is left.
-
-Written by PruningAndFineTuningColab. Needs torch and transformers, nothing else.
-"""
-
-import copy
-
-import torch
-from transformers import {name}
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-
-# Some weights have another name in files than in models; the class here has the same ones as the class it derives from.
-renamed = get_checkpoint_conversion_mapping("{name}") or get_checkpoint_conversion_mapping("{kind}")
-if renamed:
-    register_checkpoint_conversion_mapping("Pruned{name}", renamed, overwrite=True)
-
-
-class Pruned{name}({name}):
-    """Builds the full model, and gives it the shapes that are left before the weights are loaded."""
-
-    _auto_class = "AutoModelForCausalLM"  # so that save_pretrained takes this file along
-
-    def __init__(self, config):
-        super().__init__(config)
-        for path, shape in config.pruned["shapes"].items():
-            owner, _, name = path.rpartition(".")
-            owner = self.get_submodule(owner)
-            setattr(owner, name, torch.nn.Parameter(getattr(owner, name).new_empty(shape)))
-        for path, numbers in config.pruned["numbers"].items():
-            vars(self.get_submodule(path)).update(numbers)
-            add_hooks(self.get_submodule(path))
-'''
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Saving the compact form, with code or natively
-def source_of(thing, method=None) -> str:
-    """The source of a function or class; inspect.getsource does not find the classes of a notebook."""
-    lines = linecache.getlines((method or thing).__code__.co_filename)
-    first = next(n for n, line in enumerate(lines) if re.match(rf"(def|class) {thing.__name__}\b", line))
-    return "".join(inspect.getblock(lines[first:]))
-
-def modeling_code(name: str, kind: str) -> str:
-    """The text of modeling_pruned.py: the class Pruned<name>, derived from <name>; `kind` is its model_type."""
-    pieces = [source_of(RepeatedKeys, RepeatedKeys.update), *map(source_of, (repeat_keys, pick, add_hooks))]
-    return "\n\n".join([CODE.replace("{name}", name).replace("{kind}", kind), *pieces])
-
-def differences(small) -> dict:
-    """Shapes of parameters and numbers of modules in which a cut model differs from what its class builds."""
-    with torch.device("meta"):
-        whole = type(small)(copy.deepcopy(small.config))
-    shapes = {name: list(p.shape) for name, p in small.named_parameters() if p.shape != whole.get_parameter(name).shape}
-    numbers = {}
-    for path, module in small.named_modules():
-        other = vars(whole.get_submodule(path))
-        if changed := {key: value for key, value in vars(module).items()
-                       if type(value) in (int, list) and value != other.get(key) and path}:
-            numbers[path] = changed
-    return {"shapes": shapes, "numbers": numbers}
-
-def save_compact(small, tokenizer, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Saves a compact model for from_pretrained: natively where that is possible, else with modeling_pruned.py."""
-    small = move(copy.deepcopy(small), "cpu").to(dtype)
-    if native := native_config(small):
-        config = native
-    else:
-        config, name = copy.deepcopy(small.config), type(small).__name__
-        config.pruned, config.architectures = differences(small), [f"Pruned{name}"]
-        config.auto_map = {"AutoModelForCausalLM": f"modeling_pruned.Pruned{name}"}
-    small.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    config.dtype = dtype
-    config.save_pretrained(folder)
-    if not native:
-        code = modeling_code(type(small).__name__, config.model_type)
-        (folder / "modeling_pruned.py").write_text(code, encoding="utf-8")
-
 # %% [markdown]
 # Some tools allow no code at all. For them there is the **zeroed** form, the full-sized model with the
 # gates multiplied into its output projections: it opens plainly and has the same logits. What the gates
@@ -3366,13 +3582,14 @@ def save_gated(model, tokenizer, folder: Path, dtype: torch.dtype = torch.float3
         units.output_weight.mul_(gates[:, None, None])
     remove_gates(plain).to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    save_file(erased, folder / "gates.safetensors", {"prunes": getattr(plain, "prunes", "heads")})
+    (folder / "gates").mkdir(exist_ok=True)  # not among the model's own files: some servers load all of those
+    save_file(erased, folder / "gates/gates.safetensors", {"prunes": getattr(plain, "prunes", "heads")})
 
 @torch.no_grad()
 def load_gated(folder: Path, device: str | torch.device = "cpu"):
     """Tokenizer and model that save_gated wrote, with its gates, every one of which can be opened again."""
     tokenizer, model = load_model(str(folder), torch.device(device))
-    with safe_open(Path(folder) / "gates.safetensors", "pt") as stored:
+    with safe_open(next(Path(folder).rglob("gates.safetensors")), "pt") as stored:
         model.prunes = (stored.metadata() or {}).get("prunes", "heads")
         set_gates(model, stored.get_tensor("gates"))
         for number, units in enumerate(all_units(model)):
@@ -3521,7 +3738,7 @@ def save_gguf(run: Run, small, tokenizer, folder: Path) -> None:
 def model_card(metrics: dict, folder: Path) -> str:
     """The README.md of a saved model: metadata that the Hugging Face hub reads, how to open it, and the report."""
     name, is_gguf = bare_name(metrics["settings"]["model"]), any(folder.glob("*.gguf"))
-    zeroed, code = (folder / "gates.safetensors").exists(), (folder / "modeling_pruned.py").exists()
+    zeroed, code = (folder / "gates").exists(), (folder / "modeling_pruned.py").exists()
     on_hub = name == metrics["settings"]["model"] and name != "demo"
     data = huggingface_hub.ModelCardData(base_model=name if on_hub else None, pipeline_tag="text-generation",
                                          library_name=None if is_gguf else "transformers",
@@ -3530,7 +3747,7 @@ def model_card(metrics: dict, folder: Path) -> str:
     open_it = f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{trust})
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{trust})
 ```"""
     for file in folder.glob("*.gguf"):
@@ -3590,14 +3807,6 @@ def offer_download(archive: Path) -> None:
         address = urllib.parse.quote(os.path.relpath(archive))
         display(HTML(f'<a href="{address}" download>{html.escape(archive.name)}</a>'))
     print(f"results: {archive} ({archive.stat().st_size / 2**20:.1f} MB)")
-
-def reopen(folder: Path):
-    """The model of a saved folder, opened as AutoModelForCausalLM.from_pretrained(trust_remote_code=True) does."""
-    # Step by step, because some versions of AutoModelForCausalLM then use the folder's class for the whole family.
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)  # its code is ours, or was trusted before
-    code = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
-    opener = get_class_from_dynamic_module(code, folder) if code else opener_for(config)
-    return opener.from_pretrained(folder, dtype=torch.float32)
 
 def hand_over(run: Run, tuned, model, tokenizer, block: torch.Tensor) -> None:
     """save_models(), with a block (1, time) to compare on, the report and the download; the last step of a run."""

@@ -5,8 +5,8 @@ import os
 import re
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # each process gets its share of the cores
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
+if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # each gets its share of the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // processes)))
 
 import pytest
 import torch
@@ -40,13 +40,6 @@ FAMILIES = {
     "biogpt": ("BioGptConfig", SMALL, "biogpt.layers.{}.self_attn.out_proj"),
     "stablelm": ("StableLmConfig", SMALL | dict(num_key_value_heads=2), "model.layers.{}.self_attn.o_proj"),
 }
-
-
-def pytest_collection_modifyitems(items):
-    """Several processes (-n 2 --dist loadgroup): one of them trains the demo, and runs all tests that need it."""
-    for item in items:
-        if "home" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("home"))
 
 
 def make(family: str, seed: int = 0, **changes):

@@ -125,7 +125,7 @@ def test_tokens_and_prompts_that_the_model_cannot_read_are_refused():
     model, text = make("gpt2"), dict.fromkeys(nb.SPLITS, "a a a a")
     short = nb.Settings(prompt="a a", block_length=4)
     assert nb.pack_all(text, tiny_tokenizer(), model, short)["train"].tolist() == [[1, 1, 1, 1]]
-    with pytest.raises(nb.UserError, match="has a token 1, but the model knows only 1: they do not belong together"):
+    with pytest.raises(nb.UserError, match="has a token 1 .in the train., but the model"):
         nb.pack_all(text, tiny_tokenizer(), make("gpt2", vocab_size=1), short)
     with pytest.raises(nb.UserError, match="prompt has 30 tokens, but must have 1 to 24: write a shorter one"):
         nb.pack_all(text, tiny_tokenizer(), model, nb.Settings(prompt="a " * 30, block_length=4))

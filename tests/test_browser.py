@@ -20,6 +20,8 @@ from conftest import fill_form
 
 import PruningAndFineTuningColab as nb
 
+pytestmark = pytest.mark.xdist_group("demo")  # of several processes one trains it
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 if CHROMIUM is None:
     pytest.skip("no chromium on this machine: apt-get install chromium", allow_module_level=True)

@@ -203,7 +203,7 @@ for folder in map(Path, sys.argv[2:]):
     with torch.no_grad():
         found["trained"], found["again"] = model.eval()(tokens).logits, again.eval()(tokens).logits
     save_file(found, folder / "found.st")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
     write = pipeline("text-generation", model=str(folder), tokenizer=tokenizer, **trust)
     said = write("a a a", max_new_tokens=4, do_sample=False)[0]["generated_text"]
     print(json.dumps([folder.name, type(model).__name__, said]))
@@ -262,11 +262,9 @@ def test_a_stranger_gets_the_same_logits_bit_for_bit(strangers, family, mask):
 def test_the_code_that_travels_is_short_and_needs_two_packages(strangers):
     root, *_ = strangers
     code = (root / "gpt2 uneven" / "modeling_pruned.py").read_text()
-    assert len(code.splitlines()) < 90
-    lines = [line.split() for line in code.splitlines() if line.startswith(("import ", "from ", "class ", "def "))]
-    found = {words[1].split("(")[0].split(".")[0].rstrip(":") for words in lines}
-    assert found == {"copy", "torch", "transformers", "PrunedGPT2LMHeadModel", "RepeatedKeys", "repeat_keys", "pick",
-                     "add_hooks"}
+    assert len(code.splitlines()) < 110
+    lines = [line.split() for line in code.splitlines() if line.startswith(("import ", "from "))]
+    assert {words[1].split(".")[0] for words in lines} == {"copy", "torch", "transformers"}
 
 
 def test_nothing_that_is_saved_is_a_pickle(strangers):

@@ -96,7 +96,7 @@ def test_another_column_is_taken_and_said(tmp_path, capsys):
         ("a.jsonl", lines({"a": "x", "b": "y"}), "has the columns a, b, but one named 'text' is needed"),
         ("a.jsonl", lines({"text": "one"}, {"text": ["two"]}), "column 'text', but row 2 holds no text in it"),
         ("a.jsonl", lines({"text": 5}), "column 'text', but row 1 holds no text in it"),
-        ("a.csv", 'text\n"one', "cannot be had .Error tokenizing data"),
+        ("a.csv", 'text\n"one', "cannot be had .line 2: unexpected end of data"),
         ("a.txt.gz", None, "cannot be had .Not a gzipped file"),
         ("a.parquet", b"PAR1 or not", "cannot be had"),
         ("a.txt", b"abc\xff\xfe", "cannot be had .*can't decode byte 0xff in position 3.*convert it"),

@@ -184,7 +184,7 @@ def test_the_plan_says_what_will_go():
     assert nb.get_gates(model).shape == (2, 4), "another setting, and the cell run again"
 
 
-@pytest.mark.parametrize("prunes, most", [("heads", "0.75"), ("neurons", "0.97"), ("both", "0.96")])
+@pytest.mark.parametrize("prunes, most", [("heads", "0.75"), ("neurons", "0.94"), ("both", "0.93")])
 def test_a_level_out_of_reach_is_said_with_what_can_be_reached(prunes, most):
     """Wide layers keep 32 of their 1,024 neurons; every layer keeps a head of its four."""
     model = make("llama", intermediate_size=1024)

@@ -157,4 +157,4 @@ def test_an_unforeseen_error_says_what_is_kept_and_how_to_go_on(tmp_path, monkey
         nb.stop_without_traceback(KeyError, KeyError("unforeseen"), None)
     said = capfd.readouterr().err
     assert stop.value.code == 1 and "KeyError: 'unforeseen'" in said
-    assert f"What is there is in {run.folder} (perplexity: dense 7.00); the same command goes on from it" in said
+    assert f"What is there is in {run.folder}; the same command goes on from it" in said

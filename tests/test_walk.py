@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 
 import PruningAndFineTuningColab as nb
 
+pytestmark = pytest.mark.xdist_group("demo")  # of several processes one trains it
+
 SCRIPT = Path(nb.__file__)
 NOTEBOOK = SCRIPT.with_suffix(".ipynb")
 FEW = {"max_steps": 12, "eval_blocks": 8, "calibration_blocks": 8, "gate_steps": 20, "repair": 16}
