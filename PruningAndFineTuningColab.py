@@ -1936,8 +1936,10 @@ def save_config(small, folder: Path, dtype: torch.dtype) -> None:
 def save_compact(small, tokenizer, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Saves a compact model for from_pretrained: natively where that is possible, else with modeling_pruned.py."""
     small = move(copy.deepcopy(small), "cpu").to(dtype)
+    config = copy.deepcopy(small.config)  # (saving makes a text of its dtype)
     small.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    small.config = config
     save_config(small, folder, dtype)
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -2238,6 +2240,8 @@ def check_reach(model, settings: Settings) -> None:
 def plan_closing(model, settings: Settings) -> str:
     """What the settings will close, in words; the model is told. Raises UserError where they cannot."""
     prune_only(model, settings.prune)
+    with saying_cannot_be_had(f"a text written by {type(model).__name__}", "take another model"):
+        written_logits(model)
     layers, heads = len(find_units(model)), number_of_heads(model)
     neurons, level = sum(units.number for units in find_units(model)[0]) - heads, settings.pruning_level
     for other in {level, *strategies_and_levels(settings.sweep)[1]}:

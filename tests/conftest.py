@@ -1,13 +1,17 @@
 """Small random models of real transformers classes, one for every family, and a reference gate of our own."""
 
 import copy
+import json
 import os
 import re
+import subprocess
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # each gets its share of the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // processes)))
 
+import filelock
 import pytest
 import torch
 import transformers
@@ -17,6 +21,8 @@ from families import WIDE as LLAMA
 from torch.utils.flop_counter import FlopCounterMode
 
 import PruningAndFineTuningColab as nb
+
+FEW = {"max_steps": 12, "eval_blocks": 8, "calibration_blocks": 8, "gate_steps": 20, "repair": 16}
 
 # family -> (config class, its arguments, path of the output projection)
 FAMILIES = {
@@ -40,6 +46,11 @@ FAMILIES = {
     "biogpt": ("BioGptConfig", SMALL, "biogpt.layers.{}.self_attn.out_proj"),
     "stablelm": ("StableLmConfig", SMALL | dict(num_key_value_heads=2), "model.layers.{}.self_attn.o_proj"),
 }
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no process is left alone with one in the end."""
+    items.sort(key=lambda item: item.path.name not in ("test_browser.py", "test_walk.py"))
 
 
 def make(family: str, seed: int = 0, **changes):
@@ -132,12 +143,31 @@ def secret():
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory, secret):
-    """A machine that has never seen the script, without a network, with a token in its environment."""
-    folder = tmp_path_factory.mktemp("home")
+def script_run(tmp_path_factory, secret):
+    """What a script said on a machine that has never seen it, without a network, with a token in its environment.
+
+    It trains the demo, once for all processes of a test run.
+    """
+    place = tmp_path_factory.getbasetemp()
+    place = (place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "home"
+    own = {"XDG_CACHE_HOME": str(place / "cache"), "HF_HUB_OFFLINE": "1", "HF_TOKEN": secret}
+    few = [word for name, value in FEW.items() for word in ("--" + name.replace("_", "-"), str(value))]
+    with filelock.FileLock(f"{place}.lock"):
+        if not (said := place.with_suffix(".json")).exists():
+            place.mkdir()
+            words = [sys.executable, nb.__file__, "--save-model", "compact zeroed", *few]
+            threads = {"OMP_NUM_THREADS": str(os.cpu_count())}  # the other processes wait for it
+            done = subprocess.run(words, cwd=place, capture_output=True, text=True, env=os.environ | own | threads)
+            said.write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
+        run = subprocess.CompletedProcess(place, *json.loads(said.read_text()))
     patch = pytest.MonkeyPatch()
-    patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    patch.setenv("HF_HUB_OFFLINE", "1")
-    patch.setenv("HF_TOKEN", secret)
-    yield folder
+    for name, value in own.items():
+        patch.setenv(name, value)
+    yield run
     patch.undo()
+
+
+@pytest.fixture(scope="session")
+def home(script_run):
+    """The machine on which the script has run."""
+    return script_run.args

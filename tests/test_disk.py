@@ -62,14 +62,12 @@ def fill_and_go_on(mount, tmp_path, size):
     return said, json.loads((folder / "metrics.json").read_text())
 
 
-@pytest.mark.xdist_group("demo")
 def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(home, small_disk, tmp_path):
     _, metrics = fill_and_go_on(small_disk, tmp_path, 12)
     assert {"dense", "pruned", "repaired", "fine_tuned", "dense_fine_tuned"} <= set(metrics["perplexity"])
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("demo")
 def test_disks_that_are_full_at_many_moments(home, small_disk, tmp_path):
     """About five minutes: pytest -m slow -s tests/test_disk.py"""
     (tmp_path / "whole").mkdir()

@@ -12,8 +12,6 @@ from conftest import make
 
 import PruningAndFineTuningColab as nb
 
-pytestmark = pytest.mark.xdist_group("demo")  # of several processes one trains it
-
 SCRIPT = Path(nb.__file__)
 TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
 FEW = (

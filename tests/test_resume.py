@@ -236,7 +236,6 @@ def outcome(cwd):
     return {name: metrics[name] for name in names} | histories
 
 
-@pytest.mark.xdist_group("demo")
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(home, tmp_path):
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
@@ -259,7 +258,6 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(home, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("demo")
 def test_twenty_kills_at_random_moments_lose_nothing(home, tmp_path):
     """About seven minutes: pytest -m slow -s tests/test_resume.py"""
     nb.make_demo(nb.load_text(nb.Settings(dataset="python-docs"))["train"])  # not while the whole run is timed

@@ -84,8 +84,8 @@ def test_the_points_of_a_sweep_are_right(run, blocks, monkeypatch, capsys):
     assert points[5]["repaired"] == pytest.approx(nb.perplexity(nb.repair(model, blocks["train"]), blocks["test"]))
     table = [line for line in said.splitlines() if line.startswith("| ")]
     assert table == nb.points_table(points).splitlines()
-    assert table[0] == "|  | 0% | 25% | 50% |" and table[2].startswith("| heads, gradient | ")
-    assert f"{points[5]['pruned']:.2f} → {points[5]['repaired']:.2f} |" in table[2]
+    assert table[0] == "|  | 0% | 25% | 50% |" and table[3].startswith("| heads, gradient | ")
+    assert f"{points[5]['pruned']:.2f} → {points[5]['repaired']:.2f} |" in table[3]
     written = pandas.read_csv(run.folder / "sweep.csv")
     assert written["repaired"].tolist() == [point["repaired"] for point in points]
     assert (run.folder / "sweep.png").exists() and run.folder.with_name(run.folder.name + ".zip").exists()

@@ -15,26 +15,15 @@ import nbformat
 import pytest
 import torch
 import transformers
-from conftest import fill_form
+from conftest import FEW, fill_form
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from safetensors.torch import load_file
 
 import PruningAndFineTuningColab as nb
 
-pytestmark = pytest.mark.xdist_group("demo")  # of several processes one trains it
-
 SCRIPT = Path(nb.__file__)
 NOTEBOOK = SCRIPT.with_suffix(".ipynb")
-FEW = {"max_steps": 12, "eval_blocks": 8, "calibration_blocks": 8, "gate_steps": 20, "repair": 16}
-
-
-@pytest.fixture(scope="session")
-def script_run(home):
-    few = [word for name, value in FEW.items() for word in ("--" + name.replace("_", "-"), str(value))]
-    words = [sys.executable, SCRIPT, "--save-model", "compact zeroed", *few]
-    return subprocess.run(words, cwd=home, capture_output=True, text=True)
-
 
 def only_folder_in(place: Path) -> Path:
     (folder,) = (path for path in place.iterdir() if path.is_dir())
@@ -49,7 +38,7 @@ def results(script_run, home):
 
 @pytest.fixture
 def demo(results, home):
-    """The folder of the demo model; the script that came before has trained it."""
+    """The folder of the demo model; the script has trained it."""
     return only_folder_in(home / "cache/PruningAndFineTuningColab")
 
 
@@ -253,7 +242,7 @@ def test_a_sweep_runs_from_the_script(short_run):
     assert [row.split(",")[:3] for row in rows[5:]] == others
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG") and "fine_tuned" not in metrics["perplexity"]
     assert len(metrics["sweep"]) == 8 and metrics["sweep"][1]["pruned"] == metrics["perplexity"]["pruned"]
-    assert "| | 25% | 50% |" in said and "\n| both, fisher | " in said and Path(f"{folder}.zip").exists()
+    assert "|  | 25% | 50% |" in said and "\n| both, fisher | " in said and Path(f"{folder}.zip").exists()
 
 
 def test_a_run_in_16_bits_hands_on_the_model_that_it_measured(short_run):
