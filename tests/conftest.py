@@ -156,8 +156,7 @@ def script_run(tmp_path_factory, secret):
         if not (said := place.with_suffix(".json")).exists():
             place.mkdir()
             words = [sys.executable, nb.__file__, "--save-model", "compact zeroed", *few]
-            threads = {"OMP_NUM_THREADS": str(os.cpu_count())}  # the other processes wait for it
-            done = subprocess.run(words, cwd=place, capture_output=True, text=True, env=os.environ | own | threads)
+            done = subprocess.run(words, cwd=place, capture_output=True, text=True, env=os.environ | own)
             said.write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
         run = subprocess.CompletedProcess(place, *json.loads(said.read_text()))
     patch = pytest.MonkeyPatch()
