@@ -430,24 +430,6 @@ def first_not_finite(model, block: torch.Tensor) -> str:
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title The door between story and machine: over_blocks()
-def exactly(device: torch.device):
-    """Context in which all is computed in float32."""
-    return torch.autocast(device.type, enabled=False)
-
-def all_at_once(model, blocks: torch.Tensor, function, what: str, bytes_each: float):
-    """The model that `function(blocks)` returns, from all blocks (n, time) at once, or from as many as have room.
-
-    It computes in COMPUTING.dtype. Several processes do so alike, and all go on with the first one's model.
-    """
-    def attempt(number: int):
-        with autocast(model.device):
-            return function(blocks[:number].to(model.device))
-
-    made = fit_batch_size(attempt, len(blocks), what, room_for(model.device, bytes_each))
-    if accelerate.PartialState().num_processes > 1:
-        broadcast([parameter.detach() for parameter in made.parameters()])
-    return made
-
 def long_loop(items, what: str, device: torch.device):
     """The items one by one, with a bar; `device` does the work of an item."""
     quiet = not accelerate.PartialState().is_main_process or None
@@ -456,14 +438,25 @@ def long_loop(items, what: str, device: torch.device):
         if device.type == "xla":  # a TPU collects work until it is told to begin
             sys.modules["torch_xla"].sync()
 
-def over_blocks(model, blocks, function, what: str, backward: bool = False, share: bool = True) -> torch.Tensor:
+def in_equal_batches(function, number: int, what: str):
+    """The model that `function(batch size)` makes, of a size that divides the number of blocks and fits into memory.
+
+    Several processes do so alike, and all go on with the first one's model.
+    """
+    largest = max(size for size in range(1, COMPUTING.batch_size + 1) if number % size == 0)
+    made = fit_batch_size(function, largest, what)
+    if accelerate.PartialState().num_processes > 1:
+        broadcast([parameter.detach() for parameter in made.parameters()])
+    return made
+
+def over_blocks(model, blocks, function, what: str, backward: bool = False) -> torch.Tensor:
     """What `function` returns for every block, in their order: (n, ...), on the model's device.
 
     `blocks` are token ids (n, time), or a tuple of tensors that belong together, block by block; `function` gets
     batches of them on the model's device, and returns a tensor that has a row for each block of the batch. It runs
-    in evaluation mode, in COMPUTING.dtype, in batches that fit into memory, with a progress bar named `what`, and on
-    several processes each takes its share (or, with `share=False`, all blocks). `backward` says that gradients are
-    computed. Raises RunError for numbers that are not finite.
+    in evaluation mode, in COMPUTING.dtype, in batches that fit into memory, with a progress bar named `what`, and of
+    several processes each takes its share. `backward` says that gradients are computed. Raises RunError for numbers
+    that are not finite.
     """
     tensors, state = blocks if isinstance(blocks, tuple) else (blocks,), accelerate.PartialState()
     each = 24 * tensors[0].shape[1] * model.config.get_text_config().vocab_size  # bytes of logits and their copies
@@ -479,9 +472,9 @@ def over_blocks(model, blocks, function, what: str, backward: bool = False, shar
         return parts
 
     everything = list(range(len(tensors[0])))
-    with state.split_between_processes(everything) if share else contextlib.nullcontext(everything) as own:
+    with state.split_between_processes(everything) as own:
         parts = fit_batch_size(attempt, largest, what, room_for(model.device, each))
-    if share and state.num_processes > 1:
+    if state.num_processes > 1:
         parts = gather_object([part.cpu() for part in parts])
     found = torch.cat(parts).to(model.device)
     if not found.isfinite().all():
@@ -2024,6 +2017,74 @@ def watch_layer(layer: Units, seen: dict):
     yield layer.block.register_forward_hook(keep("out"))
 
 # %% cellView="form" jupyter={"source_hidden": true}
+# @title Layers, run one by one
+def stack_of(model) -> torch.nn.ModuleList:
+    """All layers of a model, also those without heads."""
+    return model.get_submodule(re.match(r"(.*?)\.\d+\.", find_heads(model)[0].path)[1])
+
+class FarEnough(Exception):
+    """Ends a forward pass of which only the beginning is needed."""
+
+@torch.no_grad()
+def layer_calls(model, batches) -> tuple[list, list]:
+    """The first layer's inputs, (batch, time, hidden) for each batch of ids, and what else every layer is called with.
+
+    The batches are equally large, so that what the layers get besides is the same for all of them.
+    """
+    inputs, calls, stack = [], [], stack_of(model)
+
+    def note(block, args, kwargs):
+        if block is stack[0]:
+            inputs.append((args[0] if args else kwargs["hidden_states"]).cpu())
+            if len(inputs) > 1:
+                raise FarEnough
+        calls.append((args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}))
+
+    with hooks(block.register_forward_pre_hook(note, with_kwargs=True) for block in stack), autocast(model.device):
+        for batch in batches:
+            with contextlib.suppress(FarEnough):
+                model.eval().base_model(batch.to(model.device), use_cache=False)
+    return inputs, calls
+
+@torch.no_grad()
+def run_layer(block, call: tuple, stream: torch.Tensor) -> torch.Tensor:
+    """What comes out of a layer, called as layer_calls() has seen it, for a stream (batch, time, hidden)."""
+    device = next(block.parameters()).device
+    with autocast(device):
+        return first_of(block(stream.to(device), *call[0], **call[1]))
+
+def seen_in(layer: Units, call: tuple, stream: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What watch_layer() notes while a layer runs on a stream (batch, time, hidden)."""
+    seen = {}
+    with hooks(watch_layer(layer, seen)):
+        run_layer(layer.block, call, stream)
+    seen["mlp"] = seen.get("mlp", torch.zeros_like(seen["out"])).view_as(seen["out"])  # (OPT's has a batch in one row)
+    return seen
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Whether its layers can be refitted
+@torch.no_grad()
+def why_not_repair(model) -> str:
+    """Why a model's layers cannot be refitted one by one (section 11), or "": it is tried on two short texts."""
+    texts = torch.arange(16, device=model.device).view(2, 1, 8) % model.get_input_embeddings().num_embeddings
+    units, ends = {layer.block: layer for layer in find_heads(model)}, []
+    try:
+        inputs, calls = layer_calls(model, texts)
+        if len(inputs) != len(texts) or len(calls) != len(stack_of(model)):
+            return "its layers do not run once for every text"
+        stream = inputs[1]
+        for block, call in zip(stack_of(model), calls):
+            if block in units and seen_in(units[block], call, stream)["attention"].shape != stream.shape:
+                return f"{units[block].path} does not write into one stream"
+            stream = run_layer(block, call, stream)
+        with hooks([stack_of(model)[-1].register_forward_hook(lambda *args: ends.append(first_of(args[-1])))]):
+            model.base_model(texts[1], use_cache=False)
+    except Exception as error:  # code that is not made for it breaks in many ways; the sentence says how
+        return f"its layers cannot be run one by one ({first_sentence(error)})"
+    fits = len(ends) == 1 and torch.dist(ends[0], stream) < 1e-3 * stream.norm()
+    return "" if fits else "its layers, run one by one, compute something else"
+
+# %% cellView="form" jupyter={"source_hidden": true}
 # @title The proof, once for each model
 def try_compact(model, gates: torch.Tensor) -> str:
     """What goes wrong where units that gates (layers, units) close are cut out, saved and opened again; "" for nothing.
@@ -2066,21 +2127,6 @@ def why_not_compact(model) -> str:
 
 def can_compact(model) -> bool:
     return not why_not_compact(model)
-
-@torch.no_grad()
-def why_not_repair(model) -> str:
-    """Why layers cannot be refitted, or "": each has to run once, between streams (batch, time, hidden)."""
-    def watch(layer, seen, runs):
-        yield from watch_layer(layer, seen)
-        yield layer.block.register_forward_hook(lambda *_: runs.append(
-            [tuple(seen[name].shape) for name in ("in", "attention", "out") if name in seen]))
-
-    layers = [(layer, {}, []) for layer in find_heads(model)]
-    with hooks(handle for each in layers for handle in watch(*each)):
-        model.eval().base_model(torch.ones(1, 8, dtype=torch.long, device=model.device), use_cache=False)
-    once = [[(1, 8, layers[0][0].output_weight.shape[2])] * 3]
-    strange = next((layer.path for layer, _, runs in layers if runs != once), None)
-    return f"the layer of {strange} does not run once, from one stream to the next" if strange else ""
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title What a unit costs, and which units hang together
@@ -3000,96 +3046,72 @@ if __name__ == "__main__":
 # has to receive to be where the dense model's is, so a layer also corrects what was lost below it. The
 # MLP's output projection is refitted too, more carefully where it lost no neuron. (Relatives:
 # [FLAP](https://arxiv.org/abs/2312.11983), [SlimGPT](https://arxiv.org/abs/2412.18110).)
+
 # %%
 RIDGE = {"attention": 0.1, "mlp": 1.0, "mlp that lost neurons": 0.1}  # lambda, as a share of X'X's mean diagonal
 
-@torch.no_grad()
-def refit(projection, inputs: torch.Tensor, target: torch.Tensor, ridge: float, kept=slice(None)) -> None:
-    """Least squares in place: the `kept` inputs (..., in) are to give `target` (..., out), close to the old weight."""
-    weight, bias = inputs_first(projection), projection.bias
-    x, y = inputs.flatten(0, -2).float()[:, kept], target.flatten(0, -2).float()
-    error = y - x @ weight[kept].float() - (0 if bias is None else bias.float())
-    if bias is not None:  # the bias takes care of the means
-        x_mean, error_mean = x.mean(0), error.mean(0)
-        x, error = x - x_mean, error - error_mean
-    gram, wanted = (x.T @ x).cpu().double(), (x.T @ error).cpu().double()
-    if not (gram.isfinite().all() and wanted.isfinite().all()):
-        raise RunError("repair meets numbers that are not finite: take --precision fp32, or another model or text")
-    gram.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(1e-12))
-    change = torch.linalg.solve(gram, wanted).to(weight)
-    weight[kept] += change
-    if bias is not None:
-        bias += error_mean - x_mean @ change
+class LeastSquares:
+    """Changes an output projection so that its open inputs give a target; tokens are added batch by batch."""
+
+    def __init__(self, projection):
+        self.projection, inputs = projection, inputs_first(projection).shape[0]
+        gates = getattr(projection, "gates", torch.ones(1, device=projection.weight.device))
+        self.kept = (gates != 0).repeat_interleave(inputs // len(gates))
+        self.gram, self.wanted = 0.0, 0.0  # X'X and X'(Y - XW), with a last input that is always 1: the bias
+
+    def add(self, inputs: torch.Tensor, target: torch.Tensor) -> None:
+        """Tokens: the projection's inputs (..., in), and what should come out for them (..., out)."""
+        x, y = inputs.flatten(0, -2).float()[:, self.kept], target.flatten(0, -2).float()
+        bias = 0 if self.projection.bias is None else self.projection.bias.float()
+        error = y - x @ inputs_first(self.projection)[self.kept].float() - bias
+        x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+        self.gram, self.wanted = self.gram + (x.T @ x).cpu().double(), self.wanted + (x.T @ error).cpu().double()
+
+    def solve(self, ridge: float, where: str = "") -> None:
+        """Changes the projection in place. Raises RunError for numbers that are not finite."""
+        gram, wanted, bias = self.gram, self.wanted, self.projection.bias
+        if not (gram.isfinite().all() and wanted.isfinite().all()):
+            raise RunError(f"repair meets numbers that are not finite in {where}: take --precision fp32, or another "
+                           "model or text")
+        centre = gram[:-1, -1].square() / gram[-1, -1] if bias is not None else 0.0  # the bias takes care of the means
+        spread = (gram.diagonal()[:-1] - centre).mean().clamp_min(1e-12)
+        gram.diagonal()[:-1].add_(ridge * spread)
+        size = len(gram) if bias is not None else len(gram) - 1
+        change = torch.linalg.solve(gram[:size, :size], wanted[:size]).to(self.projection.weight)
+        inputs_first(self.projection)[self.kept] += change[: len(gram) - 1]
+        if bias is not None:
+            bias += change[-1]
+
 # %% [markdown]
-# The first pass notes where the dense model's stream is, after each attention and after each layer.
+# A layer is refitted in three passes over the text: what its dense original does, and what its pruned heads
+# are given; then what its neurons are given, behind the new heads; then what it hands on. Only the streams
+# between two layers are kept, of the dense and of the pruned model, however many layers there are.
 
 # %%
-@torch.no_grad()
-def dense_streams(model, blocks: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
-    """The dense model's stream on blocks (n, time) after each attention and each layer, (n, layers, 2, time, hidden).
+def refit_layer(original: Units, layer: Units, call: tuple, dense: list, pruned: list) -> None:
+    """Refits a layer, and moves both streams (lists of (batch, time, hidden)) from its inputs to its outputs."""
+    heads, output, targets = LeastSquares(layer.projection), find_mlp_output(layer), []
+    for number, stream in enumerate(dense):
+        seen, own = seen_in(original, call, stream), seen_in(layer, call, pruned[number])
+        middle, end = seen["in"].float() + seen["attention"], seen["out"].float()
+        if not targets:  # else a norm or a factor stands between (Gemma 2, Granite): then the outputs are the targets
+            adds_up = torch.dist(middle + seen["mlp"], end) < 0.02 * end.norm()
+        pair = (middle, end) if adds_up else (seen["attention"], seen["mlp"])
+        targets.append([part.bfloat16().cpu() for part in pair])
+        heads.add(own["heads"], targets[-1][0].to(middle.device) - (own["in"].float() if adds_up else 0))
+        dense[number] = seen["out"].cpu()
+    if heads.kept.any():
+        heads.solve(RIDGE["attention"], layer.path)
+    if output is not None:
+        neurons = LeastSquares(output)
+        for (_, end), stream in zip(targets, pruned):
+            own = seen_in(layer, call, stream)
+            middle = own["in"].float() + own["attention"] if adds_up else 0
+            neurons.add(own["neurons"], end.to(own["out"].device) - middle)
+        neurons.solve(RIDGE["mlp" if neurons.kept.all() else "mlp that lost neurons"], f"the MLP beside {layer.path}")
+    for number, stream in enumerate(pruned):
+        pruned[number] = run_layer(layer.block, call, stream).cpu()
 
-    In bfloat16, on the processor. The list says in which layers what attention and MLP write adds up to the stream.
-    Where it does not (Gemma 2 and 3 normalise it first, Granite scales it), the two outputs stand there themselves.
-    """
-    layers, seen, targets, fits = find_heads(model), {}, [], []
-    shape = (len(blocks), len(layers), 2, blocks.shape[1], layers[0].output_weight.shape[2])
-    streams = torch.empty(shape, dtype=torch.bfloat16)
-
-    def leave(*_):
-        out, attention = seen["out"].float(), seen["attention"].float()
-        mlp = seen.get("mlp", torch.zeros_like(out)).float().view_as(out)  # (that of OPT sees a batch in one row)
-        middle = seen["in"].float() + attention
-        fits.append(torch.dist(middle + mlp, out) < 0.02 * out.norm())
-        pairs = ((middle, attention), (out, mlp))
-        targets.append(torch.stack([torch.where(fits[-1], *pair) for pair in pairs], 1).bfloat16().cpu())
-        seen.clear()
-
-    def per_block(batch, places):
-        targets.clear()
-        fits.clear()
-        model.base_model(batch, use_cache=False)
-        for number, target in enumerate(targets):
-            streams[places.cpu(), number] = target
-        finite = torch.stack([target.isfinite().all() for target in targets])
-        return torch.where(finite, torch.stack(fits).float().cpu(), torch.nan).expand(len(batch), -1)
-
-    def watch(layer):
-        yield from watch_layer(layer, seen)
-        yield layer.block.register_forward_hook(leave)
-
-    with all_open(model), hooks(handle for layer in layers for handle in watch(layer)):
-        numbered = (blocks, torch.arange(len(blocks)))
-        adds_up = over_blocks(model, numbered, per_block, "looking at the dense model", share=False)
-    return streams, adds_up.bool().all(0).tolist()
-# %% [markdown]
-# The second pass runs the pruned model, and refits each projection just before it is used. Both are ordinary
-# forward passes with hooks.
-
-# %%
-def refit_layer(layer: Units, stream: torch.Tensor, adds_up: bool):
-    """Hooks that refit a layer to the dense stream (n, 2, time, hidden) when its turn comes; yields their handles."""
-    seen = {}
-
-    def before_projection(projection, args):
-        gates = getattr(projection, "gates", torch.ones(layer.number, device=projection.weight.device))
-        kept = (gates != 0).repeat_interleave(layer.size)
-        wanted = stream[:, 0].to(args[0].device) - (seen["in"].float() if adds_up else 0)
-        if kept.any():
-            with exactly(args[0].device):  # a solution needs all of float32
-                refit(projection, args[0], wanted, RIDGE["attention"], kept)
-
-    def before_mlp_output(projection, args):
-        wanted = stream[:, 1].to(args[0].device) - (seen["in"].float() + seen["attention"] if adds_up else 0)
-        kept = projection.gates != 0 if hasattr(projection, "gates") else slice(None)
-        lost = hasattr(projection, "gates") and not kept.all()
-        with exactly(args[0].device):
-            refit(projection, args[0], wanted, RIDGE["mlp that lost neurons" if lost else "mlp"], kept)
-
-    yield from watch_layer(layer, seen)
-    yield layer.projection.register_forward_pre_hook(before_projection)  # after the gates' own hook, which is older
-    if find_mlp_output(layer) is not None:
-        yield find_mlp_output(layer).register_forward_pre_hook(before_mlp_output)
-    yield layer.block.register_forward_hook(lambda *_: seen.clear())  # what is noted of a layer is large
 # %%
 @torch.no_grad()
 def repair(model, blocks: torch.Tensor):
@@ -3099,17 +3121,22 @@ def repair(model, blocks: torch.Tensor):
     """
     if reason := why_not_repair(model):
         raise UserError(f"{type(model).__name__} cannot be repaired, because {reason}: take --no-repair.")
-    streams, adds_up = dense_streams(model, blocks)
 
-    def refitted(blocks):
+    def attempt(size: int):
         fixed = copy.deepcopy(model).eval()
-        layers = zip(find_heads(fixed), streams[:len(blocks)].unbind(1), adds_up)
-        with hooks(handle for layer in layers for handle in refit_layer(*layer)):
-            fixed.base_model(blocks, use_cache=False)
+        layers = {layer.block: (layer, own) for layer, own in zip(find_heads(model), find_heads(fixed))}
+        with all_open(model):
+            dense, calls = layer_calls(model, blocks.split(size))
+            pruned = list(dense)
+            for number, block in enumerate(long_loop(stack_of(model), "repair", model.device)):
+                if block in layers:
+                    refit_layer(*layers[block], calls[number], dense, pruned)
+                else:  # a hybrid's layer without heads
+                    for streams, module in ((dense, block), (pruned, stack_of(fixed)[number])):
+                        streams[:] = [run_layer(module, calls[number], stream).cpu() for stream in streams]
         return fixed
 
-    _, layers, _, length, width = streams.shape  # a block: two streams of each layer, one layer's inputs and targets
-    return all_at_once(model, blocks, refitted, "repair", bytes_each=(4 * layers + 60) * length * width)
+    return in_equal_batches(attempt, len(blocks), "repair")
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Repaired weights are kept with the run

@@ -259,7 +259,7 @@ def test_a_model_that_opens_as_another_one_keeps_its_gates():
 def test_a_model_whose_layers_cannot_be_refitted_is_refused_before_the_run():
     looped = {name: value for name, value in WIDE.items() if name != "num_key_value_heads"}
     model = random_model("HrmTextConfig", **looped | {"head_dim": 8})
-    with pytest.raises(nb.UserError, match="does not run once, from one stream to the next: take --no-repair"):
+    with pytest.raises(nb.UserError, match="its layers do not run once for every text: take --no-repair"):
         nb.plan_closing(model, nb.Settings())
     nb.plan_closing(model, nb.Settings(repair=0))
 

@@ -61,7 +61,7 @@ def test_what_no_format_can_hold_ends_with_the_name_of_the_layer():
     nb.add_gates(model)
     nb.set_gates(model, torch.tensor([[1.0, 0, 1, 1], [1, 1, 0, 1]]))
     for work in (lambda: nb.repair(model, BLOCKS), lambda: nb.get_strategy("fisher").score(model, BLOCKS)):
-        with pytest.raises(nb.RunError, match="not finite .first in model.layers.1.self_attn"):
+        with pytest.raises(nb.RunError, match="not finite .?(first )?in model.layers.1.self_attn"):
             work()
 
 
