@@ -4,6 +4,7 @@
 #   colab:
 #     collapsed_sections:
 #     - workshop
+#     - cut
 #     name: PruningAndFineTuningColab.ipynb
 #     provenance: []
 #     toc_visible: true
@@ -1623,10 +1624,16 @@ if __name__ == "__main__":
 # A closed gate still costs what an open one costs: what it multiplies by zero has been computed all the
 # same. In the end (section 13) what is closed is therefore **cut** out: its rows of the projections before,
 # its columns of the output projection. Whether that works for this model is not looked up in a list: it is
-# tried now, before anything takes long. Some units are closed at random, and cut out of a copy that shares all
-# other weights. It has to give the same logits as the gated model, read in one go and written token by token
-# from a key/value cache, also where texts are padded. Where it does not, the model keeps its gates: it is pruned,
-# not smaller.
+# tried now, before anything takes long. Some units are closed at random, cut out of a copy that shares all
+# other weights, and that copy is saved and opened again. It has to give the same logits as the gated model, read
+# in one go and written token by token from a key/value cache, also where texts are padded. Where it does not, the
+# model keeps its gates: it is pruned, not smaller.
+
+# %% [markdown] id="cut" jp-MarkdownHeadingCollapsed=true
+# ### The cut
+#
+# How units are cut out, how the result is saved and opened, and how both are tried.
+# [Go on with the plan](#The-plan).
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Cutting (1): which rows of the query, key and value projections belong to a head
@@ -2302,6 +2309,12 @@ def plan_closing(model, settings: Settings) -> str:
     whole = f"nothing can be cut out, because {why_not_compact(model)}: the model keeps its gates, and its size"
     return (f"{kinds}, {level:.0%} of {'whose parameters' if neurons else 'which'} will be closed{how}\n"
             + ("tried: what is closed can be cut out" if can_compact(model) else whole))
+
+# %% [markdown]
+# <a name="The-plan"></a>
+# ### The plan
+#
+# What the settings will close, and whether it can be cut out and repaired.
 
 # %%
 if __name__ == "__main__":

@@ -318,9 +318,10 @@ def test_the_notebook_is_the_script_without_outputs():
     remedy = f"jupytext --to ipynb --update --output {NOTEBOOK.name} {SCRIPT.name}"
     assert parts(notebook.cells) == parts(script.cells), f"out of step: run `{remedy}`"
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
-    assert notebook.metadata.accelerator == "GPU" and notebook.metadata.colab.collapsed_sections == ["workshop"]
-    (workshop,) = (cell for cell in notebook.cells if cell.metadata.get("id") == "workshop")
-    assert workshop.metadata["jp-MarkdownHeadingCollapsed"]
+    assert notebook.metadata.accelerator == "GPU" and notebook.metadata.colab.collapsed_sections == ["workshop", "cut"]
+    for name in notebook.metadata.colab.collapsed_sections:
+        (heading,) = (cell for cell in notebook.cells if cell.metadata.get("id") == name)
+        assert heading.metadata["jp-MarkdownHeadingCollapsed"]
 
 
 def test_the_table_of_contents_is_clean():
