@@ -416,6 +416,10 @@ def fit_batch_size(function, largest: int, what: str, room: float = math.inf):
     raise RunError(f"{what} runs out of memory with a single block: take a smaller --block-length or model, "
                    "--precision bf16, or --gradient-checkpointing")
 
+def first_of(output):
+    """What a module returns, or the first of several things."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
 @torch.no_grad()
 def first_not_finite(model, block: torch.Tensor) -> str:
     """The first part of a model that makes numbers that are not finite, of a block (1, time), in words; "" for none."""
@@ -682,20 +686,16 @@ def hooks(handles):
             stack.enter_context(handle)  # leaving it removes the hook
         yield
 
-def first_of(output):
-    """What a module returns, or the first of several things."""
-    return output[0] if isinstance(output, (tuple, list)) else output
-
 def start_settings(more: str) -> Settings:
     """The settings, from the form and `more` in a notebook, from the command line in a script. Raises UserError."""
     if not in_notebook():
         sys.excepthook = stop_without_traceback
+        transformers.utils.logging.disable_progress_bar()  # of loading and saving; what takes long has a bar of ours
         for stream in (sys.stdout, sys.stderr):  # a sign that a console or a file cannot hold must not end a run
             if hasattr(stream, "reconfigure"):  # (there may be none at all)
                 stream.reconfigure(errors="replace")
     if RANK:  # of several processes the first alone speaks
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open as long as the process)
-        transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
     is_script = "__file__" in globals() and Path(sys.argv[0]).name == Path(__file__).name  # also %run in a notebook
     try:
@@ -705,7 +705,9 @@ def start_settings(more: str) -> Settings:
     except ValueError as error:
         raise UserError(f"MORE is {more!r}, but must be options as in a shell ({error}): correct it.") from None
     settings = choose_sources(read_settings(words))
-    print("\n".join(f"{name:>22}  {value}" for name, value in dataclasses.asdict(settings).items() if value != ""))
+    for field in dataclasses.fields(settings):
+        if (value := getattr(settings, field.name)) != field.default or field.name in ("prune", "strategy", "seed"):
+            print(f"{field.name:>22}  {value}")
     return settings
 
 def start_run(settings: Settings) -> Run:
@@ -992,7 +994,8 @@ def load_text(settings: Settings) -> dict[str, str]:
 if __name__ == "__main__":
     with run.step("text"):
         text = load_text(settings)
-    print(settings.train_file or settings.dataset, {split: f"{len(text[split]):,} characters" for split in SPLITS})
+    print(f"{settings.train_file or settings.dataset}: {', '.join(f'{name} {len(text[name]):,}' for name in SPLITS)} "
+          "characters")
     print(textwrap.indent(textwrap.fill(text["validation"][:300], 100), "  | "))
 
 # %% [markdown]
@@ -1389,7 +1392,8 @@ if __name__ == "__main__":
     run.metrics["model"] = describe_model(model, settings)
     print(f"{settings.model}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters, came in "
           f"{run.metrics['model']['came_in']}, will be saved in {run.metrics['model']['saved_in']}")
-    print(f"blocks of {settings.block_length} tokens: {run.metrics['blocks']}")
+    print(f"blocks of {settings.block_length} tokens: "
+          f"{', '.join(f'{name} {number:,}' for name, number in run.metrics['blocks'].items())}")
 
 # %% [markdown]
 # <a name="6.-Heads-and-gates"></a>
@@ -2403,7 +2407,7 @@ class Random:
         return torch.rand(len(layers), number, generator=torch.Generator().manual_seed(self.seed))
 
 if __name__ == "__main__":
-    print("the first layer's heads, at random:", Random().score(model)[0].numpy().round(2))
+    print("the first layer's heads, at random:", Random().score(model)[0][:12].numpy().round(2))
 # %% [markdown]
 # **Magnitude** looks at no text: it is the L2 norm of everything a head owns, its rows of the query, key
 # and value projections and its columns of the output projection.
@@ -3370,9 +3374,9 @@ def tokens_per_second(models: dict, batch: torch.Tensor, training: bool = False,
         for name, model in models.items():
             ids, start = batch.to(model.device), time.perf_counter()
             with torch.set_grad_enabled(training), autocast(model.device):
-                output = model.train(training)(ids, labels=ids if training else None, use_cache=False)
+                output = model.train(training)(ids, use_cache=False)
             if training:
-                output.loss.backward()
+                nll(output.logits, ids).mean().backward()
                 model.get_input_embeddings().weight.grad[0, 0].item()  # the last to be computed: waits for the device
             else:
                 output.logits[0, -1, 0].item()
