@@ -812,16 +812,16 @@ def saying_cannot_be_had(what: str, remedy: str):
         raise
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
-        remedy = next((better for found, better in REMEDIES.items() if re.search(found, said, re.I)), remedy)
+        remedy = next((better for found, better in REMEDIES.items() if re.search(rf"\b({found})", said)), remedy)
         raise UserError(f"{what} cannot be had ({first_sentence(error)}): {remedy}.") from error
 
 REMEDIES = {  # what a library says -> what to do
     "ImportError|ModuleNotFound": "install that package",
     "untagged enum|does not recognize this architecture|Unrecognized configuration|is not a valid .*Config": (
         "it was made by a newer version: pip install -U transformers tokenizers"),
-    "HeaderTooLarge|InvalidHeader|incomplete|Truncated|unexpected end|EOF|not a valid|IncompleteMetadata|corrupt": (
+    "[Hh]eader ?[Tt]oo|[Ii]nvalid ?[Hh]eader|[Ii]ncomplete|[Tt]runcated|unexpected end|EOF|not a valid|corrupt": (
         "a file is cut short or broken: download or copy it again"),
-    "gated|restricted|401|403": "ask for access on its page, and log in with `hf auth login`",
+    "gated repo|restricted|40[13] Client": "ask for access on its page, and log in with `hf auth login`",
     "No such file|FileNotFound|no file named|not appear to have": "a file is missing: download or copy all of them",
     "Permission denied": "make its files readable", "No space left": "make room on the disk",
     "timed out|ConnectionError|MaxRetry|offline mode": "check the network, or give a local folder",
@@ -881,7 +881,8 @@ def write_chat(row: dict, column: str, tokenizer) -> str:
         content = turn.setdefault("content", turn.get("value", ""))
         if isinstance(content, list):  # parts of a text
             turn["content"] = "".join(part if isinstance(part, str) else part["text"] for part in content)
-    tools = for_template(row.get("tools")) or None
+    tools = for_template(row.get("tools"))
+    tools = tools if isinstance(tools, list) and tools else None
     text = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False)
     for part in parts_of([turns, tools]):  # a template that forgets to ask for JSON gets Python's notation
         text = text.replace(repr(part), json.dumps(part, ensure_ascii=False))
@@ -917,15 +918,14 @@ def join_rows(table: pandas.DataFrame, name: str, tokenizer=lambda: None) -> str
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Reading text (2): files of all kinds, datasets
 def read_csv(path: Path) -> pandas.DataFrame:
-    """A table whose columns are parted by what its first line holds most of. Raises ValueError for a row that does not
-    fit."""
+    """A table, parted by what its first line holds most of. Raises ValueError for a row that does not fit."""
     csv.field_size_limit(2**31 - 1)
     with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
         head = file.readline()
         file.seek(0)
         reader = csv.reader(file, delimiter=max(",;\t|", key=head.count), strict=True)
         try:
-            rows = [row for row in reader if row]
+            rows = [row for row in reader if row] or [[]]
         except csv.Error as error:
             raise ValueError(f"line {reader.line_num}: {error}") from None
     if wrong := next((number for number, row in enumerate(rows, 1) if len(row) != len(rows[0])), None):
@@ -942,7 +942,7 @@ def read_file(path: str | Path, tokenizer=lambda: None) -> str:
             case ".csv":
                 table = read_csv(path)
             case ".json" | ".jsonl" as kind:
-                table = pandas.read_json(path, lines=kind == ".jsonl", dtype=False, convert_dates=False, **utf8)
+                table = pandas.read_json(path, lines=kind == ".jsonl", dtype=False, **utf8)
             case _:
                 with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", **utf8) as file:
                     text = file.read()
@@ -1242,7 +1242,7 @@ def load_model(name: str, device: torch.device, trust_remote_code: bool = False)
         if "gguf_file" not in options:
             options["config"] = config = open_config(name, trust_remote_code)
         elif not Path(name).is_file():
-            raise OSError("no such file")
+            raise OSError("it does not exist")
     tokenizer = load_tokenizer(name, trust_remote_code)
     with saying_cannot_be_had(f"model {name!r}", remedy):
         came_in, opener = torch.bfloat16, opener_for(config)  # (.gguf files hold no format of ours)
