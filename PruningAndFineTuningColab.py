@@ -882,8 +882,7 @@ def write_chat(row: dict, column: str, tokenizer) -> str:
         if isinstance(content, list):  # parts of a text
             turn["content"] = "".join(part if isinstance(part, str) else part["text"] for part in content)
     tools = for_template(row.get("tools"))
-    tools = tools if isinstance(tools, list) and tools else None
-    text = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False)
+    text = tokenizer.apply_chat_template(turns, tools=tools if isinstance(tools, list) else None, tokenize=False)
     for part in parts_of([turns, tools]):  # a template that forgets to ask for JSON gets Python's notation
         text = text.replace(repr(part), json.dumps(part, ensure_ascii=False))
     return text
