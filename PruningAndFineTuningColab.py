@@ -2087,7 +2087,8 @@ def why_not_repair(model) -> str:
             if block in units and seen_in(units[block], call, stream)["attention"].shape != stream.shape:
                 return f"{units[block].path} does not write into one stream"
             stream = run_layer(block, call, stream)
-        with hooks([stack_of(model)[-1].register_forward_hook(lambda *args: ends.append(first_of(args[-1])))]):
+        last = stack_of(model)[-1].register_forward_hook(lambda *args: ends.append(first_of(args[-1])))
+        with hooks([last]), autocast(model.device):
             model.base_model(texts[1], use_cache=False)
     except Exception as error:  # code that is not made for it breaks in many ways; the sentence says how
         return f"its layers cannot be run one by one ({first_sentence(error)})"

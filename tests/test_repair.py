@@ -137,3 +137,13 @@ def test_memory_that_runs_out_means_smaller_batches_and_a_fresh_start(text, gate
     fixed = nb.repair(model, text)
     torch.testing.assert_close(logits(fixed, text), logits(expected, text), rtol=1e-3, atol=1e-3)
     assert "out of memory: trying 2 blocks" in capsys.readouterr().out and {4, 2} == set(sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_number_format_can_be_repaired(dtype, text, gates):
+    nb.COMPUTING.dtype = dtype
+    model = make("llama")
+    nb.add_gates(model)
+    dense = logits(model, text)
+    nb.set_gates(model, gates)
+    assert torch.dist(logits(nb.repair(model, text), text), dense) < 0.95 * torch.dist(logits(model, text), dense)
