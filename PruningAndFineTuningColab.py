@@ -3596,7 +3596,7 @@ if __name__ == "__main__":
 # ## 16. Save and download
 #
 # The **compact** model is saved so that anyone can open it, without this notebook: weights as safetensors,
-# configuration, tokenizer, a model card, and `modeling_pruned.py`, sixty lines that give the family's own model the
+# configuration, tokenizer, a model card, and `modeling_pruned.py`, eighty lines that give the family's own model the
 # shapes which the configuration lists. Where all layers have lost equally much and the family's own
 # configuration can say so (`uniform`), no code has to travel: the folder is an ordinary, smaller checkpoint.
 
