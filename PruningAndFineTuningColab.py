@@ -4,6 +4,7 @@
 #   colab:
 #     collapsed_sections:
 #     - workshop
+#     - loop
 #     - cut
 #     name: PruningAndFineTuningColab.ipynb
 #     provenance: []
@@ -92,7 +93,7 @@ import sys
 from packaging.requirements import Requirement
 
 NEEDED = ("torch>=2.9", "transformers>=5.9", "datasets>=4.0", "accelerate>=1.14", "matplotlib>=3.10",
-          "ipywidgets>=7.7.1", "psutil>=5.9", "gguf>=0.17")
+          "ipywidgets>=7.7.1", "psutil>=5.9", "gguf>=0.17", "peft>=0.17")
 
 def in_notebook() -> bool:
     """True in Jupyter and Colab, False in a plain Python process."""
@@ -219,8 +220,11 @@ class Settings:
     block_length: int = setting(512, "tokens in a block", at_least(2))
     calibration_blocks: int = setting(64, "validation blocks that units are scored on", at_least(1))
     eval_blocks: int = setting(64, "test blocks that perplexity is measured on, 0 = all", at_least(0))
-    prompt: str = setting("The history of the city began", "start of the samples", Rule("some words", str.strip))
+    prompt: str = setting("auto", "start of the samples; auto: the beginning of a passage of the validation text",
+                          Rule("some words", str.strip))
     max_steps: int = setting(MAX_STEPS, "steps of fine-tuning; auto: one pass, or 200 on a CPU", at_least(0), auto=0)
+    train: Literal["auto", "all", "lora"] = setting("auto", "all weights, in float32; or adapters, merged in the end, "
+                                                    "with weights in 16 bits; auto: what fits into memory")
     learning_rate: float = setting(1e-4, "peak learning rate", Rule("above 0", lambda rate: 0 < rate < math.inf))
     batch_size: int = setting(4, "blocks in one optimizer step, however many fit at once", at_least(1))
     distillation: float = setting(0.0, "share of the loss that asks for the dense model's predictions", SHARE)
@@ -266,8 +270,7 @@ def check_settings(settings: Settings) -> None:
     values, auto = vars(settings), str(settings.pruning_level).strip() == "auto"
     for field in dataclasses.fields(settings):
         values[field.name] = converted(field, values[field.name])
-    if auto and not settings.max_loss:
-        values["max_loss"] = 0.05
+    values["max_loss"] = settings.max_loss or 0.05 * auto
     heads, files, uniform = settings.prune == "heads", settings.train_file, settings.uniform == "yes"
     for name, fine, allowed in (
             ("validation_file", files or not settings.validation_file, "given together with train_file"),
@@ -275,7 +278,8 @@ def check_settings(settings: Settings) -> None:
             ("dataset", settings.dataset == "auto" or not files, "left alone where files are given"),
             ("uniform", not (uniform and settings.reopen_heads), "off where reopen_heads is on"),
             ("uniform", not (uniform and settings.sweep), "off in a sweep"),
-            ("reopen_heads", heads or not settings.reopen_heads, "off where neurons are pruned"),
+            ("reopen_heads", not settings.reopen_heads or (heads and settings.train != "lora"),
+             "off where neurons are pruned or train is 'lora'"),
             ("strategy", heads or settings.strategy != "entropy-literal", "another one where neurons are pruned"),
             ("save_to_drive", "google.colab" in sys.modules or not settings.save_to_drive, "off outside of Colab"),
             ("output_dir", not Path(settings.output_dir).is_file(), "a folder")):
@@ -349,7 +353,7 @@ def find_device(choice: str = "auto") -> torch.device:
     return device
 
 def find_precision(device: torch.device, choice: str = "auto") -> torch.dtype:
-    """The number format that this device computes in; weights stay in float32. Raises UserError for one it lacks."""
+    """The number format that this device computes in. Raises UserError for one it lacks."""
     has_bf16 = device.type in ("xla", "cpu") or (device.type == "cuda" and torch.cuda.is_bf16_supported(False))
     if choice == "auto":
         choice = "fp32" if device.type in ("cpu", "mps") else "bf16" if has_bf16 else "fp16"
@@ -370,6 +374,12 @@ def describe_device(device: torch.device) -> str:
         name = f"{torch.cuda.get_device_name(device)}, {torch.cuda.mem_get_info(device)[1] / 2**30:.0f} GiB"
     return f"{name} ({psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB RAM)"
 
+def memory_free(device: torch.device) -> int:
+    """Bytes that this process may still take: of the GPU's memory, or its share of the free RAM."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
 def memory_used(device: torch.device) -> dict[str, int]:
     """Bytes in use: this process's RAM now, and the most of a GPU's memory since the step began."""
     gpu = {"accelerator": torch.cuda.max_memory_allocated()} if device.type == "cuda" else {}
@@ -382,6 +392,7 @@ class Computing:
     """How over_blocks() computes, for all of the story: set once, in section 3."""
 
     dtype: torch.dtype = torch.float32
+    weights: torch.dtype = torch.float32  # what they are held in: 16 bits only where adapters are trained
     batch_size: int = 4
     fitted: dict = dataclasses.field(default_factory=dict)  # step that ran out of memory -> blocks that fit
 
@@ -394,8 +405,7 @@ def autocast(device: torch.device):
 
 def room_for(device: torch.device, bytes_each: float) -> float:
     """So many blocks have room in free RAM: the kernel of a processor ends a process that asks for more."""
-    free = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return free / bytes_each if device.type == "cpu" else math.inf
+    return memory_free(device) / bytes_each if device.type == "cpu" else math.inf
 
 def fit_batch_size(function, largest: int, what: str, room: float = math.inf):
     """`function(batch_size)`, with `largest` or, where memory runs out or has no room, the next smaller divisor.
@@ -560,13 +570,13 @@ class Record:
 
     def __init__(self, settings: Settings, device: torch.device, dtype: torch.dtype):
         transformers.set_seed(settings.seed)
-        vars(COMPUTING).update(vars(Computing(dtype, settings.batch_size)))
+        vars(COMPUTING).update(vars(Computing(dtype, batch_size=settings.batch_size)))
         self.settings, self.device, self.writes = settings, device, accelerate.PartialState().is_main_process
         self.folder, self.reused, self.dense_validation = None, False, None
         about = {"settings": dataclasses.asdict(settings), "versions": VERSIONS, "device": describe_device(device),
                  "precision": str(dtype).removeprefix("torch.")}
-        self.metrics = about | {name: {} for name in "perplexity parameters heads size samples seconds training "
-                                "peak_memory_bytes".split()}
+        self.metrics = about | {name: {} for name in "perplexity bits_per_byte last_words repetition parameters heads "
+                                "size samples seconds training peak_memory_bytes".split()}
         if self.writes:
             self.folder, self.lock = open_folder(settings, fingerprint(about))
             if (record := self.folder / "metrics.json").exists():
@@ -661,7 +671,7 @@ class Run(Record):
         return archive
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title What the story shows, and how a run starts
+# @title What the story shows
 VERSIONS = {"python": platform.python_version()} | {
     package.__name__: package.__version__ for package in (torch, transformers, datasets, accelerate)}
 STAGES = {"dense": "dense, untouched", "pruned": "pruned", "repaired": "pruned + repaired",
@@ -669,6 +679,10 @@ STAGES = {"dense": "dense, untouched", "pruned": "pruned", "repaired": "pruned +
 
 def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), facecolor="white", layout="constrained")
+
+def in_lines(text: str) -> str:
+    """A text in lines of a hundred characters, marked as a quotation."""
+    return textwrap.indent(textwrap.fill(text, 100), "  | ")
 
 def show_markdown(text: str) -> None:
     """Rendered in a notebook, as it is in a terminal."""
@@ -686,6 +700,8 @@ def hooks(handles):
             stack.enter_context(handle)  # leaving it removes the hook
         yield
 
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title How a run starts
 def start_settings(more: str) -> Settings:
     """The settings, from the form and `more` in a notebook, from the command line in a script. Raises UserError."""
     if not in_notebook():
@@ -963,6 +979,12 @@ def read_dataset(name: str, tokenizer=lambda: None) -> dict[str, str]:
         raise UserError(f"dataset {name!r} has the splits {', '.join(data)}, but 'train' is needed: take another one.")
     return {split: join_rows(data[split].to_pandas(), name, tokenizer) for split in SPLITS if split in data}
 
+def with_prompt(settings: Settings, text: str) -> Settings:
+    """Settings whose prompt, where it is 'auto', is the beginning of the text's first passage of twenty words."""
+    passage = next((words for line in text.splitlines() if len(words := line.split()) >= 20), text.split())
+    beginning = " ".join(passage[:8])[:80]
+    return dataclasses.replace(settings, prompt=beginning if settings.prompt == "auto" else settings.prompt)
+
 # %%
 def cut_tail(text: str, share: float) -> tuple[str, str]:
     """Cuts a text in two at `1 - share` of its length, or at a line break (else a space) soon after that place."""
@@ -993,9 +1015,10 @@ def load_text(settings: Settings) -> dict[str, str]:
 if __name__ == "__main__":
     with run.step("text"):
         text = load_text(settings)
+    settings = with_prompt(settings, text["validation"])
     print(f"{settings.train_file or settings.dataset}: {', '.join(f'{name} {len(text[name]):,}' for name in SPLITS)} "
           "characters")
-    print(textwrap.indent(textwrap.fill(text["validation"][:300], 100), "  | "))
+    print(in_lines(text["validation"][:300]))
 
 # %% [markdown]
 # <a name="5.-Model"></a>
@@ -1028,11 +1051,14 @@ def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     given, wanted = logits.float().log_softmax(-1), wanted.float().log_softmax(-1)  # (XLA does not vouch for kl_div)
     return (wanted.exp() * (wanted - given)).sum(-1).mean(1)
 
-# %% [markdown]
+# %% [markdown] id="loop" jp-MarkdownHeadingCollapsed=true
+# ### The training loop
+#
 # There is one training loop in this notebook, and this is it: AdamW, a short warmup, then a cosine decay. A
 # step is `batch_size` blocks, however many fit at once. Every tenth of the way the model is measured on
-# validation text; the weights of its best moment are kept, and training stops early when three
-# measurements in a row brought nothing.
+# validation text. The weights of its best moment are kept, and training stops early after three measurements in a
+# row without progress. You need it in section 14; it stands here because the demo model is trained by it.
+# [Go on with the model](#The-model).
 
 # %%
 WARMUP, WEIGHT_DECAY, PATIENCE, MEASUREMENTS = 0.1, 0.01, 3, 10
@@ -1093,7 +1119,8 @@ def train(run: Run, name: str, model, blocks: dict[str, torch.Tensor], settings:
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title What the loop stands on (1): batches, mixed precision, gradients that fit
 def training_options(settings: Settings) -> list:
-    return [getattr(settings, name) for name in ("max_steps", "learning_rate", "batch_size", "distillation", "seed")]
+    names = ("max_steps", "learning_rate", "batch_size", "distillation", "seed", "train")
+    return [getattr(settings, name) for name in names]
 
 def measurements_since_the_best(history: dict[str, list]) -> int:
     values = [value for _, value in history["perplexity"]]
@@ -1104,12 +1131,16 @@ def draw(number: int, per_step: int, steps: int, generator: torch.Generator) -> 
     order = [torch.randperm(number, generator=generator) for _ in range(math.ceil(steps * per_step / number))]
     return torch.cat(order).split(per_step)[:steps]
 
+def trained(model) -> dict[str, torch.nn.Parameter]:
+    """The parameters that learn, by name: all of them, or those of adapters."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
 def accelerated(model, settings: Settings):
     """accelerate's Accelerator for the model's device and COMPUTING.dtype, and AdamW; the model is ready to train."""
     accelerate.state.AcceleratorState._reset_state()  # the notebook may be run again in another number format
     kind = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(COMPUTING.dtype, "no")
     accelerator = accelerate.Accelerator(mixed_precision=kind, cpu=model.device.type == "cpu")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=WEIGHT_DECAY,
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=settings.learning_rate, weight_decay=WEIGHT_DECAY,
                                   fused=model.device.type in ("cpu", "cuda"))
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -1135,7 +1166,7 @@ def backward(accelerator, model, batch: torch.Tensor, loss_of, seed: int) -> tor
     # About a thousand tokens at a time are fastest on a processor: more logits are too large for its caches.
     largest = max(1, min(len(own), 1024 // batch.shape[1] if on_cpu else len(own)))
     loss = fit_batch_size(attempt, largest, "fine-tuning")
-    for parameter in model.parameters() if world > 1 else ():  # each process may have begun the step anew until here
+    for parameter in trained(model).values() if world > 1 else ():  # until here each may have begun the step anew
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         parameter.grad = accelerator.reduce(grad, "sum")
     return loss
@@ -1148,7 +1179,7 @@ def put_weights(model, weights: dict[str, torch.Tensor]) -> None:
 
 def training_to_keep(kept: dict, model, accelerator, optimizer) -> dict:
     """All that a training goes on from: weights, the best ones so far (from `kept`, if not these), AdamW's state."""
-    weights, is_best = dict(model.named_parameters()), measurements_since_the_best(kept["done"]["history"]) == 0
+    weights, is_best = trained(model), measurements_since_the_best(kept["done"]["history"]) == 0
     best = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()} if is_best else kept["best"]
     return {"done": kept["done"], "weights": weights, "best": best, "optimizer": optimizer.state_dict(),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
@@ -1229,28 +1260,33 @@ def is_causal(model) -> bool:
     first, second = (model(tokens, use_cache=False).logits[:, :-1].float() for tokens in (ids, other))
     return torch.allclose(first, second, rtol=1e-3, atol=1e-3 * first.abs().max().item())
 
-def load_model(name: str, device: torch.device, trust_remote_code: bool = False):
-    """Tokenizer and model in evaluation mode. Raises UserError where the model cannot be had or used.
+def look_at_model(name: str, trust_remote_code: bool = False) -> tuple:
+    """(configuration, or None for a .gguf file; parameters; number format) of a model whose weights are not read yet.
 
-    It computes with float32 weights, whatever they came in; `model.came_in` is the format that they came in.
+    Raises UserError where the model cannot be had.
     """
-    (path, options), config = place_of(name, trust_remote_code), None
+    path, options = place_of(name, trust_remote_code)
     remedy = ("it must be a causal language model on the hub (with a network), a local folder, a .gguf file, or 'demo'"
               + ("" if trust_remote_code else "; one with code of its own needs --trust-remote-code"))
     with saying_cannot_be_had(f"model {name!r}", remedy):
-        if "gguf_file" not in options:
-            options["config"] = config = open_config(name, trust_remote_code)
-        elif not Path(name).is_file():
-            raise OSError("it does not exist")
+        if "gguf_file" in options:  # such files hold no format of ours
+            return None, sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(name).tensors), torch.bfloat16
+        config = open_config(name, trust_remote_code)
+        bare = copy.deepcopy(config)  # not the format that the configuration names, but that of the file
+        bare.dtype = bare.get_text_config().dtype = None
+        shapes = opener_for(config).from_pretrained(path, **options, config=bare, dtype="auto", device_map="meta")
+    return config, shapes.num_parameters(), shapes.dtype
+
+def load_model(name: str, device: torch.device, trust_remote_code: bool = False, weights=torch.float32):
+    """Tokenizer and model in evaluation mode. Raises UserError where the model cannot be had or used.
+
+    Its weights are in the number format `weights`; `model.came_in` is the format that they came in.
+    """
+    (path, options), (config, _, came_in) = place_of(name, trust_remote_code), look_at_model(name, trust_remote_code)
     tokenizer = load_tokenizer(name, trust_remote_code)
-    with saying_cannot_be_had(f"model {name!r}", remedy):
-        came_in, opener = torch.bfloat16, opener_for(config)  # (.gguf files hold no format of ours)
-        if config:  # not the format that the configuration names, but that of the file
-            bare = copy.deepcopy(config)
-            bare.dtype = bare.get_text_config().dtype = None
-            shapes = options | {"config": bare, "dtype": "auto", "device_map": "meta"}
-            came_in = opener.from_pretrained(path, **shapes).dtype
-        model, found = opener.from_pretrained(path, **options, dtype=torch.float32, output_loading_info=True)
+    with saying_cannot_be_had(f"model {name!r}", "download it again"):
+        model, found = opener_for(config).from_pretrained(path, **options, config=config, dtype=weights,
+                                                          output_loading_info=True)
     others = sorted(map(str, found["unexpected_keys"]))
     if lacking := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
         remedy = f"it has {others[0]} instead: save it under the model's own names" if others else "download it again"
@@ -1261,7 +1297,7 @@ def load_model(name: str, device: torch.device, trust_remote_code: bool = False)
     if broken := next((path for path, weight in model.named_parameters() if not weight.isfinite().all()), None):
         raise UserError(f"model {name!r} has numbers that are not finite in {broken}: download it again, or take "
                         "another one.")
-    if config is None:  # the weights are plain float32 now, but save_pretrained would refuse it as quantised
+    if config is None:  # the weights are plain numbers now, but save_pretrained would refuse it as quantised
         model.hf_quantizer, model.is_quantized = None, False
         model.config.__dict__.pop("quantization_config", None)
     head = model.get_output_embeddings()
@@ -1272,6 +1308,36 @@ def load_model(name: str, device: torch.device, trust_remote_code: bool = False)
         raise UserError(f"model {name!r} is a {type(model).__name__} whose tokens see those after them: take a causal "
                         "language model.")
     return tokenizer, model
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title What fits into memory: all weights in float32, or adapters on weights in 16 bits
+BYTES_EACH = {"all": {"cuda": 18, "cpu": 26}, "lora": {"cuda": 6, "cpu": 8}}  # a parameter, at worst
+
+def choose_training(run: Run, settings: Settings, parameters: int, came_in: torch.dtype) -> Settings:
+    """Settings with `train` resolved for a model of so many parameters; COMPUTING is told what weights are held in.
+
+    The bytes of a processor are those of tests/benchmarks/memory.py. Raises UserError where it cannot fit.
+    """
+    free, kind = memory_free(run.device), "cuda" if run.device.type == "cuda" else "cpu"
+    needed = {way: 2**30 + parameters * each[kind] for way, each in BYTES_EACH.items()}  # (a GiB for what is computed)
+    way = settings.train if settings.train != "auto" else "all" if needed["all"] <= free else "lora"
+    if needed[way] > free:
+        smaller = "--train lora, " if way == "all" and needed["lora"] <= free else ""
+        raise UserError(f"train is {settings.train!r}, which takes about {needed[way] / 1e9:.1f} GB for this model of "
+                        f"{parameters / 1e6:,.0f} M parameters, but {free / 1e9:.1f} GB are free: take {smaller}a "
+                        "smaller model, or a machine with more memory.")
+    settings = dataclasses.replace(settings, train=way)
+    if way == "lora" and settings.precision != "fp32":
+        has_bf16 = run.device.type in ("cpu", "xla") or (kind == "cuda" and torch.cuda.is_bf16_supported(False))
+        half = came_in == torch.float16 and kind == "cuda"
+        COMPUTING.dtype = COMPUTING.weights = torch.bfloat16 if has_bf16 and not half else torch.float16
+        run.metrics["precision"] = str(COMPUTING.dtype).removeprefix("torch.")
+    how = {"all": "all weights are trained, in float32", "lora": f"adapters are trained, on weights in "
+           f"{run.metrics['precision']}"}[way]
+    run.settings = settings
+    print(f"{parameters / 1e6:,.1f} M parameters; training takes up to {needed['all'] / 1e9:.1f} GB with all weights, "
+          f"{needed['lora'] / 1e9:.1f} GB with adapters, and {free / 1e9:.1f} GB are free: {how}")
+    return settings
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title The demo: byte-level BPE of 1,024 tokens, 4 layers of 8 heads, 128 numbers wide, trained by the loop above
@@ -1313,8 +1379,11 @@ def make_demo(text: str, device: torch.device = torch.device("cpu")) -> str:  # 
     return str(folder)
 
 # %% [markdown]
+# <a name="The-model"></a>
+# ### The model
+#
 # The model reads tokens, not letters. They are packed into full blocks: no padding, so nothing is wasted
-# and no loss is counted on it.
+# and no loss is counted on it. What is it, what does it weigh, what does it write, and how well does it predict?
 
 # %%
 def pack(text: str, tokenizer, block_length: int) -> torch.Tensor:
@@ -1326,7 +1395,43 @@ def pack(text: str, tokenizer, block_length: int) -> torch.Tensor:
     return ids[: len(ids) // block_length * block_length].view(-1, block_length)
 
 # %% cellView="form" jupyter={"source_hidden": true}
+# @title Writing: always the most likely token
+def greedy(model, ids: torch.Tensor, streamer=None, **options):
+    """generate() for ids (texts, time), always the most likely token, whatever generation_config.json asks for."""
+    before, ends = model.generation_config, model.generation_config.eos_token_id
+    mask = options.pop("attention_mask", torch.ones_like(ids))
+    options |= {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, "eos_token_id": ends}
+    model.generation_config = transformers.GenerationConfig(**{"pad_token_id": 0} | options)
+    try:
+        return model.eval().generate(ids, attention_mask=mask, streamer=streamer)
+    finally:
+        model.generation_config = before
+
+def that_writes(model):
+    """The model, or on a TPU, which would compile it anew for every length of a text, a copy on the processor."""
+    return move(copy.deepcopy(model), "cpu") if model.device.type == "xla" else model
+
+@torch.no_grad()
+def sample(model, tokenizer, prompt: str, new_tokens: int = 40) -> str:
+    """The prompt and the model's most likely continuation, the same every time."""
+    model, ids = that_writes(model), tokenizer(prompt, return_tensors="pt")["input_ids"]
+    options = {"max_new_tokens": new_tokens, "pad_token_id": tokenizer.eos_token_id}
+    output = fit_batch_size(lambda _: greedy(model, ids.to(model.device), **options), 1, "writing a sample")
+    return tokenizer.decode(output.sequences[0], skip_special_tokens=True)
+
+def first_look(model, tokenizer, blocks: torch.Tensor, prompt: str) -> str:
+    """What a model is, weighs and writes, and its perplexity on blocks (n, time)."""
+    number = model.num_parameters()
+    return (f"{type(model).__name__}: {number / 1e6:,.1f} M parameters, {number * model.saved_in.itemsize / 1e6:,.0f} "
+            f"MB as saved; perplexity {perplexity(model, blocks):.2f} on {len(blocks)} blocks of validation text\n"
+            + in_lines(sample(model, tokenizer, prompt)))
+
+# %% cellView="form" jupyter={"source_hidden": true}
 # @title Do text, tokenizer, model and number formats fit together?
+def evenly_spaced(blocks: torch.Tensor, number: int) -> torch.Tensor:
+    """So many blocks (number, time), evenly spaced over all of them (n, time)."""
+    return blocks[torch.linspace(0, len(blocks) - 1, min(number, len(blocks))).round().long()]
+
 def pack_all(text: dict[str, str], tokenizer, model, settings: Settings) -> dict[str, torch.Tensor]:
     """Split -> token ids (blocks, block_length). Raises UserError where text, tokenizer, model or prompt do not fit."""
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx", "context_length")
@@ -1356,7 +1461,7 @@ def describe_model(model, settings: Settings) -> dict:
     """What the record says of a model that was just loaded. It will be saved in the format that it came in."""
     path = Path(settings.model)
     files = [path] if path.is_file() else path.glob("*.safetensors")
-    model.saved_in = model.came_in if model.came_in in (torch.float16, torch.bfloat16) else torch.float32
+    model.saved_in = min(COMPUTING.weights, model.came_in, torch.float32, key=lambda kind: kind.itemsize)
     return {"class": type(model).__name__, "parameters": model.num_parameters(),
             **{name: str(getattr(model, name)).removeprefix("torch.") for name in ("came_in", "saved_in")},
             "file_bytes": sum(file.stat().st_size for file in files) or None}
@@ -1376,23 +1481,27 @@ def rounded(model, dtype: torch.dtype):
 def try_float16(run: Run, model, block: torch.Tensor) -> None:
     """Computes in float32 from here on where float16, tried on a block (1, time), is too narrow for the model."""
     if COMPUTING.dtype == torch.float16 and (place := first_not_finite(model, block)):
+        if COMPUTING.weights == torch.float16:
+            raise RunError(f"float16 is too narrow for this model ({place}): take --precision fp32, or a GPU with bf16")
         COMPUTING.dtype, run.metrics["precision"] = torch.float32, "float32"
         print(f"float16 is too narrow for this model ({place}): all is computed in float32.")
 
 # %%
 if __name__ == "__main__":
     with run.step("load model"):
-        tokenizer, model = load_model(make_demo(text["train"], run.device) if settings.model == "demo"
-                                      else settings.model, run.device, settings.trust_remote_code)
+        place = make_demo(text["train"], run.device) if settings.model == "demo" else settings.model
+        settings = choose_training(run, settings, *look_at_model(place, settings.trust_remote_code)[1:])
+        tokenizer, model = load_model(place, run.device, settings.trust_remote_code, COMPUTING.weights)
         blocks = pack_all(text, tokenizer, model, settings)
     try_float16(run, model, blocks["validation"][:1])
     test_blocks = blocks["test"][: settings.eval_blocks or None]
     run.metrics["blocks"] = {split: len(blocks[split]) for split in SPLITS} | {"tested": len(test_blocks)}
     run.metrics["model"] = describe_model(model, settings)
-    print(f"{settings.model}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters, came in "
-          f"{run.metrics['model']['came_in']}, will be saved in {run.metrics['model']['saved_in']}")
+    print(f"{settings.model}: weights came in {run.metrics['model']['came_in']}, and will be saved in "
+          f"{run.metrics['model']['saved_in']}")
     print(f"blocks of {settings.block_length} tokens: "
           f"{', '.join(f'{name} {number:,}' for name, number in run.metrics['blocks'].items())}")
+    print(first_look(model, tokenizer, blocks["validation"][:4], settings.prompt))
 
 # %% [markdown]
 # <a name="6.-Heads-and-gates"></a>
@@ -1947,7 +2056,7 @@ def save_compact(small, tokenizer, folder: Path, dtype: torch.dtype = torch.floa
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title The proof that it works for this model
-def reopen(folder: Path, model=None):
+def reopen(folder: Path, model=None, dtype: torch.dtype = torch.float32):
     """The model of a saved folder, as a stranger opens it; or its class and configuration with the weights of `model`.
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True), step by step, because some versions of it
@@ -1961,11 +2070,15 @@ def reopen(folder: Path, model=None):
     code = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
     opener = dynamic_module_utils.get_class_from_dynamic_module(code, folder) if code else opener_for(config)
     if model is None:
-        return opener.from_pretrained(folder, dtype=torch.float32)
+        return opener.from_pretrained(folder, dtype=dtype)
     if not code:
         with torch.device("meta"):
             opener = type(opener.from_config(config))
-    return opener.from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=torch.float32)
+    return opener.from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=model.dtype)
+
+def tolerated(model) -> float:
+    """The largest difference of logits, relative to the largest one, that rounding explains."""
+    return 1e-3 if model.dtype == torch.float32 else 8 * torch.finfo(model.dtype).eps
 
 @torch.no_grad()
 def largest_difference(model, other, blocks: torch.Tensor) -> float:
@@ -1973,24 +2086,14 @@ def largest_difference(model, other, blocks: torch.Tensor) -> float:
     logits, others = (m.eval()(blocks.to(m.device), use_cache=False).logits.float() for m in (model, other))
     return ((logits - others).abs().max() / logits.abs().max()).item()
 
-def greedy(model, ids: torch.Tensor, mask: torch.Tensor, **options):
-    """generate() for ids (texts, time), always the most likely token, whatever generation_config.json asks for."""
-    before, ends = model.generation_config, model.generation_config.eos_token_id
-    options |= {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, "eos_token_id": ends}
-    model.generation_config = transformers.GenerationConfig(**options)
-    try:
-        return model.eval().generate(ids, attention_mask=mask)
-    finally:
-        model.generation_config = before
-
 @torch.no_grad()
 def written_logits(model) -> torch.Tensor:
     """Logits (steps, 2, vocabulary) of three tokens that a model writes after two short texts, one of them padded."""
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.arange(3, 19, device=model.device).view(2, 8) % vocabulary
     mask = torch.ones_like(ids).index_put((torch.tensor([0, 0]), torch.tensor([0, 1])), ids.new_tensor(0))
-    options = {"max_new_tokens": 3, "min_new_tokens": 3, "pad_token_id": 0}
-    return torch.stack(greedy(model, ids, mask, **options).logits).float()
+    output = greedy(model, ids, attention_mask=mask, max_new_tokens=3, min_new_tokens=3)
+    return torch.stack(output.logits).float()
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title What comes into a layer, and what goes out
@@ -2063,12 +2166,27 @@ def run_layer(block, call: tuple, stream: torch.Tensor) -> torch.Tensor:
     with autocast(device):
         return first_of(block(stream.to(device), *call[0], **call[1]))
 
-def seen_in(layer: Units, call: tuple, stream: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What watch_layer() notes while a layer runs on a stream (batch, time, hidden)."""
-    seen = {}
-    with hooks(watch_layer(layer, seen)):
+def cast_once(layer: Units):
+    """Context in which a layer's weights are cast to COMPUTING.dtype once, for all texts; they may not change in it."""
+    return autocast(layer.projection.weight.device)
+
+def in_float32(device: torch.device):
+    """Context in which products are computed in float32, also within autocast()."""
+    return torch.autocast(device.type, enabled=False)
+
+def seen_in(layer: Units, call: tuple, stream: torch.Tensor, wanted=("out",)) -> dict[str, torch.Tensor]:
+    """What watch_layer() notes while a layer runs on a stream (batch, time, hidden), until it has what is wanted."""
+    seen, outputs = {}, [output for output in (layer.projection, find_mlp_output(layer)) if output is not None]
+
+    def look(*_):
+        if seen.keys() >= set(wanted):
+            raise FarEnough
+
+    watched = [*watch_layer(layer, seen), *(output.register_forward_pre_hook(look) for output in outputs)]
+    with hooks(watched), contextlib.suppress(FarEnough):
         run_layer(layer.block, call, stream)
-    seen["mlp"] = seen.get("mlp", torch.zeros_like(seen["out"])).view_as(seen["out"])  # (OPT's has a batch in one row)
+    if "out" in seen:  # (OPT's MLP has a batch in one row)
+        seen["mlp"] = seen.get("mlp", torch.zeros_like(seen["out"])).view_as(seen["out"])
     return seen
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -2114,7 +2232,7 @@ def try_compact(model, gates: torch.Tensor) -> str:
             for step, tried in (("cut", small), ("opened again", reopen(Path(folder), small))):
                 difference = max(largest_difference(gated, tried, ids),
                                  ((written_logits(tried) - wanted).abs().max() / wanted.abs().max()).item())
-                if not difference < 1e-3:
+                if not difference < tolerated(model):
                     return f"{step}, its logits differ by {difference:.0e} of the largest"
     except Exception as error:  # code that was written for whole layers breaks in many ways; the sentence says how
         return f"{step}, it fails: {first_sentence(error)}"
@@ -2327,40 +2445,91 @@ if __name__ == "__main__":
         check_gguf(model, tokenizer, settings)
 
 # %% [markdown]
-# Now the whole test text. A number says how much; a sample says what it feels like. Both are recorded at every
-# stage.
+# Now the whole test text. Perplexity says how well the model predicts. It can improve while abilities are lost, so
+# more is recorded at every stage: **bits per byte**, which can be compared between tokenizers; how many **last words**
+# of sentences are predicted exactly ([LAMBADA](https://arxiv.org/abs/1606.06031)'s question); how much of what it
+# writes is **repeated**; and a sample, which says what that feels like.
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Recording a stage: its test perplexity, a sample, and the conditions that belong to the numbers
+# @title What it can still do: bits per byte, last words, repetition
+def last_words(tokenizer, blocks: torch.Tensor, number: int = 200, longest: int = 64) -> tuple[torch.Tensor, ...]:
+    """Ends of sentences in the second halves of blocks (n, time): ids (passages, tokens), and a mask of the last word.
+
+    At most `number`, evenly spaced; the words have two letters or more, nothing else, and a space before them.
+    """
+    texts = tokenizer.batch_decode(blocks, clean_up_tokenization_spaces=False)
+    found = [(text, match) for text in texts for match in re.finditer(r"\s([^\W\d_]{2,})(?= ?[.!?]\s)", text)
+             if match.start() > len(text) / 2]
+    length, passages = min(longest, blocks.shape[1] // 4), []
+    for text, match in found[:: math.ceil(len(found) / number) or 1]:
+        before, whole = (tokenizer(text[:end], add_special_tokens=False)["input_ids"]
+                         for end in (match.start(), match.end()))
+        if whole[:len(before)] == before and len(whole) >= length > len(whole) - len(before):
+            passages.append((whole[-length:], [place >= len(before) for place in range(len(whole))][-length:]))
+    ids, is_word = zip(*passages) if passages else ([], [])
+    return tuple(torch.tensor(part, dtype=kind).view(-1, length) for part, kind in ((ids, int), (is_word, bool)))
+
 @torch.no_grad()
-def sample(model, tokenizer, prompt: str, new_tokens: int = 40) -> str:
-    """The prompt and the model's most likely continuation, the same every time."""
-    if model.device.type == "xla":
-        model = move(copy.deepcopy(model), "cpu")  # a TPU would compile the model anew for every length of the text
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
-    options = {"max_new_tokens": new_tokens, "pad_token_id": tokenizer.eos_token_id}
-    output = fit_batch_size(lambda _: greedy(model, ids, torch.ones_like(ids), **options), 1, "writing a sample")
-    return tokenizer.decode(output.sequences[0], skip_special_tokens=True)
+def last_word_accuracy(model, passages: tuple[torch.Tensor, ...]) -> float | None:
+    """Share of last_words(), ids and masks (passages, tokens), all of whose tokens are the most likely ones."""
+    def per_text(ids, is_word):
+        right = model(ids, use_cache=False).logits[:, :-1].argmax(-1) == ids[:, 1:]
+        return (right | ~is_word[:, 1:]).all(1).float()
+
+    return over_blocks(model, passages, per_text, "last words").mean().item() if len(passages[0]) else None
+
+@torch.no_grad()
+def repetition(model, blocks: torch.Tensor, texts: int = 20, read: int = 32, written: int = 64) -> float | None:
+    """Share of repeated 4-grams of tokens in what a model writes after the beginnings of blocks (n, time).
+
+    Greedy, never ended early; None where blocks are too short.
+    """
+    read = min(read, blocks.shape[1] // 2)
+    new, model = min(written, blocks.shape[1] - read), that_writes(model)
+
+    def per_text(ids):
+        said = greedy(model, ids, max_new_tokens=new, min_new_tokens=new).sequences[:, -new:]
+        return torch.tensor([1 - len(text.unique(dim=0)) / len(text) for text in said.cpu().unfold(1, 4, 1)])
+
+    beginnings = evenly_spaced(blocks, texts)[:, :read]
+    return over_blocks(model, beginnings, per_text, "repetition").mean().item() if new >= 8 else None
+
+def abilities(model, tokenizer, blocks: torch.Tensor) -> dict:
+    """Perplexity of a model on blocks (n, time), bits per byte, last_word_accuracy() and repetition()."""
+    value = perplexity(model, blocks)
+    texts = tokenizer.batch_decode(blocks[:, 1:], clean_up_tokenization_spaces=False)
+    each = sum(len(text.encode()) for text in texts) / blocks[:, 1:].numel()  # bytes a token
+    return {"perplexity": value, "bits_per_byte": math.log2(value) / each, "repetition": repetition(model, blocks),
+            "last_words": last_word_accuracy(model, last_words(tokenizer, blocks))}
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Recording a stage: its test perplexity, what it can still do, a sample, and the conditions that belong to it
+ABILITIES = {"bits_per_byte": "bits per byte", "last_words": "last words right", "repetition": "repeated 4-grams"}
 
 def drop_outdated(run: Run, stage: str) -> None:
     """Drops what was measured of a stage and of later ones."""
     for outdated in list(STAGES)[list(STAGES).index(stage):]:
-        for record in ("perplexity", "parameters", "samples", "size"):
+        for record in ("perplexity", "parameters", "samples", "size", *ABILITIES):
             run.metrics[record].pop(outdated, None)
 
 def measure(run: Run, stage: str, model, tokenizer, blocks: torch.Tensor) -> None:
-    """Records a stage's perplexity on blocks (n, time) and its sample; what was measured of later stages is dropped."""
+    """Records a stage's abilities() on blocks (n, time) and a sample; what was measured of later stages is dropped."""
     run.metrics["settings"], prompt = dataclasses.asdict(run.settings), run.settings.prompt
     drop_outdated(run, stage)
 
     def compute():
-        return {"perplexity": perplexity(model, blocks), "samples": sample(model, tokenizer, prompt),
-                "parameters": model.num_parameters()}
+        return abilities(model, tokenizer, blocks) | {"samples": sample(model, tokenizer, prompt),
+                                                      "parameters": model.num_parameters()}
 
     with run.step(f"measure {stage}"):
         for name, value in run.cached(f"measure_{stage}", (model, blocks, prompt), compute).items():
             run.metrics[name][stage] = value
-    print(f"{stage}: perplexity {run.metrics['perplexity'][stage]:.2f}")
+    words = [f"{title} {words_for_ability(name, run.metrics[name][stage])}" for name, title in ABILITIES.items()]
+    print(f"{STAGES[stage]}: perplexity {run.metrics['perplexity'][stage]:.2f}, {', '.join(words)}\n"
+          f"{in_lines(run.metrics['samples'][stage])}")
+
+def words_for_ability(name: str, value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if name == "bits_per_byte" else f"{value:.0%}"
 
 def markdown_table(head: list, rows) -> str:
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [head, ["---"] * len(head), *rows])
@@ -2381,7 +2550,6 @@ def conditions(metrics: dict) -> str:
 # %%
 if __name__ == "__main__":
     measure(run, "dense", model, tokenizer, test_blocks)
-    print(run.metrics["samples"]["dense"])
 # %% [markdown]
 # <a name="8.-Importance"></a>
 # ## 8. Importance
@@ -2407,7 +2575,7 @@ class Random:
         return torch.rand(len(layers), number, generator=torch.Generator().manual_seed(self.seed))
 
 if __name__ == "__main__":
-    print("the first layer's heads, at random:", Random().score(model)[0][:12].numpy().round(2))
+    print("the first layer's first eight units, at random:", Random().score(model)[0][:8].numpy().round(2))
 # %% [markdown]
 # **Magnitude** looks at no text: it is the L2 norm of everything a head owns, its rows of the query, key
 # and value projections and its columns of the output projection.
@@ -2690,8 +2858,8 @@ if __name__ == "__main__":
     with run.step("importance"):
         importance = scores_of(run, model, calibration, settings)
     run.metrics["importance"] = heads_part(model, importance).tolist()
-    print(f"{settings.strategy}, on {len(calibration)} blocks of validation text; of the first layer's heads:")
-    print(importance[0][:12])
+    print(f"{settings.strategy}, on {len(calibration)} blocks of validation text; the first layer's first units:")
+    print(importance[0][:8])
 # %% [markdown]
 # <a name="9.-Prune"></a>
 # ## 9. Prune
@@ -2855,7 +3023,6 @@ if __name__ == "__main__":
     pruned = model  # until it is repaired
     close_units(run, model, tokenizer, gates_for(model, importance, settings), test_blocks)
     run.show(draw_units(run, model, importance), "heads.png")
-    print(run.metrics["samples"]["pruned"])
 
 # %% [markdown]
 # <a name="10.-Explore"></a>
@@ -3074,22 +3241,23 @@ class LeastSquares:
         self.projection, inputs = projection, inputs_first(projection).shape[0]
         gates = getattr(projection, "gates", torch.ones(1, device=projection.weight.device))
         self.kept = (gates != 0).repeat_interleave(inputs // len(gates))
-        self.gram, self.wanted = 0.0, 0.0  # X'X and X'(Y - XW), with a last input that is always 1: the bias
+        self.gram, self.wanted = 0.0, 0.0  # X'X and X'Y, with a last input that is always 1: the bias
 
     def add(self, inputs: torch.Tensor, target: torch.Tensor) -> None:
         """Tokens: the projection's inputs (..., in), and what should come out for them (..., out)."""
         x, y = inputs.flatten(0, -2).float()[:, self.kept], target.flatten(0, -2).float()
-        bias = 0 if self.projection.bias is None else self.projection.bias.float()
-        error = y - x @ inputs_first(self.projection)[self.kept].float() - bias
         x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
-        self.gram, self.wanted = self.gram + (x.T @ x).cpu().double(), self.wanted + (x.T @ error).cpu().double()
+        with in_float32(x.device):
+            self.gram, self.wanted = self.gram + (x.T @ x).cpu().double(), self.wanted + (x.T @ y).cpu().double()
 
     def solve(self, ridge: float, where: str = "") -> None:
         """Changes the projection in place. Raises RunError for numbers that are not finite."""
-        gram, wanted, bias = self.gram, self.wanted, self.projection.bias
-        if not (gram.isfinite().all() and wanted.isfinite().all()):
+        gram, bias, weight = self.gram, self.projection.bias, inputs_first(self.projection)[self.kept]
+        if not (gram.isfinite().all() and self.wanted.isfinite().all()):
             raise RunError(f"repair meets numbers that are not finite in {where}: take --precision fp32, or another "
                            "model or text")
+        now = torch.cat([weight, torch.zeros_like(weight[:1]) if bias is None else bias[None]]).cpu().double()
+        wanted = self.wanted - gram @ now  # X'(Y - XW)
         centre = gram[:-1, -1].square() / gram[-1, -1] if bias is not None else 0.0  # the bias takes care of the means
         spread = (gram.diagonal()[:-1] - centre).mean().clamp_min(1e-12)
         gram.diagonal()[:-1].add_(ridge * spread)
@@ -3108,31 +3276,39 @@ class LeastSquares:
 def refit_layer(original: Units, layer: Units, call: tuple, dense: list, pruned: list) -> None:
     """Refits a layer, and moves both streams (lists of (batch, time, hidden)) from its inputs to its outputs."""
     heads, output, targets = LeastSquares(layer.projection), find_mlp_output(layer), []
-    for number, stream in enumerate(dense):
-        seen, own = seen_in(original, call, stream), seen_in(layer, call, pruned[number])
-        middle, end = seen["in"].float() + seen["attention"], seen["out"].float()
-        if not targets:  # else a norm or a factor stands between (Gemma 2, Granite): then the outputs are the targets
-            adds_up = torch.dist(middle + seen["mlp"], end) < 0.02 * end.norm()
-        pair = (middle, end) if adds_up else (seen["attention"], seen["mlp"])
-        targets.append([part.bfloat16().cpu() for part in pair])
-        heads.add(own["heads"], targets[-1][0].to(middle.device) - (own["in"].float() if adds_up else 0))
-        dense[number] = seen["out"].cpu()
+    with cast_once(layer):
+        for number, stream in enumerate(dense):
+            seen, own = seen_in(original, call, stream), seen_in(layer, call, pruned[number], ("in", "heads"))
+            middle, end = seen["in"].float() + seen["attention"], seen["out"].float()
+            if not targets:  # else a norm or a factor stands between (Gemma 2, Granite): the outputs are the targets
+                adds_up = torch.dist(middle + seen["mlp"], end) < 0.02 * end.norm()
+            pair = (middle, end) if adds_up else (seen["attention"], seen["mlp"])
+            targets.append([part.bfloat16().cpu() for part in pair])
+            heads.add(own["heads"], targets[-1][0].to(middle.device) - (own["in"].float() if adds_up else 0))
+            dense[number] = seen["out"].cpu()
     if heads.kept.any():
         heads.solve(RIDGE["attention"], layer.path)
     if output is not None:
         neurons = LeastSquares(output)
-        for (_, end), stream in zip(targets, pruned):
-            own = seen_in(layer, call, stream)
-            middle = own["in"].float() + own["attention"] if adds_up else 0
-            neurons.add(own["neurons"], end.to(own["out"].device) - middle)
+        with cast_once(layer):
+            for (_, end), stream in zip(targets, pruned):
+                own = seen_in(layer, call, stream, ("in", "attention", "neurons"))
+                middle = own["in"].float() + own["attention"] if adds_up else 0
+                neurons.add(own["neurons"], end.to(own["neurons"].device) - middle)
         neurons.solve(RIDGE["mlp" if neurons.kept.all() else "mlp that lost neurons"], f"the MLP beside {layer.path}")
-    for number, stream in enumerate(pruned):
-        pruned[number] = run_layer(layer.block, call, stream).cpu()
+    with cast_once(layer):
+        pruned[:] = [run_layer(layer.block, call, stream).cpu() for stream in pruned]
 
 # %%
+def with_own_outputs(model):
+    """A copy of a gated model that has gates and output projections of its own, and shares all other weights."""
+    outputs = [output for layer in find_heads(model) for output in (layer.projection, find_mlp_output(layer)) if output]
+    own = {id(parameter) for output in outputs for parameter in output.parameters()}
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in own})
+
 @torch.no_grad()
 def repair(model, blocks: torch.Tensor):
-    """A copy of a gated model, refitted on blocks (n, time) to follow the model with open gates.
+    """with_own_outputs() of a gated model, refitted on blocks (n, time) to follow the model with open gates.
 
     Raises UserError for a model whose layers cannot be refitted, RunError for numbers that are not finite.
     """
@@ -3140,7 +3316,7 @@ def repair(model, blocks: torch.Tensor):
         raise UserError(f"{type(model).__name__} cannot be repaired, because {reason}: take --no-repair.")
 
     def attempt(size: int):
-        fixed = copy.deepcopy(model).eval()
+        fixed = with_own_outputs(model).eval()
         layers = {layer.block: (layer, own) for layer, own in zip(find_heads(model), find_heads(fixed))}
         with all_open(model):
             dense, calls = layer_calls(model, blocks.split(size))
@@ -3157,10 +3333,6 @@ def repair(model, blocks: torch.Tensor):
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Repaired weights are kept with the run
-def evenly_spaced(blocks: torch.Tensor, number: int) -> torch.Tensor:
-    """So many blocks (number, time), evenly spaced over all of them (n, time)."""
-    return blocks[torch.linspace(0, len(blocks) - 1, min(number, len(blocks))).round().long()]
-
 def repaired(run: Run, model, tokenizer, text: torch.Tensor, test_blocks: torch.Tensor):
     """repair() on blocks (n, time), kept with the run and measured; the model itself where there is nothing to do."""
     drop_outdated(run, "repaired")
@@ -3172,7 +3344,7 @@ def repaired(run: Run, model, tokenizer, text: torch.Tensor, test_blocks: torch.
         return {name: value for name, value in fixed.named_parameters() if not torch.equal(value, old[name])}
 
     with run.step("repair"):
-        fixed = copy.deepcopy(model)
+        fixed = with_own_outputs(model)
         put_weights(fixed, run.cached("repair", (model, text, RIDGE), compute))
     measure(run, "repaired", fixed, tokenizer, test_blocks)
     return fixed
@@ -3334,6 +3506,8 @@ if __name__ == "__main__":
         run_sweep(run, model, (calibration, repair_text, test_blocks))
     if settings.max_loss:
         pruned = prune_as_far(run, model, tokenizer, importance, blocks)
+    if not (settings.sweep or settings.max_loss):
+        print("The level stays as it is. SWEEP compares levels and strategies, --max-loss finds the largest level.")
 
 # %% [markdown]
 # <a name="13.-Compact"></a>
@@ -3423,7 +3597,7 @@ def check_compact(run: Run, model, pruned, block: torch.Tensor) -> str:
     with run.step("compact"):
         small = compact(pruned)
         difference = run.metrics["compact_difference"] = largest_difference(pruned, small, block)
-        if difference > 1e-3:
+        if difference > tolerated(model):
             raise RunError(f"the compact model differs from the gated one by {difference:.1e}: please report this, "
                            "naming the model")
         run.metrics["size"] = run.cached("size", (model, pruned, block), compute)
@@ -3448,6 +3622,10 @@ if __name__ == "__main__":
 # ([Hinton et al. 2015](https://arxiv.org/abs/1503.02531), for pruned models
 # [Muralidharan et al. 2024](https://arxiv.org/abs/2407.14679)). With `reopen_heads` the first half is trained with
 # gates; then heads are scored again, all open, and chosen again, so that a closed one may come back.
+#
+# Training all weights takes sixteen bytes for each of them. A model for which there is not so much memory (section 5
+# says so) keeps its weights in 16 bits, frozen, and learns small **adapters** beside them (LoRA,
+# [Hu et al. 2021](https://arxiv.org/abs/2106.09685)), which are added to the weights in the end: `--train lora`.
 
 # %%
 def with_steps(settings: Settings, blocks: dict[str, torch.Tensor], device: torch.device) -> Settings:
@@ -3469,15 +3647,67 @@ def fine_tune_pruned(run: Run, model, pruned, blocks: dict[str, torch.Tensor]):
             reopen_heads(run, pruned, blocks["validation"][: settings.calibration_blocks])
             settings = dataclasses.replace(settings, max_steps=max(1, settings.max_steps - half.max_steps))
         start = compact(pruned) if can_compact(model) else copy.deepcopy(pruned)
-        tuned = fine_tuned(run, "fine_tuned", start, blocks, settings, model)
+        with waiting_in_ram(*([] if settings.distillation else [model, pruned])):
+            tuned = fine_tuned(run, "fine_tuned", start, blocks, settings, model)
     return rounded(tuned, saved_format(run))  # so that what is measured is what is saved
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Adapters (LoRA), for models whose weights do not all fit into memory with what training needs
+LORA = {"rank": 32, "rate": 10}  # and their learning rate, as so many times the setting
+
+def add_adapters(model, seed: int) -> None:
+    """Freezes a model and adds to each of its linear layers W a product BA of low rank (Hu et al. 2021, arXiv
+    2106.09685), in float32; but not where gates stand in front, which would not reach it."""
+    import peft  # takes seconds
+
+    torch.manual_seed(seed)
+    head = model.get_output_embeddings()
+    paths = [path for path, part in model.named_modules() if isinstance(part, (torch.nn.Linear, Conv1D))
+             and part is not head and not hasattr(part, "gates")]
+    peft.inject_adapter_in_model(peft.LoraConfig(r=LORA["rank"], lora_alpha=LORA["rank"], target_modules=paths), model)
+    for parameter in trained(model).values():
+        parameter.data = parameter.data.float()
+
+@torch.no_grad()
+def merge_adapters(model) -> None:
+    """Adds what adapters have learned to the weights, the sums in float32, and takes the adapters away."""
+    from peft.tuners.lora import LoraLayer
+
+    for path, part in list(model.named_modules()):
+        if isinstance(part, LoraLayer):
+            base = part.get_base_layer()
+            base.weight.copy_(base.weight.float() + part.get_delta_weight("default").float())
+            model.set_submodule(path, base)
+    model.requires_grad_(True)
+
+def train_all_or_adapters(run: Run, name: str, model, blocks: dict, settings: Settings, teacher=None) -> dict:
+    """train() on blocks (n, time), of all weights, or of adapters, which are merged in the end; its record."""
+    if settings.train != "lora":
+        return train(run, name, model, blocks, settings, teacher)
+    add_adapters(model, settings.seed)
+    settings = dataclasses.replace(settings, learning_rate=settings.learning_rate * LORA["rate"])
+    record = train(run, name, model, blocks, settings, teacher)
+    merge_adapters(model)
+    return record
+
+@contextlib.contextmanager
+def waiting_in_ram(*models):
+    """Within it models do not take a GPU's memory."""
+    places = [(model, model.device) for model in models if model.device.type == "cuda"]
+    for model, _ in places:
+        model.to("cpu")
+    try:
+        yield
+    finally:
+        for model, device in places:
+            move(model, device)
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title What is kept of a training, heads that come back, and the controls
 def fine_tuned(run: Run, name: str, model, blocks: dict[str, torch.Tensor], settings: Settings, teacher=None):
     """The model, after train() on blocks (n, time), once: where it was done before, with the weights that were kept."""
     def compute():
-        record = train(run, name, model, blocks, settings, teacher)
+        record = train_all_or_adapters(run, name, model, blocks, settings, teacher)
         return dict(model.named_parameters()), record
 
     depends = (model, blocks["train"], blocks["validation"][:16], training_options(settings))
@@ -3508,7 +3738,9 @@ def fine_tune_dense(run: Run, model, tokenizer, blocks: dict[str, torch.Tensor],
                      if slow else "No control.")
     with run.step("fine-tune control"):
         settings = with_steps(run.settings, blocks, run.device)
-        tuned = fine_tuned(run, "dense_fine_tuned", remove_gates(copy.deepcopy(model)), blocks, settings)
+        start = remove_gates(copy.deepcopy(model))
+        with waiting_in_ram(model):
+            tuned = fine_tuned(run, "dense_fine_tuned", start, blocks, settings)
         tuned = rounded(tuned, saved_format(run))
     measure(run, "dense_fine_tuned", tuned, tokenizer, test_blocks)
 
@@ -3517,7 +3749,6 @@ if __name__ == "__main__":
     tuned = None  # lets the last one go, if this cell is run again
     tuned = fine_tune_pruned(run, model, pruned, blocks)
     measure(run, "fine_tuned", tuned, tokenizer, test_blocks)
-    print(run.metrics["samples"]["fine_tuned"])
 # %% [markdown]
 # **The control.** Fine-tuning on text like the test text helps *any* model. To know what pruning cost, the
 # pruned model has to be compared with the dense one after the same number of steps on the same text.
@@ -3544,10 +3775,14 @@ def comparison(metrics: dict) -> str:
     for stage, value in metrics["perplexity"].items():
         parameters = metrics["parameters"][stage]
         size = (stage == "dense" and metrics["model"]["file_bytes"]) or parameters * bits
+        others = [words_for_ability(name, metrics[name][stage]) for name in ABILITIES]
         rows.append([STAGES[stage], f"{parameters / 1e6:,.2f} M", f"{size / 1e6:,.1f}", f"{value:.2f}",
-                     f"{value / dense - 1:+.1%}"])
-    head = ["model", "parameters", "file, MB", "test perplexity", "against dense"]
-    return f"{words_for_closed(metrics)} closed.\n\n{markdown_table(head, rows)}"
+                     f"{value / dense - 1:+.1%}", *others])
+    head = ["model", "parameters", "file, MB", "test perplexity", "against dense", *ABILITIES.values()]
+    before = metrics["repetition"]["dense"]
+    more = [STAGES[stage] for stage, share in metrics["repetition"].items() if share and share > before + 0.1]
+    warning = f"\n\nRepeats itself clearly more than the dense model: {', '.join(more)}." if more else ""
+    return f"{words_for_closed(metrics)} closed.\n\n{markdown_table(head, rows)}{warning}"
 
 def draw_dashboard(metrics: dict) -> Figure:
     """Perplexity of every stage, as the distance from the dense model, and of training."""
@@ -3590,6 +3825,64 @@ if __name__ == "__main__":
     require_fine_tuned(run.metrics)
     show_markdown(comparison(run.metrics) + "\n\n" + conditions(run.metrics))
     run.show(draw_dashboard(run.metrics), "dashboard.png", width=1000)
+
+# %% [markdown]
+# **Talk to it.** The dense, the pruned and the fine-tuned model side by side, each with its most likely words; a model
+# that chats gets your words as a message. To stop them, interrupt the kernel. In a script, `--prompt` sets the samples.
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Talk to it: a prompt, and what each model writes
+class Words(transformers.TextStreamer):
+    """Shows in an `area` what generate() writes, word by word."""
+
+    def __init__(self, tokenizer, area):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.area = area
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.area.value += text
+
+class Talk:
+    """A prompt, and what models (by name) write after it, side by side."""
+
+    def __init__(self, models: dict, tokenizer, prompt: str):
+        self.models, self.tokenizer, wide = models, tokenizer, widgets.Layout(width="98%", height="9em")
+        self.prompt, self.button = widgets.Textarea(prompt, layout=widgets.Layout(width="98%")), widgets.Button()
+        self.areas = {name: widgets.Textarea(disabled=True, layout=wide) for name in models}
+        self.button.description, self.output = "Write", widgets.Output()
+        self.button.on_click(lambda _: self.write())
+        third = widgets.Layout(width=f"{100 // len(models)}%")
+        columns = [widgets.VBox([widgets.Label(name), area], layout=third) for name, area in self.areas.items()]
+        self.box = widgets.VBox([self.prompt, self.button, widgets.HBox(columns), self.output])
+
+    def write(self, new_tokens: int = 100) -> None:
+        words, is_chat = self.prompt.value, bool(self.tokenizer.chat_template)
+        if is_chat:
+            words = self.tokenizer.apply_chat_template([{"role": "user", "content": words}], tokenize=False,
+                                                       add_generation_prompt=True)
+        ids = self.tokenizer(words, return_tensors="pt", add_special_tokens=not is_chat)["input_ids"]
+        with self.output:
+            self.output.clear_output()
+            if not ids.numel():
+                return print("Write a prompt first.")
+            try:
+                for name, model in self.models.items():
+                    self.areas[name].value, stream = "", Words(self.tokenizer, self.areas[name])
+                    greedy(model, ids.to(model.device), stream, max_new_tokens=new_tokens)
+            except KeyboardInterrupt:
+                print("Stopped.")
+
+# %%
+def show_talk(run: Run, model, pruned, tuned, tokenizer) -> None:
+    """Talk, in a notebook, with the dense model, the pruned one, repaired if it was, and the fine-tuned one."""
+    if in_notebook():
+        from IPython.display import display
+
+        models = {"dense": remove_gates(sharing_copy(model)), "pruned": pruned, "pruned + fine-tuned": tuned}
+        display(Talk({name: that_writes(each) for name, each in models.items()}, tokenizer, run.settings.prompt).box)
+
+if __name__ == "__main__":
+    show_talk(run, model, pruned, tuned, tokenizer)
 
 # %% [markdown]
 # <a name="16.-Save-and-download"></a>
@@ -3797,7 +4090,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{trust})
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{trust})
-```"""
+```
+
+What it can do: `lm_eval run --model hf --model_args pretrained=path/to/this/folder{trust.replace(" ", "")}
+--tasks lambada_openai,arc_easy,hellaswag,piqa`"""
     for file in folder.glob("*.gguf"):
         open_it = f"""```sh
 llama-cli -m {file.name}
@@ -3833,10 +4129,10 @@ def save_models(run: Run, tuned, model, tokenizer, block: torch.Tensor) -> None:
         size = sum(path.stat().st_size for kind in ("model*.safetensors", "*.gguf") for path in folder.glob(kind))
         run.metrics["file_bytes"][form], words = size, ""
         if form != "gguf":
-            difference = largest_difference(tuned, move(reopen(folder), run.device), block)
+            difference = largest_difference(tuned, move(reopen(folder, dtype=tuned.dtype), run.device), block)
             run.metrics["reopened_difference"][form] = difference
             words = f"; opened again, logits differ by {difference:.0e} of the largest"
-            if difference > 1e-3:
+            if difference > tolerated(model):
                 raise RunError(f"{folder} does not open as the model that was saved: please report this and the model")
         print(f"{folder}: {size / 1e6:.1f} MB{words}")
 
