@@ -682,7 +682,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 def in_lines(text: str) -> str:
     """A text in lines of a hundred characters, marked as a quotation."""
-    return textwrap.indent(textwrap.fill(text, 100), "  | ")
+    return textwrap.indent(textwrap.fill(" ".join(text.split()), 100), "  | ")
 
 def show_markdown(text: str) -> None:
     """Rendered in a notebook, as it is in a terminal."""

@@ -3,14 +3,15 @@
     python tests/show_run.py SmolLM2-135M-Instruct.Q4_1.gguf wikitext-2
 
 The second is a folder with valid.txt and test.raw.txt. Without the two, the outputs of the last run are put in again,
-by the sources of the cells, as after a change of the prose. The form keeps its defaults; what this run sets instead is
-in SHOWN. About an hour on two processor cores. Pictures are reduced to 64 colours; bars and widgets are left out, and the
-explorer is shown as the picture in .github/assets.
+cell by cell, as after a change of the prose. The form keeps its defaults; SHOWN is what this run sets instead. About an
+hour on two processor cores. Pictures are reduced to 64 colours and bars are left out; the explorer and the box to talk
+to the models are shown as the pictures in .github/assets.
 """
 
 import base64
 import io
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -34,19 +35,19 @@ def fewer_colours(png: str) -> str:
     return base64.b64encode(packed.getvalue()).decode()
 
 
-def presentable(outputs: list, place: str) -> list:
-    """A cell's outputs without bars, widgets, metadata and the names of this machine's folders."""
+def presentable(outputs: list, place: str, source: str = "") -> list:
+    """A cell's outputs without bars, metadata and names of this machine's folders; a picture for what has widgets."""
     shown, text = [], "".join(part.text for part in outputs if part.output_type == "stream" and part.name == "stdout")
+    for name in re.findall(r"^    show_(explorer|talk)\(", source, re.M):
+        picture = base64.b64encode((ROOT / f".github/assets/{name}.png").read_bytes()).decode()
+        shown.append(nbformat.v4.new_output("display_data", data={"image/png": fewer_colours(picture)}))
     text = text.replace(place, "").replace(str(Path.home()), "~")
     if text.strip():
         shown.append(nbformat.v4.new_output("stream", name="stdout", text=text))
     for part in outputs:
         if part.output_type not in ("display_data", "execute_result"):
             continue
-        data = {kind: value for kind, value in part.data.items() if kind in ("image/png", "text/markdown", "text/html")}
-        if "application/vnd.jupyter.widget-view+json" in part.data and "HBox" not in part.data.get("text/plain", ""):
-            picture = (ROOT / ".github/assets/explorer.png").read_bytes()
-            data = {"image/png": base64.b64encode(picture).decode()} if "VBox" in part.data["text/plain"] else {}
+        data = {kind: value for kind, value in part.data.items() if kind in ("image/png", "text/markdown")}
         if "image/png" in data:
             data["image/png"] = fewer_colours(data["image/png"])
         if data:
@@ -54,9 +55,14 @@ def presentable(outputs: list, place: str) -> list:
     return shown
 
 
+def what_runs(source: str) -> str:
+    """The part of a cell that runs; another cell defines things only, and shows nothing."""
+    return source[source.find("if __name__") :] if "if __name__" in source else ""
+
+
 def execute(model: Path, texts: Path) -> None:
     """Runs the notebook with the settings SHOWN in a new folder; what it showed is in RAW."""
-    sys.path[:0] = [str(Path(__file__).parent)]
+    sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
     from conftest import fill_form
 
     notebook = jupytext.read(ROOT / "PruningAndFineTuningColab.py")
@@ -76,14 +82,14 @@ def main():
     if len(sys.argv) > 2:
         execute(*(Path(word).resolve() for word in sys.argv[1:3]))
     raw, committed = (nbformat.read(path, as_version=4) for path in (RAW, NOTEBOOK))
-    shown = {cell.source: cell.outputs for cell in raw.cells if cell.cell_type == "code"}
+    shown = {what_runs(cell.source): cell.outputs for cell in raw.cells if cell.cell_type == "code"}
     number = 0
     for cell in committed.cells:
         if cell.cell_type == "code":
             number += 1
-            cell.outputs = presentable(shown.get(cell.source, []), raw.metadata["place"] + "/")
+            cell.outputs = presentable(shown.get(what_runs(cell.source), []), raw.metadata["place"] + "/", cell.source)
             cell.execution_count = number
-            if cell.source not in shown and "# @title Settings\n" not in cell.source:
+            if what_runs(cell.source) not in shown and "# @title Settings\n" not in cell.source:
                 print(f"changed since the run: {cell.source[:70]!r}")
     nbformat.write(committed, NOTEBOOK)
     print(f"{NOTEBOOK}: {NOTEBOOK.stat().st_size / 1e6:.2f} MB")
