@@ -58,13 +58,18 @@ def crosses(explorer):
     return [button.description for button in explorer.buttons.values()].count("×")
 
 
-def test_the_level_closes_heads_and_counts_follow(explorer):
+def test_the_level_closes_heads_and_a_mistake_is_said_in_the_panel(explorer, capsys):
     before = nb.get_gates(explorer.original)
     assert "2 of 8 heads closed" in explorer.counts.value and crosses(explorer) == 2
+    explorer.level.value = 0.9
+    assert "pruning_level is 0.9 with min_heads 1" in capsys.readouterr().out
+    assert "2 of 8 heads closed" in explorer.counts.value, "what is shown stays"
     explorer.level.value = 0.5
     assert "4 of 8 heads closed" in explorer.counts.value and crosses(explorer) == 4
     assert torch.equal(explorer.gates, nb.choose_gates(explorer.importance["entropy"], 0.5))
     assert torch.equal(nb.get_gates(explorer.original), before), "the run's model is left alone"
+    with pytest.raises(ZeroDivisionError):  # anything else is not hidden
+        explorer.do(lambda: 1 / 0)
 
 
 def test_a_click_on_a_head_toggles_its_gate_and_measuring_measures_what_is_shown(explorer, capsys):
@@ -93,15 +98,11 @@ def test_a_strategy_is_scored_once_on_open_gates(explorer, capsys):
     assert "Scoring" not in capsys.readouterr().out
 
 
-def test_a_mistake_is_said_in_the_panel_and_anything_else_is_not_hidden(explorer, capsys):
-    explorer.level.value = 0.9
-    assert "pruning_level is 0.9 with min_heads 1" in capsys.readouterr().out
-    assert "2 of 8 heads closed" in explorer.counts.value, "what is shown stays"
-    with pytest.raises(ZeroDivisionError):
-        explorer.do(lambda: 1 / 0)
-
-
-def test_take_hands_over_what_is_shown_and_how_many_gates_were_set_by_hand(explorer, capsys):
+def test_both_models_write_and_what_is_shown_is_handed_over_with_the_number_of_gates_set_by_hand(explorer, capsys):
+    explorer.prompt.value = "a <b>"
+    explorer.writing.click()
+    said = capsys.readouterr().out
+    assert "dense:\na" in said and "shown:\na" in said
     explorer.level.value = 0.5
     explorer.buttons[1, 3].click()
     explorer.taking.click()
@@ -136,13 +137,6 @@ def test_what_is_taken_is_measured_recorded_and_drawn(explorer, tmp_path, monkey
     assert run.metrics["perplexity"] == {"dense": 3.0, "pruned": pytest.approx(nb.perplexity(model, text))}
     assert (run.settings.strategy, run.settings.pruning_level) == ("magnitude", 0.5)
     assert run.metrics["settings"]["strategy"] == "magnitude" and (run.folder / "heads.png").exists()
-
-
-def test_both_models_write(explorer, capsys):
-    explorer.prompt.value = "a <b>"
-    explorer.writing.click()
-    said = capsys.readouterr().out
-    assert "dense:\na" in said and "shown:\na" in said
 
 
 def test_maps_of_chosen_heads_and_of_the_most_and_least_important_are_drawn(explorer, tmp_path, monkeypatch, capsys):

@@ -181,10 +181,14 @@ def own(folder):
 @pytest.mark.parametrize("fill", [derived, own])
 def test_a_model_with_code_of_its_own_keeps_its_gates_and_opens_again(fill, tmp_path):
     fill(tmp_path / "model")
-    name = str(tmp_path / "model")
+    name, trace = str(tmp_path / "model"), tmp_path / "trace"
+    (code,) = (tmp_path / "model").glob("*.py")
+    code.write_text(f"{code.read_text()}\nopen({str(trace)!r}, 'w').close()\n")
     with pytest.raises(nb.UserError, match="--trust-remote-code"):
         nb.load_model(name, CPU)
+    assert not trace.exists(), "it runs only when it is trusted"
     tokenizer, model = nb.load_model(name, CPU, trust_remote_code=True)
+    assert trace.exists()
     nb.set_gates(model, torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 1]]))
     assert nb.why_not_compact(model) == "its class brings its own code"
     run = new_run(tmp_path / "out", block_length=16, max_steps=2, batch_size=1)

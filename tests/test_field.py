@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import families
 import pytest
@@ -87,7 +86,7 @@ def test_chats_reach_the_template_whole_and_as_json(kind, tmp_path):
     )
 
 
-# --- generation, values, ways of running
+# --- generation, ways of running
 
 
 @pytest.mark.parametrize("words", [
@@ -101,15 +100,6 @@ def test_our_own_generation_is_greedy_and_the_makers_is_left_as_it_was(words):
     before = model.generation_config = transformers.GenerationConfig(**words)
     assert nb.sample(model, tokenizer, "a") == wanted and nb.can_compact(model)
     assert model.generation_config is before
-
-
-def test_more_arrives_as_it_was_written_and_run_takes_its_own_options(monkeypatch, capsys):
-    monkeypatch.setattr(nb, "in_notebook", lambda: True)
-    more = r'--model demo --train-file "C:\my data\a.txt" --prompt "it # is"'
-    settings = nb.start_settings(more)
-    assert settings.train_file == r"C:\my data\a.txt" and settings.prompt == "it # is"
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--model", "demo", "--strategy", "fisher"])
-    assert nb.start_settings("").strategy == "fisher"
 
 
 def test_a_script_without_a_file_and_without_a_console_saves_its_code(tmp_path):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import FAMILIES, make, random_blocks, zero_heads
+from conftest import FAMILIES, logits, make, random_blocks, zero_heads
 
 import PruningAndFineTuningColab as nb
 
@@ -66,28 +66,30 @@ def test_a_sink_is_idle_for_entropy_but_not_for_the_literal_rule(tokens):
     assert nb.get_strategy("entropy-literal").score(model, tokens).flatten().argmax() == 0
 
 
-@KINDS
-def test_scoring_leaves_the_model_as_it_was(family, tokens):
+@pytest.mark.parametrize("family, prunes", [
+    ("gpt2", "heads"), ("gpt_neox", "heads"), ("falcon", "heads"), ("llama", "heads"), ("llama", "neurons"),
+    ("llama", "both"),
+])  # fmt: skip
+def test_every_strategy_scores_every_unit_and_leaves_the_model_as_it_was(family, prunes, tokens):
     model = make(family)
-    nb.add_gates(model)
-    before = model.config._attn_implementation
-    with torch.no_grad():
-        logits = model(tokens).logits
+    nb.prune_only(model, prunes)
+    attention, before, dense = model.config._attn_implementation, nb.fingerprint(model), logits(model, tokens)
     for name in nb.STRATEGIES:
-        options = {"level": 0.5, "steps": 3} if name == "learned" else {}
+        if name == "entropy-literal" and prunes != "heads":
+            continue
+        options = {"level": 0.3, "steps": 4} if name == "learned" else {}
         score = nb.get_strategy(name, **options).score(model, tokens)
-        assert score.shape == (2, 4) and score.isfinite().all() and len(set(score.flatten().tolist())) > 1
-    assert model.config._attn_implementation == before
+        assert score.shape == nb.get_gates(model).shape and score.isfinite().all()
+        assert len(set(score.flatten().tolist())) > 1 and score[:, -4:].std() > 0
+    assert model.config._attn_implementation == attention and nb.fingerprint(model) == before
     assert not any(m._forward_hooks or len(m._forward_pre_hooks) > 1 for m in model.modules())
-    with torch.no_grad():
-        assert torch.equal(model(tokens).logits, logits)
+    assert torch.equal(logits(model, tokens), dense)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
 def block_losses(model, tokens):
-    with torch.no_grad():
-        logits = model(tokens).logits[:, :-1].double()
-    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
+    predicted = logits(model, tokens)[:, :-1].double()
+    return torch.nn.functional.cross_entropy(predicted.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
 
 
 @KINDS

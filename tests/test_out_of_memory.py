@@ -62,7 +62,7 @@ def test_a_stage_goes_on_with_fewer_blocks_and_the_same_result(stage, capsys):
     most = 2 if stage == "repair" else 1
     result = STAGES[stage](short_of_memory(llama(), most))
     torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-4 if stage == "learning gates" else 1e-5)
-    assert capsys.readouterr().out.count(f"runs out of memory: trying {most} blocks at once") == 1
+    assert capsys.readouterr().out.count(f"{stage} runs out of memory: trying {most} blocks at once") == 1
     STAGES[stage](short_of_memory(llama(), most))
     assert "out of memory" not in capsys.readouterr().out, "what fits is remembered"
 

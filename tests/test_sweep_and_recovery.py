@@ -69,51 +69,45 @@ def test_a_sweep_goes_on_where_it_was_interrupted(at, kept, run, blocks, monkeyp
     assert model.prunes == "heads" and torch.equal(nb.get_gates(model), CLOSED)
 
 
-def test_the_points_of_a_sweep_are_right(run, blocks, monkeypatch, capsys):
-    model = make("opt")
+def test_the_points_of_a_sweep_are_right_for_all_kinds_of_units(run, blocks, capsys):
+    model = make("llama")
     nb.add_gates(model)
     dense = nb.perplexity(model, blocks["test"])
     run.metrics |= {"perplexity": {"dense": dense}, "blocks": {"train": 12, "validation": 6, "test": 6, "tested": 6}}
+    run.settings = nb.dataclasses.replace(run.settings, sweep="gradient random 0 0.25 0.5")
     with pytest.raises(SystemExit):
         nb.run_sweep(run, model, three(blocks))
     points, said = run.metrics["sweep"], capsys.readouterr().out
     assert points[0]["pruned"] == points[3]["pruned"] == points[0]["repaired"] == pytest.approx(dense)
-    nb.set_gates(model, nb.choose_gates(nb.get_strategy("gradient").score(model, blocks["validation"]), 0.5))
-    assert points[5]["pruned"] == pytest.approx(nb.perplexity(model, blocks["test"]))
-    assert points[5]["repaired"] == pytest.approx(nb.perplexity(nb.repair(model, blocks["train"]), blocks["test"]))
+    for number, kind in ((2, "heads"), (8, "neurons"), (11, "both")):
+        other, point = make("llama"), points[number]
+        nb.prune_only(other, kind)
+        importance = nb.get_strategy("gradient").score(other, blocks["validation"])
+        wanted = nb.dataclasses.replace(run.settings, prune=kind, pruning_level=0.5)
+        nb.set_gates(other, nb.gates_for(other, importance, wanted))
+        assert (point["prune"], point["strategy"], point["level"]) == (kind, "gradient", 0.5)
+        assert point["pruned"] == pytest.approx(nb.perplexity(other, blocks["test"]))
+        assert point["repaired"] == pytest.approx(nb.perplexity(nb.repair(other, blocks["train"]), blocks["test"]))
+        assert point["parameters"] == nb.compact(other).num_parameters()
+        assert point["flops_per_token"] == nb.predict_cost(other, nb.get_gates(other), 16)["flops_per_token"]
     table = [line for line in said.splitlines() if line.startswith("| ")]
-    assert table == nb.points_table(points).splitlines()
-    assert table[0] == "|  | 0% | 25% | 50% |" and table[3].startswith("| heads, gradient | ")
-    assert f"{points[5]['pruned']:.2f} → {points[5]['repaired']:.2f} |" in table[3]
+    assert table == nb.points_table(points).splitlines() and "left out" not in said
+    assert table[0] == "|  | 0% | 25% | 50% |" and table[2].startswith("| heads, gradient | ")
+    assert f"{points[2]['pruned']:.2f} → {points[2]['repaired']:.2f} |" in table[2]
     written = pandas.read_csv(run.folder / "sweep.csv")
     assert written["repaired"].tolist() == [point["repaired"] for point in points]
     assert (run.folder / "sweep.png").exists() and run.folder.with_name(run.folder.name + ".zip").exists()
     figure = nb.draw_points(points, nb.dense_point(model, 16, dense), 0.1)
     labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
-    kinds = ["heads, random", "heads, gradient", "heads, learned", "neurons, random", "both, random"]
+    kinds = ["heads, gradient", "heads, random", "neurons, gradient", "both, gradient"]
     assert labels == [*kinds, "dense", "dense + 10%"] and figure.axes[0].get_yscale() == "log"
 
 
-def test_kinds_of_units_are_compared_by_what_they_leave(run, blocks, capsys):
-    settings = nb.dataclasses.replace(run.settings, sweep="gradient 0.25 0.5")
-    model = make("llama")
-    nb.add_gates(model)
-    points = nb.sweep(run, model, three(blocks), settings)
-    assert [point["prune"] for point in points] == ["heads", "heads", "neurons", "neurons", "both", "both"]
-    other = make("llama")
-    nb.prune_only(other, "both")
-    importance = nb.get_strategy("gradient").score(other, blocks["validation"])
-    wanted = nb.dataclasses.replace(settings, prune="both", pruning_level=0.5)
-    nb.set_gates(other, nb.gates_for(other, importance, wanted))
-    assert points[5]["pruned"] == pytest.approx(nb.perplexity(other, blocks["test"]))
-    assert points[5]["parameters"] == nb.compact(other).num_parameters()
-    assert points[5]["flops_per_token"] == nb.predict_cost(other, nb.get_gates(other), 16)["flops_per_token"]
-    assert "left out" not in capsys.readouterr().out
-
+def test_what_cannot_be_pruned_is_left_out_of_a_sweep(run, blocks, capsys):
     experts = families.make("Mixtral")
     nb.add_gates(experts)
-    text = {split: part % 80 for split, part in blocks.items()}
-    points = nb.sweep(run, experts, three(text), nb.dataclasses.replace(settings, sweep="random 0.25 0.9"))
+    settings = nb.dataclasses.replace(run.settings, sweep="random 0.25 0.9")
+    points = nb.sweep(run, experts, three({split: part % 80 for split, part in blocks.items()}), settings)
     said = capsys.readouterr().out
     assert [(point["prune"], point["level"]) for point in points] == [("heads", 0.25)]
     assert "heads, random: left out, pruning_level is 0.9" in said and "neurons, random: left out, the neurons" in said

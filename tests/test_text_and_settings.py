@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 
 import datasets
 import pytest
@@ -146,13 +147,15 @@ def test_the_form_the_dataclass_and_the_options_agree():
     assert set(nb.STRATEGY_NAMES) == set(nb.STRATEGIES)
 
 
-@pytest.fixture
-def network(monkeypatch):
+def test_no_network_and_no_model_named_means_the_demo(tmp_path, monkeypatch, capsys):
     for place in (nb.huggingface_hub.constants, nb.datasets.config):
         monkeypatch.setattr(place, "HF_HUB_OFFLINE", False)
-
-
-def test_no_network_and_no_model_named_means_the_demo(network, monkeypatch, capsys):
+    monkeypatch.setattr(nb, "hub_is_reachable", lambda: 1 / 0)
+    (tmp_path / "a.txt").write_text("words")
+    for name in ("demo", str(tmp_path)):  # where nothing comes from the hub it is not asked
+        made = nb.choose_sources(settings(model=name, train_file=str(tmp_path / "a.txt")))
+        assert (made.model, made.dataset) == (name, "auto")
+        assert nb.choose_sources(settings(model=name, dataset="python-docs")).dataset == "python-docs"
     monkeypatch.setattr(nb, "hub_is_reachable", lambda: True)
     online = nb.choose_sources(settings())
     assert (online.model, online.dataset) == ("gpt2", "Salesforce/wikitext:wikitext-2-raw-v1")
@@ -163,15 +166,6 @@ def test_no_network_and_no_model_named_means_the_demo(network, monkeypatch, caps
     assert "cannot be reached" in capsys.readouterr().out
     assert nb.huggingface_hub.constants.HF_HUB_OFFLINE and nb.datasets.config.HF_HUB_OFFLINE
     assert nb.choose_sources(settings(model="gpt2")).model == "gpt2", "a model that was named is never replaced"
-
-
-def test_where_nothing_comes_from_the_hub_it_is_not_asked(network, tmp_path, monkeypatch):
-    monkeypatch.setattr(nb, "hub_is_reachable", lambda: 1 / 0)
-    (tmp_path / "a.txt").write_text("words")
-    for name in ("demo", str(tmp_path)):
-        made = nb.choose_sources(settings(model=name, train_file=str(tmp_path / "a.txt")))
-        assert (made.model, made.dataset) == (name, "auto")
-        assert nb.choose_sources(settings(model=name, dataset="python-docs")).dataset == "python-docs"
 
 
 def test_help_lists_every_setting_with_its_default(capsys):
@@ -201,14 +195,18 @@ def test_a_record_is_whole_also_where_a_step_fails(tmp_path):
     assert (run.folder / "metrics.json").exists(), "what was computed stays"
 
 
-def test_more_takes_options_as_a_shell_does(monkeypatch):
+def test_more_takes_options_as_they_are_written_and_run_takes_its_own(monkeypatch):
     monkeypatch.setattr(nb, "in_notebook", lambda: True)
     monkeypatch.setattr(nb, "choose_sources", lambda settings: settings)
-    made = nb.start_settings("--no-repair --prompt 'two words' --pruning-level 0.1")
-    assert (made.repair, made.prompt, made.pruning_level) == (0, "two words", 0.1)
+    made = nb.start_settings(r"""--no-repair --prompt 'it # is' --train-file "C:\my data\a.txt" --pruning-level 0.1""")
+    assert (made.repair, made.prompt, made.pruning_level) == (0, "it # is", 0.1)
+    assert made.train_file == r"C:\my data\a.txt"
     made = nb.start_settings("--pruning-level auto")
     assert (made.pruning_level, made.max_loss) == (nb.PRUNING_LEVEL, 0.05)
     assert nb.start_settings("--pruning-level auto --max-loss 0.1").max_loss == 0.1
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [nb.__file__, "--model", "demo", "--strategy", "fisher"])
+        assert nb.start_settings("").strategy == "fisher"
     for more, said in (
         ("--prompt 'two", "MORE is .*No closing quotation"),
         ("--levle 3", "unrecognized arguments: --levle 3"),

@@ -38,12 +38,6 @@ def tested(tokenizer):
     return nb.pack(nb.load_text(nb.Settings(dataset="python-docs"))["test"], tokenizer, 128)[: FEW["eval_blocks"]]
 
 
-def test_the_script_says_that_it_is_the_demo_and_how_to_use_a_real_model(script_run, results):
-    assert re.search(r"cannot be reached.*demo.*--model", script_run.stdout)
-    assert "Traceback" not in script_run.stderr
-    assert str(results.relative_to(results.parents[1])) in script_run.stdout
-
-
 def test_the_record_holds_everything(metrics):
     perplexity, size, parameters = metrics["perplexity"], metrics["size"], metrics["parameters"]
     assert list(perplexity) == ["dense", "pruned", "repaired", "fine_tuned", "dense_fine_tuned"]
@@ -97,9 +91,11 @@ def test_the_zip_holds_the_report_the_pictures_and_a_model_that_opens(results, m
     assert json.loads((folder / "model-compact" / "config.json").read_text())["use_cache"] is True
 
 
-def test_no_secret_of_the_environment_and_no_folder_of_this_machine_is_in_what_is_handed_on(
-    results, script_run, secret
-):
+def test_the_script_says_what_it_does_and_hands_on_no_secret_and_no_folder_of_this_machine(results, script_run, secret):
+    """It says that it is the demo, how to use a real model, and where the results are."""
+    assert re.search(r"cannot be reached.*demo.*--model", script_run.stdout)
+    assert "Traceback" not in script_run.stderr
+    assert str(results.relative_to(results.parents[1])) in script_run.stdout
     for path in (*results.rglob("*"), Path(f"{results}.zip")):
         assert path.is_dir() or secret.encode() not in path.read_bytes()
     with zipfile.ZipFile(f"{results}.zip") as archive:

@@ -48,18 +48,11 @@ def main(folder, blocks, kind, prunes, level, out):
     weighted = (torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm)
     everything_else = [part for part in model.modules() if isinstance(part, weighted) and part not in pruned]
     pruner = tp.pruner.MetaPruner(
-        model,
-        blocks["calibration"][:1],
-        importance=kinds[kind](),
-        pruning_ratio=float(level),
-        prune_num_heads=prunes != "neurons",
-        prune_head_dims=False,
-        head_pruning_ratio=float(level),
-        global_pruning=True,
-        num_heads=queries,
-        ignored_layers=everything_else,
+        model, blocks["calibration"][:1], importance=kinds[kind](), pruning_ratio=float(level),
+        prune_num_heads=prunes != "neurons", prune_head_dims=False, head_pruning_ratio=float(level),
+        global_pruning=True, num_heads=queries, ignored_layers=everything_else,
         output_transform=lambda output: output.logits,
-    )
+    )  # fmt: skip
     if kind == "taylor":
         for batch in blocks["calibration"].split(4):
             model(batch, labels=batch).loss.backward()
