@@ -25,6 +25,7 @@ import PruningAndFineTuningColab as nb
 
 CPU, SCRIPT = torch.device("cpu"), Path(nb.__file__)
 FEW = {"max_steps": 12, "eval_blocks": 7, "calibration_blocks": 7, "gate_steps": 12, "repair": 8, "block_length": 128}
+LONGEST = "test_browser test_walk test_resume test_many_processes test_disk test_compact test_bad_input".split()
 FEW_WORDS = [word for name, value in FEW.items() for word in ("--" + name.replace("_", "-"), str(value))]
 UNEVEN = torch.tensor([[1.0, 0, 1, 1], [1, 1, 0, 0]])  # gates: the second layer loses both readers of a key
 
@@ -54,7 +55,7 @@ FAMILIES = {
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no process is left alone with one in the end."""
-    items.sort(key=lambda item: item.path.name not in ("test_browser.py", "test_walk.py"))
+    items.sort(key=lambda item: (LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)))
 
 
 def make(family: str, seed: int = 0, **changes):
