@@ -1,4 +1,4 @@
-"""Small random models of real transformers classes, one for every family, and a reference gate of our own."""
+"""What the tests share: models of the catalogue under short names, runs, scripts, and one script run for all."""
 
 import copy
 import json
@@ -6,76 +6,97 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # each gets its share of the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // processes)))
 
+import families
 import filelock
 import pytest
+import tokenizers
 import torch
 import transformers
-from families import CATALOGUE, GPT
-from families import SIZES as SMALL
-from families import WIDE as LLAMA
+from nbclient import NotebookClient
 from torch.utils.flop_counter import FlopCounterMode
 
 import PruningAndFineTuningColab as nb
 
-FEW = {"max_steps": 12, "eval_blocks": 8, "calibration_blocks": 8, "gate_steps": 20, "repair": 16}
+CPU, SCRIPT = torch.device("cpu"), Path(nb.__file__)
+FEW = {"max_steps": 12, "eval_blocks": 7, "calibration_blocks": 7, "gate_steps": 12, "repair": 8, "block_length": 128}
+LONGEST = "test_browser test_walk test_resume test_many_processes test_disk test_compact test_bad_input".split()
+FEW_WORDS = [word for name, value in FEW.items() for word in ("--" + name.replace("_", "-"), str(value))]
+UNEVEN = torch.tensor([[1.0, 0, 1, 1], [1, 1, 0, 0]])  # gates: the second layer loses both readers of a key
 
-# family -> (config class, its arguments, path of the output projection)
+# family -> (its name in the catalogue, path of the output projection)
 FAMILIES = {
-    "gpt2": ("GPT2Config", GPT, "transformer.h.{}.attn.c_proj"),
-    "opt": (*CATALOGUE["OPT"], "model.decoder.layers.{}.self_attn.out_proj"),
-    "gpt_neox": ("GPTNeoXConfig", SMALL, "gpt_neox.layers.{}.attention.dense"),
-    "llama": ("LlamaConfig", LLAMA, "model.layers.{}.self_attn.o_proj"),
-    "mistral": ("MistralConfig", LLAMA, "model.layers.{}.self_attn.o_proj"),
-    "qwen2": ("Qwen2Config", SMALL | dict(num_key_value_heads=2), "model.layers.{}.self_attn.o_proj"),
-    "qwen3": ("Qwen3Config", LLAMA, "model.layers.{}.self_attn.o_proj"),
-    "gemma2": ("Gemma2Config", LLAMA, "model.layers.{}.self_attn.o_proj"),
-    "gemma3": ("Gemma3TextConfig", LLAMA, "model.layers.{}.self_attn.o_proj"),
-    "phi": ("PhiConfig", SMALL, "model.layers.{}.self_attn.dense"),
-    "phi3": ("Phi3Config", SMALL | dict(num_key_value_heads=2), "model.layers.{}.self_attn.o_proj"),
-    "gptj": ("GPTJConfig", GPT | dict(rotary_dim=4), "transformer.h.{}.attn.out_proj"),
-    "gpt_neo": (*CATALOGUE["GPT-Neo"], "transformer.h.{}.attn.attention.out_proj"),
-    "bloom": (*CATALOGUE["BLOOM"], "transformer.h.{}.self_attention.dense"),
-    "falcon": (*CATALOGUE["Falcon 40B"], "transformer.h.{}.self_attention.dense"),
-    "falcon_multi_query": (*CATALOGUE["Falcon 7B"], "transformer.h.{}.self_attention.dense"),
-    "gpt_bigcode": ("GPTBigCodeConfig", GPT, "transformer.h.{}.attn.c_proj"),
-    "biogpt": ("BioGptConfig", SMALL, "biogpt.layers.{}.self_attn.out_proj"),
-    "stablelm": ("StableLmConfig", SMALL | dict(num_key_value_heads=2), "model.layers.{}.self_attn.o_proj"),
+    "gpt2": ("GPT-2", "transformer.h.{}.attn.c_proj"),
+    "opt": ("OPT", "model.decoder.layers.{}.self_attn.out_proj"),
+    "gpt_neox": ("GPT-NeoX, Pythia", "gpt_neox.layers.{}.attention.dense"),
+    "llama": ("Llama, SmolLM2", "model.layers.{}.self_attn.o_proj"),
+    "mistral": ("Mistral", "model.layers.{}.self_attn.o_proj"),
+    "qwen2": ("Qwen 2", "model.layers.{}.self_attn.o_proj"),
+    "qwen3": ("Qwen 3", "model.layers.{}.self_attn.o_proj"),
+    "gemma2": ("Gemma 2", "model.layers.{}.self_attn.o_proj"),
+    "gemma3": ("Gemma 3", "model.layers.{}.self_attn.o_proj"),
+    "phi": ("Phi", "model.layers.{}.self_attn.dense"),
+    "phi3": ("Phi-3", "model.layers.{}.self_attn.o_proj"),
+    "gptj": ("GPT-J", "transformer.h.{}.attn.out_proj"),
+    "gpt_neo": ("GPT-Neo", "transformer.h.{}.attn.attention.out_proj"),
+    "bloom": ("BLOOM", "transformer.h.{}.self_attention.dense"),
+    "falcon": ("Falcon 40B", "transformer.h.{}.self_attention.dense"),
+    "falcon_multi_query": ("Falcon 7B", "transformer.h.{}.self_attention.dense"),
+    "gpt_bigcode": ("GPTBigCode", "transformer.h.{}.attn.c_proj"),
+    "biogpt": ("BioGPT", "biogpt.layers.{}.self_attn.out_proj"),
+    "stablelm": ("StableLM", "model.layers.{}.self_attn.o_proj"),
 }
 
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no process is left alone with one in the end."""
-    items.sort(key=lambda item: item.path.name not in ("test_browser.py", "test_walk.py"))
+    items.sort(key=lambda item: (LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)))
 
 
 def make(family: str, seed: int = 0, **changes):
     """A small random model of a family, in evaluation mode, with weights large enough that every head counts."""
-    name, arguments, _ = FAMILIES[family]
-    torch.manual_seed(seed)
-    config = getattr(transformers, name)(**(arguments | changes))
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.2)
+    return families.make(FAMILIES[family][0], seed, **changes)
+
+
+def gated(family: str, gates=UNEVEN, **changes):
+    """A small random model whose gates are set."""
+    model = make(family, **changes)
+    nb.set_gates(model, torch.as_tensor(gates, dtype=torch.float))
     return model
+
+
+def saved(folder: Path, family: str = "llama", dtype=torch.float32, **changes) -> Path:
+    """A folder with a small random model and a tokenizer."""
+    make(family, **changes).to(dtype).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def edit(file: Path, **words) -> None:
+    """Changes words of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | words))
 
 
 @torch.no_grad()
 def zero_heads(model, family: str, gates: torch.Tensor):
     """The independent reference: zeroes the closed heads' inputs in the weight of the output projection, by path."""
     for number, row in enumerate(gates):
-        projection = model.get_submodule(FAMILIES[family][2].format(number))
+        projection = model.get_submodule(FAMILIES[family][1].format(number))
         weight = projection.weight if family == "gpt2" else projection.weight.T  # (in, out), as a Conv1D is stored
         width = weight.shape[0] // len(row)
         for head, gate in enumerate(row.tolist()):
             weight[head * width : (head + 1) * width] *= gate
     return model
+
+
+def random_blocks(number: int, length: int = 16, seed: int = 1, most: int = 97) -> torch.Tensor:
+    """Random token ids (number, length)."""
+    return torch.randint(3, most, (number, length), generator=torch.Generator().manual_seed(seed))
 
 
 def logits(model, tokens):
@@ -91,13 +112,11 @@ def count_flops(model, block):
         if hasattr(module, "config"):  # the counter does not know the fast kernels
             module.config._attn_implementation = module.config._experts_implementation = "eager"
     with FlopCounterMode(display=False) as counter:
-        model(block, use_cache=False)
+        model(block.to(model.device), use_cache=False)
     return counter.get_total_flops() / block.numel()
 
 
 def tiny_tokenizer():
-    import tokenizers
-
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
@@ -110,7 +129,7 @@ def family(request):
 
 @pytest.fixture
 def tokens():
-    return torch.randint(3, 97, (2, 16), generator=torch.Generator().manual_seed(1))
+    return random_blocks(2)
 
 
 @pytest.fixture
@@ -125,6 +144,34 @@ def a_fresh_start():
     vars(nb.COMPUTING).update(vars(nb.Computing()))
 
 
+# --- runs, scripts and notebooks
+
+
+def new_run(folder: Path, dtype=torch.float32, **changes):
+    """A run with these settings, which keeps its results in a folder."""
+    return nb.Run(nb.Settings(output_dir=str(folder), **changes), CPU, dtype)
+
+
+def run_python(*words, cwd: Path, status: int = 0, **environment):
+    """What a Python process said, which has to end with this status."""
+    own = os.environ | {"PYTHONPATH": str(SCRIPT.parent)} | environment
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, cwd=cwd, env=own, capture_output=True, text=True, timeout=900)
+    assert done.returncode == status, done.stderr[-3000:]
+    return done
+
+
+def folders_in(place: Path) -> list[Path]:
+    """Folders of results, and not what is kept of runs that are to be gone on with."""
+    return [path for path in place.iterdir() if path.is_dir() and path.suffix != ".state"]
+
+
+def results_in(place: Path):
+    """(the one folder of results, its record)"""
+    (folder,) = folders_in(place)
+    return folder, json.loads((folder / "metrics.json").read_text())
+
+
 def fill_form(notebook, settings: dict):
     """Sets fields of a notebook's form; what is not in the form goes into MORE, as in a shell."""
     (form,) = (cell for cell in notebook.cells if cell.source.startswith("# @title Settings\n"))
@@ -135,6 +182,10 @@ def fill_form(notebook, settings: dict):
         words = [f"--no-{option}"] if value is False else [f"--{option}", str(value)]
         more += [] if found else words
     form.source = form.source.replace('MORE = ""', f"MORE = {' '.join(more)!r}")
+
+
+def client_of(notebook, cwd: Path) -> NotebookClient:
+    return NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(cwd)}})
 
 
 @pytest.fixture(scope="session")
@@ -151,11 +202,10 @@ def script_run(tmp_path_factory, secret):
     place = tmp_path_factory.getbasetemp()
     place = (place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "home"
     own = {"XDG_CACHE_HOME": str(place / "cache"), "HF_HUB_OFFLINE": "1", "HF_TOKEN": secret}
-    few = [word for name, value in FEW.items() for word in ("--" + name.replace("_", "-"), str(value))]
     with filelock.FileLock(f"{place}.lock"):
         if not (said := place.with_suffix(".json")).exists():
             place.mkdir()
-            words = [sys.executable, nb.__file__, "--save-model", "compact zeroed", *few]
+            words = [sys.executable, SCRIPT, "--save-model", "compact zeroed", *FEW_WORDS]
             done = subprocess.run(words, cwd=place, capture_output=True, text=True, env=os.environ | own)
             said.write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
         run = subprocess.CompletedProcess(place, *json.loads(said.read_text()))
@@ -170,3 +220,10 @@ def script_run(tmp_path_factory, secret):
 def home(script_run):
     """The machine on which the script has run."""
     return script_run.args
+
+
+@pytest.fixture(scope="session")
+def demo(home):
+    """The folder of the demo model; the script has trained it."""
+    (folder,) = folders_in(home / "cache/PruningAndFineTuningColab")
+    return folder

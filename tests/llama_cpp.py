@@ -87,6 +87,23 @@ def why_no_llama_cpp() -> str:
     return ""
 
 
+def rows_of(model, ids: list[int]):
+    """Logits (time, vocabulary) of ids, in llama.cpp."""
+    import numpy
+
+    batch = model._lib.llama_batch_init(len(ids), 0, 1)
+    batch.n_tokens = len(ids)
+    for place, token in enumerate(ids):
+        batch.token[place], batch.pos[place], batch.n_seq_id[place] = token, place, 1
+        batch.seq_id[place][0], batch.logits[place] = 0, 1
+    if model._lib.llama_decode(model._ctx, batch):
+        raise SystemExit("llama.cpp cannot compute it")
+    rows = (model._lib.llama_get_logits_ith(model._ctx, place) for place in range(len(ids)))
+    rows = numpy.stack([numpy.frombuffer(model._ffi.buffer(row, 4 * model.n_vocab), "float32") for row in rows])
+    model._lib.llama_batch_free(batch)
+    return rows
+
+
 def run_llama_cpp(file: str, folder: str) -> None:
     """Runs in a process of its own, because llama.cpp ends it where it does not like a file; imports all it needs.
 
@@ -99,20 +116,8 @@ def run_llama_cpp(file: str, folder: str) -> None:
     from llama_cpp_py_sync import Llama
 
     asked = json.loads(Path(folder, "asked.json").read_text())
-    number = len(asked["ids"])
-    model = Llama(file, n_ctx=number, n_batch=number)
-    batch = model._lib.llama_batch_init(number, 0, 1)
-    batch.n_tokens = number
-    for place, token in enumerate(asked["ids"]):
-        batch.token[place], batch.pos[place], batch.n_seq_id[place] = token, place, 1
-        batch.seq_id[place][0], batch.logits[place] = 0, 1
-    if model._lib.llama_decode(model._ctx, batch):
-        raise SystemExit("llama.cpp cannot compute it")
-    rows = [
-        model._ffi.buffer(model._lib.llama_get_logits_ith(model._ctx, place), 4 * model.n_vocab)
-        for place in range(number)
-    ]
-    numpy.save(Path(folder, "logits.npy"), numpy.stack([numpy.frombuffer(row, "float32") for row in rows]))
+    model = Llama(file, n_ctx=len(asked["ids"]), n_batch=len(asked["ids"]))
+    numpy.save(Path(folder, "logits.npy"), rows_of(model, asked["ids"]))
     Path(folder, "tokens.json").write_text(json.dumps(model.tokenize(asked["text"], add_special=False)))
 
 
@@ -121,7 +126,8 @@ def divergence_in_llama_cpp(file: Path, small, tokenizer, ids: torch.Tensor) -> 
     text = tokenizer.decode(ids, skip_special_tokens=True)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "asked.json").write_text(json.dumps({"ids": ids.tolist(), "text": text}))
-        code = f"{inspect.getsource(run_llama_cpp)}\nrun_llama_cpp({str(file)!r}, {folder!r})"
+        sources = inspect.getsource(rows_of) + inspect.getsource(run_llama_cpp)
+        code = f"{sources}\nrun_llama_cpp({str(file)!r}, {folder!r})"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, errors="replace")
         if done.returncode:
             raise RuntimeError(f"llama.cpp cannot open {file} ({done.stderr.strip()[-300:]})")

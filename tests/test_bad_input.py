@@ -7,12 +7,11 @@ import struct
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, make, tiny_tokenizer
+from conftest import CPU, SCRIPT, edit, make, new_run, random_blocks, run_python, saved, tiny_tokenizer
 from hypothesis import HealthCheck, given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
@@ -20,31 +19,34 @@ from safetensors.torch import load_file, save_file
 
 import PruningAndFineTuningColab as nb
 
-SCRIPT = Path(nb.__file__)
+SMALL = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A whole model in a folder, to be spoilt."""
-    path = tmp_path / "model"
-    make("gpt2").save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
+    return saved(tmp_path / "model", "gpt2")
 
 
 def spoil(name, content):
-    def change(folder):
-        (folder / name).write_bytes(content)
-
-    return change
+    return lambda folder: (folder / name).write_bytes(content)
 
 
 def config(**changes):
-    def change(folder):
-        path = folder / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return lambda folder: edit(folder / "config.json", **changes)
 
-    return change
+
+def weights(change):
+    def apply(folder):
+        file = folder / "model.safetensors"
+        save_file(change(load_file(file)), file, {"format": "pt"})
+
+    return apply
+
+
+def without(word, found):
+    found.pop(next(name for name in found if word in name))
+    return found
 
 
 def truncate(folder):
@@ -52,38 +54,75 @@ def truncate(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def lose_a_weight(folder):
-    weights = load_file(folder / "model.safetensors")
-    weights.pop(next(name for name in weights if "c_proj.weight" in name))
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-
 def escape(folder):
     (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "../../secret.safetensors"}})
-    )
+    words = {"metadata": {}, "weight_map": {"lm_head.weight": "../../secret.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(words))
+
+
+def lose_a_shard(folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    sorted(folder.glob("model-*"))[1].unlink()
+
+
+def lose(*names):
+    return lambda folder: [file.unlink() for name in names for file in folder.glob(name)]
+
+
+def adapter(folder):
+    lose("*")(folder)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+
+
+def bert(folder):
+    transformers.BertLMHeadModel(transformers.BertConfig(**SMALL)).save_pretrained(folder)
+
+
+def t5(folder):
+    words = transformers.T5Config(vocab_size=97, d_model=32, num_layers=2, num_heads=4, d_ff=64, d_kv=8)
+    transformers.T5ForConditionalGeneration(words).save_pretrained(folder)
+
+
+def filled(value):
+    return lambda found: found | {"transformer.h.1.mlp.c_fc.weight": torch.full((32, 128), float(value))}
 
 
 SPOILT = {
-    "weights cut short": (truncate, "cannot be had"),
+    "weights cut short": (truncate, "cannot be had.*a file is cut short or broken: download or copy it again"),
     "weights are noise": (spoil("model.safetensors", b"\xff" * 1000), "cannot be had"),
     "weights claim a huge header": (spoil("model.safetensors", struct.pack("<Q", 2**60) + b"{}"), "cannot be had"),
-    "a weight is missing": (lose_a_weight, r"lacks 1 of its weights .*download it again"),
+    "a weight is missing": (weights(lambda found: without("c_proj.weight", found)), "lacks 1 of .*download it"),
+    "all have a prefix": (
+        weights(lambda found: {f"_orig_mod.{name}": value for name, value in found.items()}),
+        "it has _orig_mod.transformer.* instead: save it under the model's own names",
+    ),
+    "not a number": (weights(filled("nan")), "not finite in transformer.h.1.mlp.c_fc.weight: download it again"),
+    "infinite": (weights(filled("inf")), "not finite in transformer.h.1.mlp.c_fc.weight: download it again"),
+    "a shard is missing": (lose_a_shard, "a file is missing: download or copy all of them"),
     "another shape": (config(n_embd=64, n_head=4), "cannot be had|lacks"),
     "weights are outside of the folder": (escape, "cannot be had"),
     "config is noise": (spoil("config.json", b"{{{"), "cannot be had"),
     "config of an unknown family": (config(model_type="no-such-family"), "cannot be had"),
     "config is a list": (spoil("config.json", b"[]"), "cannot be had"),
+    "an adapter alone": (adapter, "cannot be had"),
+    "a model within": (lambda folder: [lose("*")(folder), saved(folder / "checkpoint-100")], "cannot be had"),
     "tokenizer is noise": (spoil("tokenizer.json", b"{]"), "cannot be had"),
+    "tokenizer of the future": (
+        lambda folder: edit(folder / "tokenizer.json", pre_tokenizer={"type": "Future"}),
+        "it was made by a newer version: pip install -U transformers tokenizers",
+    ),
+    "no tokenizer": (
+        lose("tokenizer*", "special*"),
+        "the tokenizer of model .* cannot be had .*copy the tokenizer's files into the folder",
+    ),
     "quantised": (
         config(quantization_config={"quant_method": "gptq", "bits": 4}),
         "is quantised.*take the model that it was made from",
     ),
-    "compact already": (
-        config(pruned={"shapes": {}, "numbers": {}}),
-        "is compact.*take the model that it was made from",
-    ),
+    "tokens see those after them": (bert, "BertLMHeadModel whose tokens see those after them: take a causal"),
+    "not a decoder": (t5, "cannot be had"),
 }
 
 
@@ -92,75 +131,60 @@ def test_a_spoilt_model_is_refused_by_name(name, folder):
     change, message = SPOILT[name]
     change(folder)
     with pytest.raises(nb.UserError, match=message) as error:
-        nb.load_model(str(folder), torch.device("cpu"))
+        nb.load_model(str(folder), CPU)
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_only_causal_models_are_taken(folder):
-    small = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
-    transformers.BertLMHeadModel(transformers.BertConfig(**small)).save_pretrained(folder)
-    with pytest.raises(nb.UserError, match="BertLMHeadModel whose tokens see those after them: take a causal"):
-        nb.load_model(str(folder), torch.device("cpu"))
-    t5 = transformers.T5Config(vocab_size=97, d_model=32, num_layers=2, num_heads=4, d_ff=64, d_kv=8)
-    transformers.T5ForConditionalGeneration(t5).save_pretrained(folder)
-    with pytest.raises(nb.UserError, match="cannot be had"):
-        nb.load_model(str(folder), torch.device("cpu"))
+GGUF = [b"", b"GGUF", b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60), b"GGUF" + b"\xff" * 200, b"\x00" * 500]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_causal(family):
-    assert nb.is_causal(make(family))
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"GGUF", b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60), b"GGUF" + b"\xff" * 200, b"\x00" * 500]
-)
+@pytest.mark.parametrize("content", GGUF)
 def test_a_spoilt_gguf_is_refused(content, tmp_path):
     (tmp_path / "model.gguf").write_bytes(content)
     with pytest.raises(nb.UserError, match="model.gguf' cannot be had"):
-        nb.load_model(str(tmp_path / "model.gguf"), torch.device("cpu"))
+        nb.load_model(str(tmp_path / "model.gguf"), CPU)
 
 
-def test_tokens_and_prompts_that_the_model_cannot_read_are_refused():
-    model, text = make("gpt2"), dict.fromkeys(nb.SPLITS, "a a a a")
+@pytest.mark.parametrize("name", ["nobody/nothing", "missing.gguf"])
+def test_a_model_that_is_not_there_is_named(name):
+    with pytest.raises(nb.UserError, match=f"model '{name}' cannot be had"):
+        nb.load_model(name, CPU)
+
+
+@pytest.mark.parametrize("changes, words, message", [
+    ({"vocab_size": 1}, dict(prompt="a a", block_length=4), "has a token 1 .in the train., but the model"),
+    ({}, dict(prompt="a " * 30, block_length=4), "prompt has 30 tokens, but must have 1 to 24: write a shorter one"),
+    ({}, dict(prompt="a", block_length=65), "block_length is 65, but the model reads at most 64 tokens"),
+    ({}, dict(prompt="a", block_length=5), "the train text has fewer than 5 tokens, but one block is needed"),
+])  # fmt: skip
+def test_tokens_and_prompts_that_the_model_cannot_read_are_refused(changes, words, message):
+    text = dict.fromkeys(nb.SPLITS, "a a a a")
     short = nb.Settings(prompt="a a", block_length=4)
-    assert nb.pack_all(text, tiny_tokenizer(), model, short)["train"].tolist() == [[1, 1, 1, 1]]
-    with pytest.raises(nb.UserError, match="has a token 1 .in the train., but the model"):
-        nb.pack_all(text, tiny_tokenizer(), make("gpt2", vocab_size=1), short)
-    with pytest.raises(nb.UserError, match="prompt has 30 tokens, but must have 1 to 24: write a shorter one"):
-        nb.pack_all(text, tiny_tokenizer(), model, nb.Settings(prompt="a " * 30, block_length=4))
-    with pytest.raises(nb.UserError, match="block_length is 65, but the model reads at most 64 tokens"):
-        nb.pack_all(text, tiny_tokenizer(), model, nb.Settings(prompt="a", block_length=65))
-    with pytest.raises(nb.UserError, match="the train text has fewer than 5 tokens, but one block is needed"):
-        nb.pack_all(text, tiny_tokenizer(), model, nb.Settings(prompt="a", block_length=5))
+    assert nb.pack_all(text, tiny_tokenizer(), make("gpt2"), short)["train"].tolist() == [[1, 1, 1, 1]]
+    with pytest.raises(nb.UserError, match=message):
+        nb.pack_all(text, tiny_tokenizer(), make("gpt2", **changes), nb.Settings(**words))
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path):
-    model = make("gpt2")
+    model, run = make("gpt2"), new_run(tmp_path, max_steps=4, block_length=16)
     with torch.no_grad():
         model.transformer.h[0].mlp.c_fc.weight.fill_(float("nan"))
-    blocks = {split: torch.randint(3, 97, (8, 16)) for split in nb.SPLITS}
-    settings = nb.Settings(output_dir=str(tmp_path), max_steps=4, block_length=16)
-    run = nb.Run(settings, torch.device("cpu"), torch.float32)
     with pytest.raises(nb.RunError, match="the loss is nan at step 1 of 4: take a lower --learning-rate"):
-        nb.train(run, "fine_tuned", model, blocks, settings)
+        nb.train(run, "fine_tuned", model, dict.fromkeys(nb.SPLITS, random_blocks(8)), run.settings)
     assert not list(run.state.glob("training-*")), "nothing is kept of it"
 
 
-def run_script(*words, cwd):
-    return subprocess.run([sys.executable, SCRIPT, *words], cwd=cwd, capture_output=True, text=True)
-
-
-def test_the_script_says_it_in_one_sentence_and_leaves_nothing(folder, tmp_path):
+@pytest.mark.parametrize("words, said", [
+    ("--pruning-level 1.5", "error: pruning_level is "),
+    ("--model model --dataset python-docs --output-dir out", "error: model 'model' cannot be had"),
+    ("--model demo --output-dir /proc/nothing", "error: output_dir is '/proc/nothing', but no folder can be made"),
+])  # fmt: skip
+def test_the_script_says_it_in_one_sentence_and_leaves_nothing(words, said, folder, tmp_path):
     truncate(folder)
-    done = run_script("--model", str(folder), "--dataset", "python-docs", "--output-dir", "out", cwd=tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: model") and not list(tmp_path.glob("out/*"))
-
-
-def test_an_output_folder_that_cannot_be_written_is_named(tmp_path):
-    done = run_script("--output-dir", "/proc/nothing", "--model", "demo", cwd=tmp_path)
-    assert done.returncode == 2 and "output_dir is '/proc/nothing', but no folder can be made there" in done.stderr
+    done = run_python(SCRIPT, *words.split(), cwd=tmp_path, status=2)
+    assert "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith(said)
+    assert list(tmp_path.iterdir()) in ([folder], [folder, tmp_path / "out"], [tmp_path / "out", folder])
+    assert not list(tmp_path.glob("out/*"))
 
 
 def test_ctrl_c_stops_with_status_130_and_says_what_is_there(folder, tmp_path):
@@ -217,7 +241,7 @@ def test_no_file_whatever_ends_in_a_traceback(folder, name, data):
     spoilt = whole[:start] + data.draw(st.binary(max_size=20)) + whole[start + data.draw(st.integers(0, 50)) :]
     path.write_bytes(spoilt)
     try:
-        nb.load_model(str(folder), torch.device("cpu"))
+        nb.load_model(str(folder), CPU)
     except nb.UserError as error:
         assert str(folder) in str(error)
     finally:

@@ -16,16 +16,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import fill_form
-
-import PruningAndFineTuningColab as nb
+from conftest import FEW, SCRIPT, fill_form
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 if CHROMIUM is None:
     pytest.skip("no chromium on this machine: apt-get install chromium", allow_module_level=True)
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -r tests/requirements.txt")
 
-FEW = {"max_steps": 60, "eval_blocks": 8, "calibration_blocks": 8, "gate_steps": 20, "repair": 16, "control": False}
 MINUTES = 60_000  # milliseconds
 LAB = "--no-browser --allow-root --ServerApp.port_retries=0 --IdentityProvider.token="
 SETTINGS = {  # all cells are in the page, seen or not
@@ -38,8 +35,8 @@ SETTINGS = {  # all cells are in the page, seen or not
 def server(home, tmp_path_factory):
     """The address of a JupyterLab whose root folder holds the notebook, and that folder."""
     root = tmp_path_factory.mktemp("lab")
-    notebook = nbformat.read(Path(nb.__file__).with_suffix(".ipynb"), 4)
-    fill_form(notebook, FEW)
+    notebook = nbformat.read(SCRIPT.with_suffix(".ipynb"), 4)
+    fill_form(notebook, FEW | {"max_steps": 60, "control": False})
     nbformat.write(notebook, root / "notebook.ipynb")
     for name, text in SETTINGS.items():
         file = root / f"JUPYTERLAB_SETTINGS_DIR/@jupyterlab/{name}.jupyterlab-settings"
@@ -145,15 +142,18 @@ def parameters(explorer):
     return float(re.search(r"([\d.]+) M parameters", explorer.inner_text())[1])
 
 
-def test_the_level_slider_moves_heatmap_and_counts(explorer):
+def test_the_level_slider_moves_heatmap_and_counts_and_a_mistake_is_said(explorer):
     assert explorer.locator(".prune-head").count() == 32 and crosses(explorer) == 10
     assert "10 of 32 heads closed" in explorer.inner_text()
     before, slider = parameters(explorer), explorer.locator(".noUi-handle")
-    slider.focus()
-    for _ in range(20):
-        slider.press("ArrowRight")
-    explorer.get_by_text("16 of 32 heads closed").wait_for()
-    assert crosses(explorer) == 16 and parameters(explorer) < before
+    slider.press("End")  # every layer keeps a head
+    explorer.get_by_text("lower one of the two").wait_for()
+    assert "10 of 32 heads closed" in explorer.inner_text()
+    for _ in range(5):
+        slider.press("PageDown")
+    explorer.get_by_text("22 of 32 heads closed").wait_for()
+    assert "lower one of the two" not in explorer.inner_text()
+    assert crosses(explorer) == 22 and parameters(explorer) < before
     shot(explorer, "explorer")
 
 
@@ -172,13 +172,10 @@ def test_a_click_toggles_a_head_and_measure_says_a_perplexity(explorer):
     shot(explorer, "measured")
 
 
-def test_another_strategy_is_scored_when_it_is_chosen(explorer):
+def test_another_strategy_is_scored_and_both_models_write_and_what_is_shown_is_taken(explorer):
     explorer.locator("select").select_option("magnitude")
     explorer.get_by_text("Scoring with magnitude, once.").wait_for()
-    explorer.get_by_text("16 of 32 heads closed").wait_for()  # a click had changed the number
-
-
-def test_the_dense_and_the_shown_model_write(explorer):
+    explorer.get_by_text("22 of 32 heads closed").wait_for()  # a click had changed the number
     prompt = explorer.locator("input[type=text]").last
     prompt.fill("The function returns")
     prompt.press("Tab")
@@ -186,20 +183,6 @@ def test_the_dense_and_the_shown_model_write(explorer):
     explorer.get_by_text("shown:").wait_for()
     assert explorer.inner_text().count("The function returns") >= 2
     shot(explorer, "written")
-
-
-def test_a_mistake_is_said_in_the_panel(explorer):
-    slider = explorer.locator(".noUi-handle")
-    slider.press("End")  # every layer keeps a head
-    explorer.get_by_text("lower one of the two").wait_for()
-    assert "16 of 32 heads closed" in explorer.inner_text()
-    for _ in range(5):
-        slider.press("PageDown")
-    explorer.get_by_text("22 of 32 heads closed").wait_for()
-    assert "lower one of the two" not in explorer.inner_text()
-
-
-def test_what_is_shown_can_be_taken_into_the_run(explorer):
     explorer.get_by_role("button", name="Take it").click()
     explorer.get_by_text("Taken: test perplexity").wait_for()
 

@@ -4,14 +4,12 @@ import copy
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, count_flops, logits, make, tiny_tokenizer
+from conftest import CPU, count_flops, gated, logits, make, random_blocks, run_python, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -19,8 +17,8 @@ from safetensors.torch import load_file
 import PruningAndFineTuningColab as nb
 
 BLOCK = torch.ones(1, 32, dtype=torch.long)
-COVERED = ["gpt2", "opt", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi", "phi3"]
-GROUPED = [family for family in COVERED if FAMILIES[family][1].get("num_key_value_heads") == 2]
+COVERED = ["gpt2", "opt", "gpt_neox", "llama", "gemma3", "phi", "phi3"]  # for all others: test_families.py
+GROUPED = ["llama", "gemma3", "phi3"]
 MASKS = {
     "uneven": [[1, 0, 1, 1], [1, 1, 0, 0]],
     "first layer empty": [[0, 0, 0, 0], [1, 0, 1, 0]],
@@ -28,20 +26,21 @@ MASKS = {
     "all empty": [[0, 0, 0, 0], [0, 0, 0, 0]],
     "all open": [[1, 1, 1, 1], [1, 1, 1, 1]],
 }
-STRANGE = [*zip(COVERED, ["uneven", "first layer empty"] * 6), ("llama", "first layer empty")]
 covered = pytest.mark.parametrize("family", COVERED)
+two_masks = pytest.mark.parametrize("mask", ["uneven", "first layer empty"])
 
 
-def pair(family, mask, attention="sdpa", **changes):
+def pair(family, mask="uneven", **changes):
     """A gated model and the compact one made from it."""
-    model = make(family, **changes)
-    if attention == "sdpa" and not model._supports_sdpa:
-        pytest.skip(f"{family} has no sdpa attention")
-    nb.set_gates(model, torch.tensor(mask, dtype=torch.float))
-    small = nb.compact(model)
-    for each in (model, small):
-        each.set_attn_implementation(attention)
-    return model, small
+    model = gated(family, MASKS.get(mask) if isinstance(mask, str) else mask, **changes)
+    return model, nb.compact(model)
+
+
+def padded(tokens):
+    """The attention mask of texts, the first of which starts with padding."""
+    padding = torch.ones_like(tokens)
+    padding[0, :5] = 0
+    return padding
 
 
 def assert_same(logits, expected, tolerance=1e-5):
@@ -49,47 +48,47 @@ def assert_same(logits, expected, tolerance=1e-5):
 
 
 @covered
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_logits_are_those_of_the_gated_model(family, attention, mask, tokens):
-    model, small = pair(family, mask, attention)
-    padding = torch.ones_like(tokens)
-    padding[0, :5] = 0
-    for options in ({}, {"attention_mask": padding}):
-        with torch.no_grad():
-            assert_same(small(tokens, **options).logits, model(tokens, **options).logits)
+@pytest.mark.parametrize("mask", MASKS)
+def test_logits_are_those_of_the_gated_model_at_the_predicted_cost(family, mask, tokens):
+    model, small = pair(family, mask)
+    for attention in ("eager", "sdpa"):
+        for each in (model, small):
+            each.set_attn_implementation(attention)
+        for options in ({}, {"attention_mask": padded(tokens)}):
+            with torch.no_grad():
+                assert_same(small(tokens, **options).logits, model(tokens, **options).logits)
+    predicted = nb.predict_cost(model, nb.get_gates(model), 32)
+    assert predicted["parameters"] == small.num_parameters()
+    assert count_flops(small, BLOCK) == pytest.approx(predicted["flops_per_token"], rel=0.01)
 
 
-@covered
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("mask", ["uneven", "first layer empty"])
-def test_generate_is_that_of_the_gated_model(family, attention, mask, tokens):
-    """Two families also beyond a sliding window."""
-    window = {"sliding_window": 8} if family in ("mistral", "gemma3") else {}
-    model, small = pair(family, MASKS[mask], attention, **window)
-    padding = torch.ones_like(tokens)
-    padding[0, :5] = 0
+@pytest.mark.parametrize("family, attention, window", [
+    ("gpt2", "eager", {}), ("opt", "sdpa", {}), ("gpt_neox", "eager", {}), ("llama", "eager", {}),
+    ("llama", "sdpa", {}), ("phi3", "sdpa", {}),
+    ("mistral", "sdpa", {"sliding_window": 8}), ("gemma3", "eager", {"sliding_window": 8}),  # also beyond the window
+])  # fmt: skip
+@two_masks
+def test_generate_is_that_of_the_gated_model(family, attention, window, mask, tokens):
+    models = pair(family, mask, **window)
     static = {"cache_implementation": "static"}
     for options in ({}, {"use_cache": False}, {"do_sample": True}, {"num_beams": 3}, static):
-        outputs, options = [], {"do_sample": False} | options
-        for each in (model, small):
+        outputs, options = [], {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0} | options
+        for each in models:
+            each.set_attn_implementation(attention)
             torch.manual_seed(0)
-            outputs.append(each.generate(tokens, attention_mask=padding, max_new_tokens=12, pad_token_id=0, **options))
+            outputs.append(each.generate(tokens, attention_mask=padded(tokens), **options))
         assert torch.equal(*outputs), options
 
 
 @covered
-def test_it_is_smaller_by_what_was_cut(family, tokens):
+def test_it_is_smaller_by_what_was_cut(family):
     """One head of four goes in layer 0, with grouped queries no key/value head; a whole group in layer 1."""
-    model, small = pair(family, [[1, 0, 1, 1], [1, 1, 0, 0]])
-    inputs, bias = 8 * 32, 8 * (family in ("gpt2", "opt", "gpt_neox", "qwen2", "phi"))  # a head's in one projection
+    model, small = pair(family)
+    inputs, bias = 8 * 32, 8 * (family in ("gpt2", "opt", "gpt_neox", "phi"))  # a head's in one projection
     shared = 1 if family in GROUPED else 3  # key/value heads that went with the three heads
     assert model.num_parameters() - small.num_parameters() == (3 + 2 * shared) * (inputs + bias) + 3 * inputs
     kept = 3 if family in GROUPED else 5
     assert nb.cache_bytes(small) == kept * 2 * 8 * 4 < nb.cache_bytes(model)
-    predicted = nb.predict_cost(model, nb.get_gates(model), 32)
-    assert predicted["parameters"] == small.num_parameters()
-    assert count_flops(small, BLOCK) == pytest.approx(predicted["flops_per_token"], rel=0.01)
     assert not any("gates" in name for name in small.state_dict())
     assert not any(hasattr(module, "gate_hook") for module in small.modules())
 
@@ -102,15 +101,15 @@ def test_flops_and_cache_of_known_shapes():
     assert nb.cache_bytes(model) == 2 * 2 * 32 * 4
 
 
-@pytest.mark.parametrize("family", [family for family in COVERED if family != "phi3"])  # (a known issue, see the .md)
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "llama"])
 def test_it_still_takes_another_attention(family, tokens):
-    _, small = pair(family, MASKS["uneven"])
+    _, small = pair(family)
     small.set_attn_implementation("eager")
     maps = small(tokens, output_attentions=True).attentions  # which the fast kernels do not build
     assert [part.shape[1] for part in maps if part is not None] == [3, 2]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(family=st.sampled_from(COVERED), bits=st.lists(st.booleans(), min_size=12, max_size=12), data=st.data())
 def test_random_masks(family, bits, data):
     """Any set of heads, six of them in each of two layers where queries are grouped by three."""
@@ -129,11 +128,11 @@ def test_random_masks(family, bits, data):
     assert_same(last, logits(model, ids)[:, 5:])
 
 
-@covered
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "phi3"])
 def test_training_is_the_same_training(family, tokens):
     """AdamW with weight decay and clipped gradients; no dropout, which would draw other numbers."""
-    dropout, curves = {"gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"), "opt": ("dropout",)}.get(family, ()), []
-    for model in pair(family, MASKS["uneven"], **dict.fromkeys(dropout, 0.0)):
+    dropout, curves = ("resid_pdrop", "embd_pdrop", "attn_pdrop") if family == "gpt2" else (), []
+    for model in pair(family, **dict.fromkeys(dropout, 0.0)):
         model.train()
         optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01), []
         for _ in range(20):
@@ -149,16 +148,13 @@ def test_training_is_the_same_training(family, tokens):
 
 
 def test_trained_gates_are_folded_in(tokens):
-    model, _ = pair("opt", MASKS["uneven"])
-    nb.set_gates(model, torch.tensor([[0.5, 0, 1, 2], [0, 0, 0.25, 1]]))
-    small = nb.compact(model)
+    model, small = pair("opt", [[0.5, 0, 1, 2], [0, 0, 0.25, 1]])
     assert_same(logits(small, tokens), logits(model, tokens))
     assert small.kept.tolist() == [[1, 0, 1, 1], [0, 0, 1, 1]]
 
 
 def test_compacting_leaves_the_gated_model_alone(tokens):
-    model = make("llama")
-    nb.set_gates(model, torch.tensor(MASKS["uneven"]))
+    model = gated("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     config = model.config.to_dict()
     assert nb.why_not_compact(model) == "" and nb.compact(model) is not model
@@ -169,7 +165,7 @@ def test_compacting_leaves_the_gated_model_alone(tokens):
 @pytest.mark.parametrize("cached", [False, True])
 def test_uneven_readers_compile_to_one_graph(cached, tokens):
     """Hooks that stay after the cut must not break torch.compile."""
-    _, small = pair("llama", MASKS["uneven"])
+    _, small = pair("llama")
     assert any(hasattr(module, "key_of") for module in small.modules())
     torch.compiler.reset()
     backend = "inductor" if shutil.which(os.environ.get("CXX", "g++")) else "aot_eager"
@@ -186,9 +182,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
-tokens = torch.tensor(json.loads(sys.argv[1]))
+tokens, trust = torch.tensor(json.loads(sys.argv[1])), {"trust_remote_code": True}
 for folder in map(Path, sys.argv[2:]):
-    trust = {"trust_remote_code": True} if (folder / "modeling_pruned.py").exists() else {}
     found = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **trust).eval()
@@ -206,9 +201,12 @@ for folder in map(Path, sys.argv[2:]):
     tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
     write = pipeline("text-generation", model=str(folder), tokenizer=tokenizer, **trust)
     said = write("a a a", max_new_tokens=4, do_sample=False)[0]["generated_text"]
-    print(json.dumps([folder.name, type(model).__name__, said]))
+    (folder / "said.json").write_text(json.dumps([type(model).__name__, said]))
 assert "PruningAndFineTuningColab" not in sys.modules
 """
+STRANGE = [("gpt2", "uneven"), ("gpt2", "plain"), ("opt", "first layer empty"), ("gpt_neox", "uneven"),
+           ("llama", "uneven"), ("llama", "first layer empty"), ("llama", "plain"), ("gemma3", "first layer empty"),
+           ("phi3", "uneven")]  # fmt: skip
 
 
 def cast(model, dtype):
@@ -221,82 +219,52 @@ def cast(model, dtype):
 
 @pytest.fixture(scope="module")
 def strangers(tmp_path_factory):
-    """Every covered family, saved with uneven layers or an empty one, opened in a process that knows no notebook."""
-    root = tmp_path_factory.mktemp("saved")
-    tokens = torch.randint(3, 97, (2, 16), generator=torch.Generator().manual_seed(1))
-    models = {}
+    """Models and their folders, all called `model`, opened in one process that knows no notebook; some are plain."""
+    root, tokens, models = tmp_path_factory.mktemp("saved"), random_blocks(2), {}
     for family, mask in STRANGE:
-        folder = root / f"{family} {mask}"
-        model = make(family)
-        nb.set_gates(model, torch.tensor(MASKS[mask]))
-        models[folder.name] = small = nb.compact(model)
-        nb.save_compact(small, tiny_tokenizer(), folder)
+        folder = root / f"{family} {mask}" / "model"
+        if mask == "plain":
+            models[folder] = make(family)
+            models[folder].save_pretrained(folder)
+            tiny_tokenizer().save_pretrained(folder)
+        else:
+            models[folder] = pair(family, mask)[1]
+            nb.save_compact(models[folder], tiny_tokenizer(), folder)
     (root / "stranger.py").write_text(STRANGER)
     # From a folder of its own, so that only what is installed and what was saved can be imported.
-    result = subprocess.run(
-        [sys.executable, root / "stranger.py", json.dumps(tokens.tolist()), *(root / name for name in models)],
-        capture_output=True,
-        text=True,
-        cwd=root,
-        env=os.environ | {"HF_HOME": str(root / "cache"), "PYTHONPATH": ""},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[")]
-    return root, models, tokens, {name: (kind, text) for name, kind, text in lines}
+    own = {"HF_HOME": str(root / "cache"), "PYTHONPATH": ""}
+    run_python(root / "stranger.py", json.dumps(tokens.tolist()), *models, cwd=root, **own)
+    return root, models, tokens
 
 
 @pytest.mark.parametrize("family, mask", STRANGE)
 def test_a_stranger_gets_the_same_logits_bit_for_bit(strangers, family, mask):
-    root, models, tokens, said = strangers
-    name = f"{family} {mask}"
-    found = load_file(root / name / "found.st")
+    root, models, tokens = strangers
+    folder = root / f"{family} {mask}" / "model"
+    found, model = load_file(folder / "found.st"), models[folder]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert torch.equal(found[str(dtype)], logits(cast(models[name], dtype), tokens)), dtype
+        assert torch.equal(found[str(dtype)], logits(cast(model, dtype), tokens)), dtype
     assert not torch.equal(found["trained"], found["torch.float32"]), "it was fine-tuned"
     assert torch.equal(found["again"], found["trained"]), "saved again and opened again"
-    kind, text = said[name]
-    assert kind == f"Pruned{type(models[name]).__name__}"
-    assert text.startswith("a a a")
+    kind, said = json.loads((folder / "said.json").read_text())
+    assert kind == "Pruned" * (mask != "plain") + type(model).__name__ and said.startswith("a a a")
 
 
-def test_the_code_that_travels_is_short_and_needs_two_packages(strangers):
-    root, *_ = strangers
-    code = (root / "gpt2 uneven" / "modeling_pruned.py").read_text()
+def test_the_code_that_travels_is_short_and_needs_two_packages_and_nothing_is_a_pickle(strangers):
+    folder = strangers[0] / "gpt2 uneven/model"
+    code = (folder / "modeling_pruned.py").read_text()
     assert len(code.splitlines()) < 110
     lines = [line.split() for line in code.splitlines() if line.startswith(("import ", "from "))]
     assert {words[1].split(".")[0] for words in lines} == {"copy", "torch", "transformers"}
-
-
-def test_nothing_that_is_saved_is_a_pickle(strangers):
-    root, *_ = strangers
-    kinds = {path.suffix for path in (root / "llama uneven").rglob("*") if path.is_file()}
+    kinds = {path.suffix for path in folder.rglob("*") if path.is_file()}
     assert kinds <= {".json", ".safetensors", ".py", ".md", ".st", ".jinja", ".txt"}
 
 
-def test_one_process_may_open_several_families_and_a_plain_model(tmp_path):
-    """Folders of the same name do not get into each other's way, nor into that of the stock model."""
-    code = (
-        "import sys, torch\nfrom transformers import AutoModelForCausalLM\nfor f in sys.argv[1:]:\n    "
-        "m = AutoModelForCausalLM.from_pretrained(f, trust_remote_code=True)\n    "
-        "print(m(torch.arange(3, 19)[None]).logits.sum().item())"
-    )
-    folders, expected = [], []
-    for family in ("gpt2", "llama"):
-        _, small = pair(family, MASKS["uneven"])
-        nb.save_compact(small, tiny_tokenizer(), tmp_path / family / "model")
-        make(family).save_pretrained(tmp_path / family / "plain")
-        folders += [tmp_path / family / "model", tmp_path / family / "plain"]
-        expected += [logits(each, torch.arange(3, 19)[None]).sum().item() for each in (small, make(family))]
-    environment = os.environ | {"HF_HOME": str(tmp_path / "hf")}
-    out = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, env=environment)
-    assert [float(line) for line in out.stdout.splitlines()] == pytest.approx(expected, rel=1e-4), out.stderr[-2000:]
-
-
-@covered
-@pytest.mark.parametrize("mask", ["uneven", "first layer empty"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "llama", "phi3"])
+@two_masks
 def test_the_zeroed_form_opens_plainly_and_can_be_reopened(family, mask, tokens, tmp_path):
     """(The head that stays in a layer where all were closed writes zeros, until it is fine-tuned.)"""
-    model, small = pair(family, MASKS[mask])
+    model, small = pair(family, mask)
     with torch.no_grad():
         for parameter in small.parameters():
             parameter += 0.01  # as if it had been fine-tuned
@@ -331,7 +299,7 @@ def uniform(model, level, prune="heads", importance=None):
 
 
 @pytest.mark.parametrize("prune", ["heads", "neurons", "both"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "phi", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "phi3", "phi", "gpt2"])
 def test_uniform_pruning_saves_a_native_checkpoint(family, prune, tokens, tmp_path):
     if family == "gpt2" and prune != "neurons":
         with pytest.raises(nb.UserError, match="GPT2LMHeadModel has 4 parts.*words for some.*leave uniform off"):
@@ -391,55 +359,25 @@ def test_uniform_is_refused_where_it_cannot_be():
             nb.Settings(uniform="yes", **changes)
 
 
-def test_shapes_that_a_family_cannot_say_get_code(tmp_path):
-    for mask in ([[1, 1, 1, 0], [1, 1, 1, 0]], [[1, 0, 1, 0], [1, 1, 0, 0]]):  # uneven readers; layers that differ
-        _, small = pair("llama", mask)
-        assert nb.native_config(small) is None
-        nb.save_compact(small, tiny_tokenizer(), tmp_path)
-        assert (tmp_path / "modeling_pruned.py").exists()
-    assert nb.native_config(pair("llama", [[0] * 4] * 2)[1]).num_attention_heads == 1, "the one that always stays"
+HALF = [[1, 0, 1, 0], [0, 1, 1, 0]]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "phi"])
-@pytest.mark.parametrize("mask", [[[1, 0, 1, 0], [0, 1, 1, 0]], MASKS["all open"]])
-def test_code_travels_only_where_the_family_has_no_words_for_it(family, mask, tokens, tmp_path):
+@pytest.mark.parametrize("family, mask, plain", [
+    ("llama", [[1, 1, 1, 0], [1, 1, 1, 0]], False),  # uneven readers
+    ("llama", [[1, 0, 1, 0], [1, 1, 0, 0]], False),  # layers that differ
+    ("llama", "all empty", True),  # one head always stays
+    ("gpt2", HALF, False), ("opt", HALF, False), ("gpt_neox", HALF, False), ("phi", HALF, True),
+    ("gpt2", "all open", True), ("opt", "all open", True), ("gpt_neox", "all open", True),
+])  # fmt: skip
+def test_code_travels_only_where_the_family_has_no_words_for_it(family, mask, plain, tokens, tmp_path):
     """That is tried: Phi has words for fewer heads, and a model that lost nothing needs none."""
     _, small = pair(family, mask)
     nb.save_compact(small, tiny_tokenizer(), tmp_path)
-    plain = family == "phi" or mask == MASKS["all open"]
     assert (tmp_path / "modeling_pruned.py").exists() != plain
     assert torch.equal(logits(nb.reopen(tmp_path), tokens), logits(small, tokens))
 
 
 # --- what is opened
-
-
-def test_a_compact_model_is_not_pruned_again(tmp_path):
-    _, small = pair("opt", MASKS["uneven"])
-    nb.save_compact(small, tiny_tokenizer(), tmp_path)
-    with pytest.raises(nb.UserError, match="is compact.*take the model that it was made from"):
-        nb.load_model(str(tmp_path), torch.device("cpu"))
-
-
-def test_code_of_a_model_runs_only_when_trusted(tmp_path):
-    model = make("opt")
-    model.save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    auto_map = {"AutoConfig": "hostile.Config", "AutoModelForCausalLM": "hostile.Model"}
-    config |= {"auto_map": auto_map, "model_type": "hostile"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    trace = tmp_path / "trace"
-    (tmp_path / "hostile.py").write_text(
-        f"from transformers import OPTConfig, OPTForCausalLM\nopen({str(trace)!r}, 'w').close()\n"
-        "class Config(OPTConfig):\n    model_type = 'hostile'\n"
-        "class Model(OPTForCausalLM):\n    config_class = Config\n"
-    )
-    with pytest.raises(nb.UserError, match="cannot be had.*"):
-        nb.load_model(str(tmp_path), torch.device("cpu"))
-    assert not trace.exists()
-    assert type(nb.load_model(str(tmp_path), torch.device("cpu"), trust_remote_code=True)[1]).__name__ == "Model"
-    assert trace.exists()
 
 
 class Hostile:
@@ -456,5 +394,5 @@ def test_a_pickle_in_place_of_weights_is_refused_and_not_run(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     torch.save({"weight": Hostile(trace)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(nb.UserError, match="cannot be had"):
-        nb.load_model(str(tmp_path), torch.device("cpu"))
+        nb.load_model(str(tmp_path), CPU)
     assert not trace.exists()

@@ -3,23 +3,17 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import FEW_WORDS, SCRIPT, new_run, results_in, run_python
 
 import PruningAndFineTuningColab as nb
 
-SCRIPT = Path(nb.__file__)
-FEW = (
-    "--model demo --max-steps 12 --eval-blocks 2 --calibration-blocks 4 --strategy entropy --repair 4 "
-    "--block-length 128"
-).split()
 
-
-def run_script(cwd, *words):
-    return subprocess.run([sys.executable, SCRIPT, *FEW, *words], cwd=cwd, capture_output=True, text=True, timeout=600)
+def run_script(cwd, output, status=0):
+    return run_python(SCRIPT, "--model", "demo", *FEW_WORDS, "--output-dir", output, cwd=cwd, status=status)
 
 
 @pytest.fixture
@@ -46,46 +40,41 @@ def small_disk(tmp_path):
 def fill_and_go_on(mount, tmp_path, size):
     """Runs into a full disk of so many megabytes; then there is room, and the same command ends. (said, metrics)"""
     place = mount(size)
-    failed = run_script(tmp_path, "--output-dir", str(place))
-    assert failed.returncode == 1, failed.stderr[-3000:]
-    (said,) = (line for line in failed.stderr.splitlines() if line.startswith("failed: "))
-    assert "No space left on device" in said and "Traceback" not in failed.stderr
+    failed = run_script(tmp_path, place, status=1).stderr
+    (said,) = (line for line in failed.splitlines() if line.startswith("failed: "))
+    assert "No space left on device" in said and "Traceback" not in failed
     assert "the same command goes on from it" in said
     assert not list(place.rglob("*.part")), "nothing half written"
     for file in place.rglob("metrics.json"):
         json.loads(file.read_text())
     mount(200)
-    done = run_script(tmp_path, "--output-dir", str(place))
-    assert done.returncode == 0 and "Going on with" in done.stdout, done.stderr[-3000:]
-    (folder,) = (path for path in place.iterdir() if path.is_dir())
+    assert "Going on with" in run_script(tmp_path, place).stdout
+    folder, metrics = results_in(place)
     assert Path(f"{folder}.zip").exists()
-    return said, json.loads((folder / "metrics.json").read_text())
+    return said, metrics
 
 
 def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(home, small_disk, tmp_path):
-    _, metrics = fill_and_go_on(small_disk, tmp_path, 12)
-    assert {"dense", "pruned", "repaired", "fine_tuned", "dense_fine_tuned"} <= set(metrics["perplexity"])
+    """The run of all tests had the same settings."""
+    assert fill_and_go_on(small_disk, tmp_path, 12)[1]["perplexity"] == results_in(home / "results")[1]["perplexity"]
 
 
 @pytest.mark.slow
 def test_disks_that_are_full_at_many_moments(home, small_disk, tmp_path):
     """About five minutes: pytest -m slow -s tests/test_disk.py"""
-    (tmp_path / "whole").mkdir()
-    assert run_script(tmp_path / "whole").returncode == 0
-    (wanted,) = (json.loads(path.read_text()) for path in (tmp_path / "whole").glob("results/*/metrics.json"))
-    needed = sum(path.stat().st_size for path in (tmp_path / "whole").rglob("*") if path.is_file()) / 2**20
+    wanted = results_in(home / "results")[1]
     for size in (1, 2, 4, 6, 8, 12, 16, 20, 24):
         for path in (tmp_path / "disk").iterdir():
             subprocess.run(["rm", "-r", path], check=True)
         said, metrics = fill_and_go_on(small_disk, tmp_path, size)
         assert metrics["perplexity"] == wanted["perplexity"]
-        print(f"full at {size} MB of {needed:.0f}: {said}")
+        print(f"full at {size} MB: {said}")
 
 
 def test_a_read_only_disk_is_said_at_once(small_disk, tmp_path):
-    done = run_script(tmp_path, "--output-dir", str(small_disk(1, "ro")))
+    done = run_script(tmp_path, small_disk(1, "ro"), status=2)
     said = "no folder can be made there (Read-only file system): choose another place"
-    assert done.returncode == 2 and said in done.stderr.splitlines()[-1]
+    assert said in done.stderr.splitlines()[-1]
 
 
 def say(monkeypatch, capfd, run, caught):
@@ -99,7 +88,7 @@ def say(monkeypatch, capfd, run, caught):
 
 
 def test_a_folder_that_has_gone_is_said_with_its_name(tmp_path, monkeypatch, capfd):
-    run = nb.Run(nb.Settings(output_dir=str(tmp_path / "drive")), torch.device("cpu"), torch.float32)
+    run = new_run(tmp_path / "drive")
     os.rename(tmp_path / "drive", tmp_path / "unmounted")
     with pytest.raises(FileNotFoundError) as caught, run.step("a step"):
         pass
@@ -107,16 +96,13 @@ def test_a_folder_that_has_gone_is_said_with_its_name(tmp_path, monkeypatch, cap
     assert said.startswith(f"failed: [Errno 2] No such file or directory: '{run.folder}")
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(28, "No space left on device"),
-        nb.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-        RuntimeError("write failed: No space left on device"),
-    ],
-)
+@pytest.mark.parametrize("error", [
+    OSError(28, "No space left on device"),
+    nb.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    RuntimeError("write failed: No space left on device"),
+])  # fmt: skip
 def test_a_full_disk_is_known_in_the_words_of_every_library(error, tmp_path, monkeypatch, capfd):
-    run = nb.Run(nb.Settings(output_dir=str(tmp_path)), torch.device("cpu"), torch.float32)
+    run = new_run(tmp_path)
     run.cached("first", (), lambda: {"a": torch.ones(3)})
 
     def fail(thing, file):

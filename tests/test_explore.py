@@ -5,31 +5,9 @@ import types
 
 import pytest
 import torch
-from conftest import logits, make, tiny_tokenizer
-from torch.utils.flop_counter import FlopCounterMode
+from conftest import gated, logits, make, new_run, random_blocks, tiny_tokenizer
 
 import PruningAndFineTuningColab as nb
-
-COMPACT = ["gpt2", "opt", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi", "phi3"]
-BLOCK = torch.ones(1, 32, dtype=torch.long)
-
-
-@pytest.mark.parametrize("name", COMPACT)
-@pytest.mark.parametrize(
-    "rows", [[[1, 0, 1, 0], [0, 0, 1, 1]], [[1, 1, 0, 0], [0, 0, 0, 0]], [[1, 0, 0, 0], [1, 1, 1, 1]]]
-)
-def test_predicted_costs_are_those_of_the_compact_model(name, rows):
-    model, gates = make(name), torch.tensor(rows).float()
-    nb.set_gates(model, gates)
-    small = nb.compact(model)
-    predicted = nb.predict_cost(model, gates, 32)
-    assert predicted["parameters"] == small.num_parameters()
-    for module in small.modules():  # the counter knows eager attention on every device
-        if hasattr(module, "config"):
-            module.config._attn_implementation = "eager"
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        small(BLOCK, use_cache=False)
-    assert predicted["flops_per_token"] == pytest.approx(counter.get_total_flops() / 32, rel=0.01)
 
 
 def test_a_sharing_copy_shares_weights_but_not_gates(tokens, gates):
@@ -44,8 +22,7 @@ def test_a_sharing_copy_shares_weights_but_not_gates(tokens, gates):
 
 
 def test_attention_maps_are_those_that_the_model_gives():
-    model = make("gpt2")
-    nb.set_gates(model, torch.tensor([[1.0, 0, 1, 1], [1, 1, 1, 0]]))
+    model = gated("gpt2")
     maps, words = nb.attention_maps(model, tiny_tokenizer(), "a a b")
     model.config._attn_implementation = "eager"
     with nb.all_open(model), torch.no_grad():
@@ -63,10 +40,8 @@ def test_a_head_is_described_by_entropy_sink_and_rank():
 
 @pytest.fixture
 def explorer():
-    model, text = make("gpt2"), torch.randint(3, 97, (6, 16), generator=torch.Generator().manual_seed(1))
-    nb.add_gates(model)
     importance, taken = torch.arange(8.0).view(2, 4), []
-    nb.set_gates(model, nb.choose_gates(importance, 0.25))
+    model, text = gated("gpt2", nb.choose_gates(importance, 0.25)), random_blocks(6)
     settings = nb.Settings(strategy="entropy", pruning_level=0.25, block_length=16, batch_size=2)
 
     def take(*what):
@@ -83,13 +58,18 @@ def crosses(explorer):
     return [button.description for button in explorer.buttons.values()].count("×")
 
 
-def test_the_level_closes_heads_and_counts_follow(explorer):
+def test_the_level_closes_heads_and_a_mistake_is_said_in_the_panel(explorer, capsys):
     before = nb.get_gates(explorer.original)
     assert "2 of 8 heads closed" in explorer.counts.value and crosses(explorer) == 2
+    explorer.level.value = 0.9
+    assert "pruning_level is 0.9 with min_heads 1" in capsys.readouterr().out
+    assert "2 of 8 heads closed" in explorer.counts.value, "what is shown stays"
     explorer.level.value = 0.5
     assert "4 of 8 heads closed" in explorer.counts.value and crosses(explorer) == 4
     assert torch.equal(explorer.gates, nb.choose_gates(explorer.importance["entropy"], 0.5))
     assert torch.equal(nb.get_gates(explorer.original), before), "the run's model is left alone"
+    with pytest.raises(ZeroDivisionError):  # anything else is not hidden
+        explorer.do(lambda: 1 / 0)
 
 
 def test_a_click_on_a_head_toggles_its_gate_and_measuring_measures_what_is_shown(explorer, capsys):
@@ -118,15 +98,11 @@ def test_a_strategy_is_scored_once_on_open_gates(explorer, capsys):
     assert "Scoring" not in capsys.readouterr().out
 
 
-def test_a_mistake_is_said_in_the_panel_and_anything_else_is_not_hidden(explorer, capsys):
-    explorer.level.value = 0.9
-    assert "pruning_level is 0.9 with min_heads 1" in capsys.readouterr().out
-    assert "2 of 8 heads closed" in explorer.counts.value, "what is shown stays"
-    with pytest.raises(ZeroDivisionError):
-        explorer.do(lambda: 1 / 0)
-
-
-def test_take_hands_over_what_is_shown_and_how_many_gates_were_set_by_hand(explorer, capsys):
+def test_both_models_write_and_what_is_shown_is_handed_over_with_the_number_of_gates_set_by_hand(explorer, capsys):
+    explorer.prompt.value = "a <b>"
+    explorer.writing.click()
+    said = capsys.readouterr().out
+    assert "dense:\na" in said and "shown:\na" in said
     explorer.level.value = 0.5
     explorer.buttons[1, 3].click()
     explorer.taking.click()
@@ -141,15 +117,15 @@ def parts_of(widget) -> list:
 
 
 def test_what_is_taken_is_measured_recorded_and_drawn(explorer, tmp_path, monkeypatch):
-    shown, tokenizer, text = [], tiny_tokenizer(), torch.randint(3, 97, (6, 16))
-    settings = nb.dataclasses.replace(explorer.settings, output_dir=str(tmp_path), prompt="a")
-    run, model = nb.Run(settings, torch.device("cpu"), torch.float32), explorer.original
+    shown, tokenizer, text = [], tiny_tokenizer(), random_blocks(6, seed=2)
+    blocks = {"validation": text, "test": text}
+    run, model = new_run(tmp_path, prompt="a", block_length=16), explorer.original
     run.metrics["perplexity"] = {"dense": 3.0, "repaired": 4.0}
-    assert nb.show_explorer(run, model, tokenizer, {"validation": text, "test": text}, torch.rand(2, 4)) is None
+    assert nb.show_explorer(run, model, tokenizer, blocks, torch.rand(2, 4)) is None
     monkeypatch.setattr(nb, "in_notebook", lambda: True)
     monkeypatch.setattr("IPython.display.display", lambda *what, **_: shown.extend(what))
     importance = explorer.importance["entropy"]
-    nb.show_explorer(run, model, tokenizer, {"validation": text, "test": text}, importance)
+    nb.show_explorer(run, model, tokenizer, blocks, importance)
     (box,) = (thing for thing in shown if isinstance(thing, nb.widgets.VBox))
     named = {getattr(part, "tooltip", None) or getattr(part, "description", ""): part for part in parts_of(box)}
     named["strategy"].value, named["level"].value = "magnitude", 0.5
@@ -161,22 +137,10 @@ def test_what_is_taken_is_measured_recorded_and_drawn(explorer, tmp_path, monkey
     assert run.metrics["perplexity"] == {"dense": 3.0, "pruned": pytest.approx(nb.perplexity(model, text))}
     assert (run.settings.strategy, run.settings.pruning_level) == ("magnitude", 0.5)
     assert run.metrics["settings"]["strategy"] == "magnitude" and (run.folder / "heads.png").exists()
-    repaired = make("gpt2")
-    nb.add_gates(repaired)
-    with pytest.raises(nb.UserError, match="other heads were closed since the model was repaired: run section 11"):
-        nb.require_same_gates(model, repaired)
-
-
-def test_both_models_write(explorer, capsys):
-    explorer.prompt.value = "a <b>"
-    explorer.writing.click()
-    said = capsys.readouterr().out
-    assert "dense:\na" in said and "shown:\na" in said
 
 
 def test_maps_of_chosen_heads_and_of_the_most_and_least_important_are_drawn(explorer, tmp_path, monkeypatch, capsys):
-    settings = nb.dataclasses.replace(explorer.settings, output_dir=str(tmp_path), prompt="a")
-    run, drawn = nb.Run(settings, torch.device("cpu"), torch.float32), []
+    run, drawn = new_run(tmp_path, prompt="a", block_length=16), []
     run.metrics["importance"] = [[0.0, 9, 2, 3], [4, 5, 6, 7]]
     monkeypatch.setattr(nb, "draw_attention", lambda maps, titles, tokens: drawn.extend(titles) or nb.new_figure(1, 1))
     nb.show_attention(run, explorer.original, tiny_tokenizer())

@@ -7,12 +7,12 @@ import families
 import pytest
 import torch
 import transformers
-from conftest import count_flops, make, tiny_tokenizer
+from conftest import CPU, count_flops, edit, new_run, random_blocks, saved, tiny_tokenizer
 from families import CATALOGUE, KEEP_THEIR_GATES
 
 import PruningAndFineTuningColab as nb
 
-BLOCKS = torch.randint(3, 80, (3, 16), generator=torch.Generator().manual_seed(1))
+BLOCKS = random_blocks(3, most=80)
 HEADS = [name for name in CATALOGUE if name != "Mamba"]
 REOPENED = ["OLMo 2", "Cohere, queries and keys normalised", "GPT-OSS", "Falcon 40B", "GPT", "Qwen 3 Next",
             "Gemma 3, with images", "Qwen 2 VL"]
@@ -30,6 +30,7 @@ def gated(name):
 @pytest.mark.parametrize("name", HEADS)
 def test_heads_are_cut_out_where_it_is_proven_and_the_arithmetic_agrees(name):
     model, gates = gated(name)
+    assert nb.is_causal(model)
     if name in KEEP_THEIR_GATES:
         assert KEEP_THEIR_GATES[name] in nb.why_not_compact(model)
         with pytest.raises(nb.UserError, match=f"heads of {type(model).__name__} cannot be cut out .*keep its gates"):
@@ -75,8 +76,10 @@ def test_gates_learn_from_the_models_own_predictions(name, monkeypatch):
 
 
 def test_a_model_without_heads_and_strange_attention_are_refused_in_a_sentence():
-    with pytest.raises(nb.UserError, match="heads of MambaForCausalLM cannot be found .there is no attention in it"):
-        nb.find_heads(families.make("Mamba"))
+    said = "heads of MambaForCausalLM cannot be found .there is no attention in it.*take a transformer such as GPT-2"
+    for words in ({}, {"num_attention_heads": 4}):  # whatever the configuration says
+        with pytest.raises(nb.UserError, match=said):
+            nb.find_heads(families.make("Mamba", **words))
     model = families.make("OPT")
     attention = model.model.decoder.layers[1].self_attn
     attention.somewhere_else = attention._modules.pop("out_proj")
@@ -87,15 +90,11 @@ def test_a_model_without_heads_and_strange_attention_are_refused_in_a_sentence()
             nb.get_strategy("entropy").score(families.make(name), BLOCKS)
 
 
-def test_gradient_checkpointing_is_refused_where_there_is_none():
-    model, text = families.make("GPT"), dict.fromkeys(nb.SPLITS, "a a a a")
-    model.__class__.supports_gradient_checkpointing, before = False, model.supports_gradient_checkpointing
-    try:
-        with pytest.raises(nb.UserError, match="gradient_checkpointing is on, but OpenAIGPTLMHeadModel does not have"):
-            settings = nb.Settings(prompt="a", block_length=4, gradient_checkpointing=True)
-            nb.pack_all(text, tiny_tokenizer(), model, settings)
-    finally:
-        model.__class__.supports_gradient_checkpointing = before
+def test_gradient_checkpointing_is_refused_where_there_is_none(monkeypatch):
+    model, settings = families.make("GPT"), nb.Settings(prompt="a", block_length=4, gradient_checkpointing=True)
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    with pytest.raises(nb.UserError, match="gradient_checkpointing is on, but OpenAIGPTLMHeadModel does not have"):
+        nb.pack_all(dict.fromkeys(nb.SPLITS, "a a a a"), tiny_tokenizer(), model, settings)
 
 
 # --- code of its own
@@ -157,24 +156,17 @@ class OwnForCausalLM(PreTrainedModel, GenerationMixin):
 """
 
 
-@pytest.fixture
-def derived(tmp_path):
-    """A folder whose class is derived from Llama and gives other logits."""
-    folder = tmp_path / "halved"
-    make("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+def derived(folder):
+    """A class that is derived from Llama and gives other logits."""
+    saved(folder)
     (folder / "modeling_halved.py").write_text(DERIVED)
     name = "HalvedLlamaForCausalLM"
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"auto_map": {"AutoModelForCausalLM": f"modeling_halved.{name}"}, "architectures": [name]}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    auto_map = {"AutoModelForCausalLM": f"modeling_halved.{name}"}
+    edit(folder / "config.json", auto_map=auto_map, architectures=[name])
 
 
-@pytest.fixture
-def own(tmp_path):
-    """A folder with a configuration and a model of its own."""
-    folder = tmp_path / "own"
+def own(folder):
+    """A configuration and a model of its own."""
     folder.mkdir()
     (folder / "modeling_own.py").write_text(OWN)
     auto_map = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
@@ -182,24 +174,26 @@ def own(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     tiny_tokenizer().save_pretrained(folder)
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     nb.save_file(dict(model.state_dict()), folder / "model.safetensors", {"format": "pt"})
-    return folder
 
 
-@pytest.mark.parametrize("kind", ["derived", "own"])
-def test_a_model_with_code_of_its_own_keeps_its_gates_and_opens_again(kind, request, tmp_path):
-    folder = request.getfixturevalue(kind)
+@pytest.mark.parametrize("fill", [derived, own])
+def test_a_model_with_code_of_its_own_keeps_its_gates_and_opens_again(fill, tmp_path):
+    fill(tmp_path / "model")
+    name, trace = str(tmp_path / "model"), tmp_path / "trace"
+    (code,) = (tmp_path / "model").glob("*.py")
+    code.write_text(f"{code.read_text()}\nopen({str(trace)!r}, 'w').close()\n")
     with pytest.raises(nb.UserError, match="--trust-remote-code"):
-        nb.load_model(str(folder), torch.device("cpu"))
-    tokenizer, model = nb.load_model(str(folder), torch.device("cpu"), trust_remote_code=True)
+        nb.load_model(name, CPU)
+    assert not trace.exists(), "it runs only when it is trusted"
+    tokenizer, model = nb.load_model(name, CPU, trust_remote_code=True)
+    assert trace.exists()
     nb.set_gates(model, torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 1]]))
     assert nb.why_not_compact(model) == "its class brings its own code"
-    blocks = {split: BLOCKS for split in nb.SPLITS}
-    settings = nb.Settings(output_dir=str(tmp_path / "out"), block_length=16, max_steps=2, batch_size=1)
-    run = nb.Run(settings, torch.device("cpu"), torch.float32)
-    tuned = nb.fine_tuned(run, "fine_tuned", copy.deepcopy(model), blocks, settings)
+    run = new_run(tmp_path / "out", block_length=16, max_steps=2, batch_size=1)
+    blocks = dict.fromkeys(nb.SPLITS, BLOCKS)
+    tuned = nb.fine_tuned(run, "fine_tuned", copy.deepcopy(model), blocks, run.settings)
     assert nb.largest_difference(tuned, model, BLOCKS) > 1e-4 and torch.equal(nb.get_gates(tuned), nb.get_gates(model))
     nb.save_gated(tuned, tokenizer, tmp_path / "saved")
     again = nb.reopen(tmp_path / "saved")
@@ -207,8 +201,7 @@ def test_a_model_with_code_of_its_own_keeps_its_gates_and_opens_again(kind, requ
     assert nb.largest_difference(tuned, again, BLOCKS) < 1e-6
 
 
-def test_code_that_transformers_has_too_is_not_run_unasked(derived):
-    config = json.loads((derived / "config.json").read_text())
-    (derived / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
-    _, model = nb.load_model(str(derived), torch.device("cpu"))
-    assert type(model) is transformers.LlamaForCausalLM
+def test_code_that_transformers_has_too_is_not_run_unasked(tmp_path):
+    derived(tmp_path / "model")
+    edit(tmp_path / "model/config.json", architectures=["LlamaForCausalLM"])
+    assert type(nb.load_model(str(tmp_path / "model"), CPU)[1]) is transformers.LlamaForCausalLM

@@ -4,10 +4,10 @@ import codecs
 import gzip
 import json
 
+import datasets
 import pandas
 import pytest
-import torch
-from conftest import make, tiny_tokenizer
+from conftest import CPU, edit, make, new_run, saved, tiny_tokenizer
 
 import PruningAndFineTuningColab as nb
 
@@ -40,21 +40,18 @@ def test_a_file_that_is_called_so_comes_before_any_pattern(name, tmp_path):
     assert whole_text(write(tmp_path / name, lines({"text": text}))) == text
 
 
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        *((name, "one\n\ntwo") for name in ("a.txt", "a.TXT", "a.md", "a.txt.gz")),
-        *((name, ROWS) for name in ("a.jsonl", "a.jsonl.gz")),
-        ("a.txt", codecs.BOM_UTF8 + b"one\n\ntwo"),
-        ("a.jsonl", codecs.BOM_UTF8 + ROWS.encode()),
-        ("a.jsonl", '{"text": "one"}\r\n\r\n{"text": "two"}'),
-        ("a.jsonl", '{"text": "one", "id": 1}\n{"id": 2}\n{"text": null}\n{"text": "two"}'),
-        ("a.json", '[{"text": "one"}, {"text": "two"}]'),
-        ("a.json", '["one", "two"]'),
-        ("a.csv", 'id,text\n1,one\n2,"two"\n'),
-        ("a.CSV.GZ", "text\none\ntwo\n"),
-    ],
-)
+@pytest.mark.parametrize("name, content", [
+    *((name, "one\n\ntwo") for name in ("a.txt", "a.TXT", "a.md", "a.txt.gz")),
+    *((name, ROWS) for name in ("a.jsonl", "a.jsonl.gz")),
+    ("a.txt", codecs.BOM_UTF8 + b"one\n\ntwo"),
+    ("a.jsonl", codecs.BOM_UTF8 + ROWS.encode()),
+    ("a.jsonl", '{"text": "one"}\r\n\r\n{"text": "two"}'),
+    ("a.jsonl", '{"text": "one", "id": 1}\n{"id": 2}\n{"text": null}\n{"text": "two"}'),
+    ("a.json", '[{"text": "one"}, {"text": "two"}]'),
+    ("a.json", '["one", "two"]'),
+    *(("a.csv", f'id{sign}text\n1{sign}one\n2{sign}"two"\n') for sign in ",;\t|"),
+    ("a.CSV.GZ", "text\none\ntwo\n"),
+])  # fmt: skip
 def test_files_of_all_kinds(name, content, tmp_path):
     assert nb.read_file(write(tmp_path / name, content)) == "one\n\ntwo"
 
@@ -81,28 +78,31 @@ def test_only_the_text_column_can_fail_a_table(tmp_path):
     assert nb.read_file(tmp_path / "a.parquet") == "one\n\ntwo"
 
 
-def test_another_column_is_taken_and_said(tmp_path, capsys):
-    for row, column in (({"id": "1", "content": "one"}, "content"), ({"n": 1, "story": "one"}, "story")):
-        assert nb.read_file(write(tmp_path / "a.jsonl", lines(row))) == "one"
-        assert f"the text is that of the column '{column}'" in capsys.readouterr().out
+@pytest.mark.parametrize("rows, column", [
+    ([{"id": "1", "content": "one"}], "content"),
+    ([{"n": 1, "story": "one"}], "story"),
+    ([{"content": "one"}] * 60 + [{"text": "two"}], "content"),
+])  # fmt: skip
+def test_another_column_is_taken_where_it_alone_is_filled_and_said(rows, column, tmp_path, capsys):
+    read = nb.read_file(write(tmp_path / "a.jsonl", lines(*rows)))
+    assert read == "\n\n".join(row[column] for row in rows if column in row)
+    assert f"the text is that of the column '{column}'" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("a.jsonl", ROWS + '{"text": "thr', "cannot be had .*: correct or convert it"),
-        ("a.json", "{", "cannot be had"),
-        ("a.jsonl", "", r"has the columns \(none\), but one named 'text' is needed"),
-        ("a.jsonl", lines({"a": "x", "b": "y"}), "has the columns a, b, but one named 'text' is needed"),
-        ("a.jsonl", lines({"text": "one"}, {"text": ["two"]}), "column 'text', but row 2 holds no text in it"),
-        ("a.jsonl", lines({"text": 5}), "column 'text', but row 1 holds no text in it"),
-        ("a.csv", 'text\n"one', "cannot be had .line 2: unexpected end of data"),
-        ("a.txt.gz", None, "cannot be had .Not a gzipped file"),
-        ("a.parquet", b"PAR1 or not", "cannot be had"),
-        ("a.txt", b"abc\xff\xfe", "cannot be had .*can't decode byte 0xff in position 3.*convert it"),
-        ("a.txt", b"abc\x00def", "cannot be had .it has a NUL at character 3"),
-    ],
-)
+@pytest.mark.parametrize("name, content, message", [
+    ("a.jsonl", ROWS + '{"text": "thr', "cannot be had .*: correct or convert it"),
+    ("a.json", "{", "cannot be had"),
+    ("a.jsonl", "", r"has the columns \(none\), but one named 'text' is needed"),
+    ("a.jsonl", lines({"a": "x", "b": "y"}), "has the columns a, b, but one named 'text' is needed"),
+    ("a.jsonl", lines({"text": "one"}, {"text": ["two"]}), "column 'text', but row 2 holds no text in it"),
+    ("a.jsonl", lines({"text": 5}), "column 'text', but row 1 holds no text in it"),
+    ("a.csv", 'text\n"one', "cannot be had .line 2: unexpected end of data"),
+    ("a.txt.gz", None, "cannot be had .Not a gzipped file"),
+    ("a.parquet", b"PAR1 or not", "cannot be had"),
+    ("a.txt", b"abc\xff\xfe", "cannot be had .*can't decode byte 0xff in position 3.*convert it"),
+    ("a.txt", b"abc\x00def", "cannot be had .it has a NUL at character 3"),
+    ("a.csv", "id,text\n1,one\n2,two, and more\n", "row 3 has 3 columns, but the first one 2"),
+])  # fmt: skip
 def test_what_cannot_be_read_is_said_in_one_sentence(name, content, message, tmp_path):
     path = tmp_path / name
     write(path, content or "")
@@ -117,13 +117,31 @@ def test_a_folder_and_a_pattern_are_several_files(tmp_path):
     for name, text in {"b/2.txt": "two", "b/1.md": "one", "b/x/3.jsonl": lines({"text": "three " * 20})}.items():
         write(tmp_path / name, text)
     write(tmp_path / "b/picture.png", "no text")
-    assert whole_text(tmp_path / "b") == "one\n\ntwo\n\n" + "three " * 20
+    write(tmp_path / "b/.ipynb_checkpoints/2-checkpoint.txt", "two")
+    write(tmp_path / "b/._2.txt", b"\0\5\x16\7")
+    new_run(tmp_path / "b/results").save()
+    assert whole_text(tmp_path / "b") == "one\n\ntwo\n\n" + "three " * 20, "what a person would call the text"
     settings = nb.Settings(train_file=str(tmp_path / "b"), test_file=str(tmp_path / "b/*.txt"), block_length=2)
     parts = nb.load_text(settings)
     assert parts["train"] + parts["validation"] == "one\n\ntwo\n\n" + "three " * 20 and parts["test"] == "two"
     for nothing in ("nothing*", "missing.txt", "b/picture.png"):
         with pytest.raises(nb.UserError, match="train_file is .*, but must be an existing file .*, a folder with some"):
             whole_text(tmp_path / nothing)
+
+
+def test_splits_of_a_folder_and_of_a_saved_dataset_are_kept_apart(tmp_path):
+    texts = {split: f"{split} " * 40 for split in nb.SPLITS}
+    for split, name in (("train", "my-train.txt"), ("validation", "valid.txt"), ("test", "test_1.txt")):
+        write(tmp_path / "named" / name, texts[split])
+    data = {split: datasets.Dataset.from_dict({"text": [text]}) for split, text in texts.items()}
+    datasets.DatasetDict(data).save_to_disk(str(tmp_path / "saved"))
+    data["train"].save_to_disk(str(tmp_path / "one"))
+    for place in ("named", "saved"):
+        parts = nb.load_text(nb.Settings(model="demo", train_file=str(tmp_path / place), block_length=16))
+        assert {split: set(text.split()) for split, text in parts.items()} == {split: {split} for split in nb.SPLITS}
+    assert whole_text(tmp_path / "one") == texts["train"]
+    write(tmp_path / "named/book.txt", "book " * 40)
+    assert "book" in whole_text(tmp_path / "named")
 
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -158,31 +176,13 @@ def test_an_empty_text_is_found_before_anything_is_made_of_it(tmp_path):
         nb.load_text(settings)
 
 
-# --- model folders that are something else
-
-
-def test_folders_that_hold_something_else_are_named(tmp_path):
-    write(tmp_path / "lora/adapter_config.json", json.dumps({"base_model_name_or_path": "org/base"}))
-    make("gpt2").save_pretrained(tmp_path / "trainer/checkpoint-100")
-    make("gpt2").save_pretrained(tmp_path / "bare")
-    for name, message in {
-        "lora": "model .* cannot be had",
-        "trainer": "model .* cannot be had",
-        "bare": "the tokenizer of model .* cannot be had .*copy the tokenizer's files into the folder",
-    }.items():
-        with pytest.raises(nb.UserError, match=message) as error:
-            nb.load_model(str(tmp_path / name), torch.device("cpu"))
-        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+# --- models
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
 def test_attention_that_is_not_here_is_not_needed(key, tmp_path):
-    make("llama").save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    write(tmp_path / "config.json", json.dumps(config | {key: "flash_attention_2"}))
-    _, model = nb.load_model(str(tmp_path), torch.device("cpu"))
-    assert model.config._attn_implementation == "sdpa"
+    edit(saved(tmp_path) / "config.json", **{key: "flash_attention_2"})
+    assert nb.load_model(str(tmp_path), CPU)[1].config._attn_implementation == "sdpa"
 
 
 def test_a_tokenizer_that_refuses_other_options_writes_a_sample():
@@ -198,15 +198,15 @@ def test_a_tokenizer_that_refuses_other_options_writes_a_sample():
 
 
 def test_a_revision_goes_with_the_name_but_a_folder_is_a_folder(tmp_path, monkeypatch):
-    assert nb.place_of("org/model@v1.0")[0] == "org/model" and nb.place_of("org/model@v1.0")[1]["revision"] == "v1.0"
-    assert nb.place_of("org/model")[0] == "org/model" and nb.place_of("org/model")[1]["revision"] == "main"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a@b").mkdir()
-    assert nb.place_of("a@b")[0] == "a@b" and nb.place_of("a@b")[1]["revision"] == "main"
+    for name, model, revision in (("org/m@v1.0", "org/m", "v1.0"), ("org/m", "org/m", "main"), ("a@b", "a@b", "main")):
+        place, words = nb.place_of(name)
+        assert (place, words["revision"]) == (model, revision)
     assert nb.place_of("x/y@z.gguf") == ("x", {"gguf_file": "y@z.gguf"})
 
 
 def test_the_results_folder_has_the_whole_name_of_the_model(tmp_path):
     for name, wanted in (("a/Llama-3.2-1B", "Llama-3.2-1B"), ("/x/Smol.Q4_1.gguf", "Smol.Q4_1"), ("../b c", "b-c")):
-        run = nb.Run(nb.Settings(model=name, output_dir=str(tmp_path)), torch.device("cpu"), torch.float32)
-        assert run.folder.parent == tmp_path and run.folder.name.split("_", 2)[2].rpartition("_")[0] == wanted
+        folder = new_run(tmp_path, model=name).folder
+        assert folder.parent == tmp_path and folder.name.split("_", 2)[2].rpartition("_")[0] == wanted

@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 import transformers
-from conftest import logits, make, tiny_tokenizer, zero_heads
+from conftest import gated, logits, make, tiny_tokenizer, zero_heads
 
 import PruningAndFineTuningColab as nb
+
+FOUR = pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "llama"])
 
 
 def check_gates(model, family, tokens, gates, close):
@@ -41,40 +43,39 @@ def test_multiplying_returned_attention_weights_is_not_a_gate(tokens, gates):
         check_gates(model, "gpt2", tokens, gates, close)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "llama", "falcon", "gpt_bigcode"])
 def test_opened_again_taken_off_or_copied_they_are_exact(family, tokens, gates):
     model = make(family)
     dense = logits(model, tokens)
     nb.set_gates(model, gates)
-    gated = logits(model, tokens)
-    assert not torch.equal(gated, dense)
+    closed = logits(model, tokens)
+    assert not torch.equal(closed, dense)
     twin, plain = copy.deepcopy(model), nb.remove_gates(copy.deepcopy(model))
     assert torch.equal(logits(plain, tokens), dense)
     assert not any(module._forward_pre_hooks for module in plain.modules())
-    assert torch.equal(logits(twin, tokens), gated) and torch.equal(logits(model, tokens), gated)
+    assert torch.equal(logits(twin, tokens), closed) and torch.equal(logits(model, tokens), closed)
     nb.set_gates(model, torch.ones_like(gates))
     assert torch.equal(logits(model, tokens), dense) and torch.equal(nb.get_gates(twin), gates)
     model.load_state_dict(twin.state_dict())  # they live in the state_dict
-    assert torch.equal(nb.get_gates(model), gates) and torch.equal(logits(model, tokens), gated)
+    assert torch.equal(nb.get_gates(model), gates) and torch.equal(logits(model, tokens), closed)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "llama"])
+@FOUR
 def test_generate_with_cache_equals_without(family, tokens, gates):
-    model = make(family)
-    nb.set_gates(model, gates)
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    model = gated(family, gates)
     assert torch.equal(*(model.generate(tokens, use_cache=cache, **options) for cache in (True, False)))
 
 
 def test_all_open_closes_again_also_after_an_error(gates):
-    model = make("opt")
-    nb.set_gates(model, gates)
+    model = gated("opt", gates)
     with pytest.raises(KeyboardInterrupt), nb.all_open(model):
         assert nb.get_gates(model).all()
         raise KeyboardInterrupt
     assert torch.equal(nb.get_gates(model), gates)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "llama"])
+@FOUR
 def test_saved_model_opens_plainly_and_can_be_reopened(family, tokens, gates, tmp_path):
     model = make(family)
     dense = logits(model, tokens)
@@ -90,25 +91,16 @@ def test_saved_model_opens_plainly_and_can_be_reopened(family, tokens, gates, tm
     assert torch.equal(logits(again, tokens), dense)
 
 
-def test_an_architecture_without_identifiable_heads_is_named():
-    config = transformers.MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=97, state_size=4)
-    config.num_attention_heads = 4
-    with pytest.raises(nb.UserError, match="MambaForCausalLM cannot be found .* take a transformer such as GPT-2"):
-        nb.find_heads(transformers.AutoModelForCausalLM.from_config(config))
-
-
 def test_trying_a_head_leaves_the_gates_as_they_were(tokens, gates):
     """Its cell may be run again after heads were closed."""
-    model = make("gpt2")
-    nb.set_gates(model, gates)
+    model = gated("gpt2", gates)
     said = nb.try_head(model, tokens, 0, 2)
     before, closed, after = said.split("perplexity ")[1].replace("closed ", "").replace("open again ", "").split(", ")
     assert torch.equal(nb.get_gates(model), gates) and before == after != closed
 
 
 def test_what_was_repaired_for_other_heads_is_refused(gates):
-    model = make("gpt2")
-    nb.set_gates(model, gates)
+    model = gated("gpt2", gates)
     repaired = copy.deepcopy(model)
     nb.require_same_gates(model, repaired)
     nb.set_gates(model, gates.flip(1))

@@ -14,14 +14,19 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from conftest import new_run
 from llama_cpp import difference_by_formulas, divergence_in_llama_cpp, read_gguf, why_no_llama_cpp
 
 import PruningAndFineTuningColab as nb
 
 IDS = torch.arange(24) * 7 % 80
 NO_LLAMA_CPP = why_no_llama_cpp()
-needs_llama_cpp = pytest.mark.skipif(bool(NO_LLAMA_CPP), reason=NO_LLAMA_CPP)
 TEXT = "It's 2026: the 1,234 café-goers DON'T  agree…\n\n\tNaïve? 🙂 http://x.y/z?a=1 \r\n  end   "
+
+
+def in_llama_cpp(test):
+    """Marks a test that needs llama.cpp itself."""
+    return pytest.mark.slow(pytest.mark.skipif(bool(NO_LLAMA_CPP), reason=NO_LLAMA_CPP)(test))
 
 
 def with_norms(model):
@@ -72,6 +77,10 @@ def write(small, path, bits="f32", source=None, name="tiny"):
     return path
 
 
+def fields_of(path):
+    return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
+
+
 MASKS = {
     "a layer without heads": [[0] * 6, [1, 1, 1, 0, 1, 0], [1, 0, 0, 1, 1, 1]],  # one stays, and writes zeros
     "uneven readers": [[1, 1, 1, 1, 0, 0], [1, 1, 0, 1, 1, 0], [1, 0, 0, 0, 1, 1]],
@@ -89,27 +98,22 @@ def test_what_is_written_are_the_logits_by_llama_cpps_formulas(name, tied, tmp_p
     path = write(small, tmp_path / "m.gguf")
     back = read_gguf(path)
     assert back.keys() == tensors.keys() and all(torch.equal(back[name], tensors[name].float()) for name in tensors)
-    fields = {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
+    fields = fields_of(path)
     assert fields["general.architecture"] == "deci" and fields["general.base_model.0.name"] == "a model"
     assert fields["deci.attention.head_count"] == numbers["heads"]
     assert fields["deci.attention.head_count_kv"] == numbers["key_value_heads"]
 
 
-def test_other_rotations_of_positions_are_written_or_refused():
-    llama3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
-    for rope in (linear, llama3 | {"original_max_position_embeddings": 64}):
-        small = cut(llama(rope_parameters=rope))
-        tensors, numbers = nb.in_words_of_llama_cpp(small)
-        assert "rope_freqs.weight" in tensors and difference_by_formulas(small, tensors, numbers, IDS) < 1e-5
-    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32}
-    for changes, words in (
-        ({"rope_parameters": yarn}, "no positions of the type 'yarn'"),
-        ({"hidden_act": "relu"}, "relu"),
-    ):
-        model = llama(**changes)
-        nb.add_gates(model)
-        assert words in nb.why_not_gguf(model)
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}, LLAMA3])
+def test_other_rotations_of_positions_are_written(rope):
+    small = cut(llama(rope_parameters=rope))
+    tensors, numbers = nb.in_words_of_llama_cpp(small)
+    assert "rope_freqs.weight" in tensors and difference_by_formulas(small, tensors, numbers, IDS) < 1e-5
 
 
 def test_a_window_limits_the_context_that_is_promised():
@@ -127,10 +131,6 @@ FIT = ("Llama, SmolLM2", "Qwen 3, tied", "Mistral", "Ministral", "Qwen 2", "Phi-
 DO_NOT_FIT = ("GPT-2", "Qwen 3", "Gemma", "Gemma 3", "OLMo 2", "Granite", "GLM", "Mixtral", "SmolLM3", "BitNet")
 
 
-def test_every_class_that_is_listed_is_proven_here():
-    assert {type(family(name)).__name__ for name in FIT} == set(nb.LLAMA_CPP)
-
-
 @pytest.mark.parametrize("name", [*FIT, *DO_NOT_FIT])
 def test_which_families_fit(name):
     model = family(name)
@@ -138,19 +138,22 @@ def test_which_families_fit(name):
     assert (nb.why_not_gguf(model) == "") == (name in FIT), nb.why_not_gguf(model)
     if name in FIT:
         small = cut(model)
+        assert type(model).__name__ in nb.LLAMA_CPP and len(FIT) == len(nb.LLAMA_CPP), "all that are listed"
         assert difference_by_formulas(small, *nb.in_words_of_llama_cpp(small), IDS) < 1e-5
 
 
 def test_what_does_not_fit_is_said_before_the_run():
-    model, settings = families.make("GPT-2"), nb.Settings(save_model="compact gguf")
-    nb.add_gates(model)
-    with pytest.raises(nb.UserError, match="llama.cpp cannot run a pruned GPT2LMHeadModel .*take --save-model compact"):
-        nb.check_gguf(model, None, settings)
-    model = llama()
-    nb.add_gates(model)
+    settings, foreign = nb.Settings(save_model="compact gguf"), tokenizer(tokenizers.pre_tokenizers.Whitespace())
+    for model, own, said in (
+        (families.make("GPT-2"), None, "llama.cpp cannot run a pruned GPT2LMHeadModel .*take --save-model compact"),
+        (llama(rope_parameters=YARN), tokenizer(), "no positions of the type 'yarn'"),
+        (llama(hidden_act="relu"), tokenizer(), "relu"),
+        (llama(), foreign, "llama.cpp's name for the tokenizer is unknown.*gpt-2, smollm"),
+    ):
+        nb.add_gates(model)
+        with pytest.raises(nb.UserError, match=said):
+            nb.check_gguf(model, own, settings)
     nb.check_gguf(model, tokenizer(), settings)
-    with pytest.raises(nb.UserError, match="llama.cpp's name for the tokenizer is unknown.*gpt-2, smollm"):
-        nb.check_gguf(model, tokenizer(tokenizers.pre_tokenizers.Whitespace()), settings)
     nb.check_gguf(families.make("GPT-2"), None, nb.Settings())  # not asked for
 
 
@@ -163,7 +166,7 @@ def test_a_pruned_file_given_again_is_said(tmp_path):
 def test_an_even_one_is_an_ordinary_llama_file_which_can_be_pruned_again(tmp_path):
     small = cut(llama(tie_word_embeddings=False), "heads", torch.tensor([[1.0, 1, 1, 0, 0, 0]] * 3))
     path = write(small, tmp_path / "m.gguf")
-    assert gguf.GGUFReader(path).fields["general.architecture"].contents() == "llama"
+    assert fields_of(path)["general.architecture"] == "llama"
     own, again = nb.load_model(str(path), "cpu")
     assert nb.largest_difference(small, again, IDS[None]) < 1e-5
     nb.set_gates(again, torch.tensor([[1.0, 0, 1], [1, 1, 0], [0, 1, 0]]))
@@ -182,12 +185,12 @@ def test_the_tokenizer_of_a_file_is_copied(tmp_path):
     write(small, first, source=own)
     words = {"format": "f16", "name": "tiny", "base": "a model", "description": ""}
     nb.write_gguf(tmp_path / "second.gguf", small, None, str(first), words)
-    fields = [
-        {name: part.contents() for name, part in gguf.GGUFReader(path).fields.items() if name.startswith("tokenizer.")}
+    one, other = (
+        {name: value for name, value in fields_of(path).items() if name.startswith("tokenizer.")}
         for path in (first, tmp_path / "second.gguf")
-    ]
-    assert fields[0] == fields[1] and fields[0]["tokenizer.ggml.pre"] == "gpt-2"
-    assert fields[0]["tokenizer.chat_template"] == own.chat_template
+    )
+    assert one == other and one["tokenizer.ggml.pre"] == "gpt-2"
+    assert one["tokenizer.chat_template"] == own.chat_template
 
 
 def steps(*first, use_regex=True):
@@ -212,38 +215,23 @@ def test_a_tokenizer_is_named_by_how_it_cuts(name):
     assert nb.pre_tokenizer_name(tokenizer(STEPS[name])) == name
 
 
-@needs_llama_cpp
-@pytest.mark.slow
-@pytest.mark.parametrize("name", STEPS)
-def test_llama_cpp_has_the_same_tokens(name, tmp_path):
-    own, small = tokenizer(STEPS[name]), cut(llama())
-    path = write(small, tmp_path / "m.gguf", source=own)
-    assert divergence_in_llama_cpp(path, small, own, real(own)) < 1e-5
+BITS = {"f32": 1e-6, "f16": 1e-4, "bf16": 1e-3}
+CASES = [(name, bits, "gpt-2", limit) for name in (*MASKS, "neurons, too") for bits, limit in BITS.items()]
+CASES += [(name, "f32", "gpt-2", 1e-5) for name in FIT] + [("neurons, too", "f32", steps, 1e-5) for steps in STEPS]
 
 
-@needs_llama_cpp
-@pytest.mark.slow
-@pytest.mark.parametrize("bits, limit", [("f32", 1e-6), ("f16", 1e-4), ("bf16", 1e-3)])
-@pytest.mark.parametrize("name", [*MASKS, "neurons, too"])
-def test_llama_cpp_opens_it_with_the_same_logits(name, bits, limit, tmp_path):
-    gates = torch.tensor(MASKS[name]).float() if name in MASKS else None
-    small = cut(llama(attention_bias=name == "uneven readers"), "both" if gates is None else "heads", gates)
-    path = write(small, tmp_path / "m.gguf", bits)
-    assert divergence_in_llama_cpp(path, small, tokenizer(), real()) < limit
-
-
-@needs_llama_cpp
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FIT)
-def test_llama_cpp_opens_every_family_that_fits(name, tmp_path):
-    model = family(name)
+@in_llama_cpp
+@pytest.mark.parametrize("name, bits, steps, limit", CASES)
+def test_llama_cpp_opens_it_with_the_same_logits_and_tokens(name, bits, steps, limit, tmp_path):
+    model = family(name) if name in FIT else llama(attention_bias=name == "uneven readers")
     model.resize_token_embeddings(400)  # a byte-level tokenizer has more tokens than the models of the catalogue
-    small = cut(model)
-    assert divergence_in_llama_cpp(write(small, tmp_path / "m.gguf"), small, tokenizer(), real()) < 1e-5
+    gates = torch.tensor(MASKS[name]).float() if name in MASKS else None
+    own, small = tokenizer(STEPS[steps]), cut(model, "both" if gates is None else "heads", gates)
+    path = write(small, tmp_path / "m.gguf", bits, own)
+    assert divergence_in_llama_cpp(path, small, own, real(own)) < limit
 
 
-@needs_llama_cpp
-@pytest.mark.slow
+@in_llama_cpp
 def test_another_model_is_noticed(tmp_path):
     small = cut(llama())
     path = write(small, tmp_path / "m.gguf")
@@ -287,8 +275,7 @@ def test_what_is_worth_least_for_its_cost_goes_first_a_head_of_every_key_or_a_ke
 
 
 def test_a_run_hands_over_a_gguf_file(tmp_path):
-    settings = nb.Settings(output_dir=str(tmp_path), save_model="gguf", pruning_level=0.4)
-    run = nb.Run(settings, torch.device("cpu"), torch.float32)
+    run = new_run(tmp_path, save_model="gguf", pruning_level=0.4)
     model, gates = llama(), torch.tensor(MASKS["uneven readers"]).float()
     nb.set_gates(model, gates)
     small = nb.compact(model)

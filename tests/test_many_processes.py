@@ -1,41 +1,28 @@
 """Two processes do what one does: the same numbers, one folder, one voice."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import accelerate
 import pytest
 import torch
-from conftest import make
+from conftest import FEW_WORDS, SCRIPT, gated, random_blocks, results_in, run_python
 
 import PruningAndFineTuningColab as nb
 
-SCRIPT = Path(nb.__file__)
-TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-FEW = (
-    "--dataset python-docs --device cpu --max-steps 12 --eval-blocks 7 --calibration-blocks 7 --gate-steps 12 "
-    "--repair 8 --block-length 128"
-).split()
+TWO = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+FEW = [SCRIPT, "--dataset", "python-docs", "--device", "cpu", *FEW_WORDS]
 
 
-@pytest.fixture(scope="module")
-def demo(home):
-    return nb.make_demo(nb.load_text(nb.Settings(dataset="python-docs"))["train"])
-
-
-def walk(launcher, folder, *words):
+def walk(folder, *words):
     folder.mkdir(exist_ok=True)
-    done = subprocess.run([*launcher, SCRIPT, *FEW, *words], cwd=folder, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (results,) = (path for path in (folder / "results").iterdir() if path.is_dir())
-    return json.loads((results / "metrics.json").read_text()), done.stdout, results
+    done = run_python(*words, cwd=folder)
+    return done.stdout, *results_in(folder / "results")
 
 
-@pytest.fixture(scope="module")
-def one(demo, tmp_path_factory):
-    return walk([sys.executable], tmp_path_factory.mktemp("one") / "process", "--model", demo)[0]
+@pytest.fixture
+def one(home):
+    """The record of the run of all tests, which had the same settings."""
+    return results_in(home / "results")[1]
 
 
 def require_the_same(two, one, rel):
@@ -45,13 +32,12 @@ def require_the_same(two, one, rel):
     for stage, record in two["training"].items():
         assert record["tokens_per_step"] == one["training"][stage]["tokens_per_step"]
         for kind, points in record["history"].items():
-            torch.testing.assert_close(
-                torch.tensor(points), torch.tensor(one["training"][stage]["history"][kind]), rtol=rel, atol=0
-            )
+            wanted = one["training"][stage]["history"][kind]
+            torch.testing.assert_close(torch.tensor(points), torch.tensor(wanted), rtol=rel, atol=0)
 
 
 def test_two_processes_end_with_the_numbers_of_one(demo, one, tmp_path):
-    two, said, results = walk(TWO, tmp_path / "two", "--model", demo)
+    said, results, two = walk(tmp_path / "two", *TWO, *FEW, "--model", demo)
     require_the_same(two, one, 1e-3)
     assert said.count("dense: perplexity") == 1
     assert said.count("results: results/") == 2  # the folder at the start, the zip in the end
@@ -63,7 +49,7 @@ def test_two_processes_end_with_the_numbers_of_one(demo, one, tmp_path):
 def test_where_one_process_alone_runs_out_of_memory_it_takes_smaller_batches(demo, one, tmp_path):
     """The second process has no room for two blocks from its third step on, while the first waits for its gradients."""
     launcher = [*TWO, Path(__file__).with_name("short_of_memory.py")]
-    two, _, results = walk(launcher, tmp_path / "two", "--model", demo)
+    _, results, two = walk(tmp_path / "two", *launcher, *FEW, "--model", demo)
     assert (tmp_path / "two" / "ran out of memory").exists()
     require_the_same(two, one, 1e-3)
     assert Path(f"{results}.zip").exists()
@@ -73,8 +59,7 @@ def test_where_one_process_alone_runs_out_of_memory_it_takes_smaller_batches(dem
 @pytest.mark.parametrize("strategy", ["entropy", "gradient"])
 def test_what_the_shares_give_is_put_in_order(strategy, blocks, monkeypatch):
     """Both shares in one process, one after the other, as each process would see them."""
-    model, blocks = make("llama"), torch.randint(3, 97, (blocks, 16))
-    nb.add_gates(model)
+    model, blocks = gated("llama", torch.ones(2, 4)), random_blocks(blocks)
     whole, shares = nb.get_strategy(strategy).score(model, blocks), []
 
     class Enough(Exception):
@@ -98,6 +83,6 @@ def test_what_the_shares_give_is_put_in_order(strategy, blocks, monkeypatch):
 
 def test_a_mistake_is_said_once(demo, tmp_path):
     words = ["--model", demo, "--strategy", "random", "--no-repair", "--pruning-level", "0.95"]
-    done = subprocess.run([*TWO, SCRIPT, *FEW, *words], cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert done.returncode != 0 and done.stderr.count("error: pruning_level is 0.95 with min_heads 1") == 1
+    said = run_python(*TWO, *FEW, *words, cwd=tmp_path, status=1).stderr
+    assert said.count("error: pruning_level is 0.95 with min_heads 1") == 1
     assert not list(tmp_path.glob("results/*")), "a mistake leaves nothing behind"

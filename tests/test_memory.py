@@ -3,18 +3,13 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import nbformat
 import pytest
 import torch
 import transformers
-from conftest import fill_form
-from nbclient import NotebookClient
+from conftest import SCRIPT, client_of, fill_form
 
-import PruningAndFineTuningColab as nb
-
-NOTEBOOK = Path(nb.__file__).with_suffix(".ipynb")
 FEW = {
     "model": "model", "dataset": "python-docs", "block_length": 64, "eval_blocks": 4, "calibration_blocks": 4,
     "gate_steps": 6, "repair": 8, "max_steps": 4,
@@ -30,9 +25,8 @@ print(json.dumps({"ram": psutil.Process().memory_info().rss,
 
 
 @pytest.mark.slow
-def test_five_runs_in_one_kernel_take_the_memory_of_one(home, tmp_path):
+def test_five_runs_in_one_kernel_take_the_memory_of_one(demo, tmp_path):
     """About three minutes: pytest -m slow -s tests/test_memory.py"""
-    demo = nb.make_demo(nb.load_text(nb.Settings(dataset="python-docs"))["train"])
     shutil.copytree(demo, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -40,14 +34,11 @@ def test_five_runs_in_one_kernel_take_the_memory_of_one(home, tmp_path):
         num_key_value_heads=4, max_position_embeddings=128,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")  # 40 MB: large beside what else may vary
-    notebook = nbformat.read(NOTEBOOK, 4)
+    notebook = nbformat.read(SCRIPT.with_suffix(".ipynb"), 4)
     fill_form(notebook, FEW)
     look = nbformat.v4.new_code_cell(LOOK)
     notebook.cells.append(look)
-    client, seen = (
-        NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}),
-        [],
-    )
+    client, seen = client_of(notebook, tmp_path), []
     with client.setup_kernel():
         for _ in range(5):
             for index, cell in enumerate(notebook.cells):

@@ -1,28 +1,31 @@
 """A neuron is a unit like a head, one number wide: the same gates, scores, repair, cut and files."""
 
-import copy
 
 import families
 import pytest
 import torch
-from conftest import count_flops, logits, make, tiny_tokenizer
+from conftest import count_flops, logits, make, random_blocks, tiny_tokenizer
 
 import PruningAndFineTuningColab as nb
 
-BLOCKS = torch.randint(3, 80, (4, 16), generator=torch.Generator().manual_seed(1))
+BLOCKS = random_blocks(4, most=80)
 SAVED = ["GPT-2", "OPT", "GPT-NeoX, Pythia", "Llama, SmolLM2"]
 BOTH = [*SAVED, "Gemma 2", "Phi-3", "GPT-J", "StarCoder2", "GLM-4", "XGLM"]
 NEURONS = [*SAVED, "BLOOM", "MPT", "Falcon RW"]  # the last three keep their heads
 KINDS = ("neurons", "both")
 
 
-def gated(name, prunes, level=0.3, **changes):
+def told(model, prunes):
+    """The model, told what is pruned in it, with open gates."""
+    nb.prune_only(model, prunes)
+    return model
+
+
+def gated(name, prunes, level=0.3):
     """A model of the catalogue, the importance of its units by Fisher, and gates chosen by it and set."""
-    model = families.make(name)
-    model.prunes = prunes
-    nb.add_gates(model)
+    model = told(families.make(name), prunes)
     importance = nb.get_strategy("fisher").score(model, BLOCKS)
-    settings = nb.Settings(prune=prunes, pruning_level=level, **changes)
+    settings = nb.Settings(prune=prunes, pruning_level=level)
     gates = nb.gates_for(model, importance, settings)
     nb.set_gates(model, gates)
     return model, importance, gates
@@ -49,9 +52,7 @@ PATHS = {
 
 @pytest.mark.parametrize("family, path", PATHS.items())
 def test_a_closed_neuron_contributes_nothing_and_an_open_one_everything(family, path, tokens):
-    model, plain = make(family), make(family)
-    model.prunes = "neurons"
-    nb.add_gates(model)
+    model, plain = told(make(family), "neurons"), make(family)
     assert torch.equal(logits(model, tokens), logits(plain, tokens))
     gates = torch.rand(nb.get_gates(model).shape).gt(0.4).float()
     nb.set_gates(model, gates)
@@ -90,14 +91,10 @@ def test_both_kinds_share_one_budget_of_parameters(level):
     assert closed.max() <= still.max(), "the least important for what they cost go first"
 
 
-def test_a_unit_costs_what_goes_with_it():
-    model = families.make("Llama, SmolLM2")
-    model.prunes = "both"
+def test_a_unit_costs_what_goes_with_it_also_where_an_mlp_is_as_wide_as_the_stream():
+    model = told(families.make("Llama, SmolLM2"), "both")
     head, neuron = nb.unit_costs(model)[0, [0, -1]].tolist()
     assert head == 2 * 8 * 32 + 2 * 8 * 32 / 2 and neuron == 3 * 32, "keys and values are shared by two heads"
-
-
-def test_parameters_are_predicted_where_an_mlp_is_as_wide_as_the_stream():
     model, _, gates = gated("RecurrentGemma", "both")
     assert nb.find_neurons(model)[0].number == model.config.hidden_size
     assert nb.predict_cost(model, gates, 16)["parameters"] == nb.compact(model).num_parameters()
@@ -106,36 +103,17 @@ def test_parameters_are_predicted_where_an_mlp_is_as_wide_as_the_stream():
 @pytest.mark.parametrize("uniform", ["no", "yes"])
 @pytest.mark.parametrize("prunes", KINDS)
 def test_neurons_of_wide_layers_stay_at_multiples_of_32(prunes, uniform):
-    model = make("llama", intermediate_size=1040)
-    nb.prune_only(model, prunes)
+    model = told(make("llama", intermediate_size=1040), prunes)
     importance = torch.rand(nb.get_gates(model).shape) * torch.tensor([[1.0], [2.0]])
     gates = nb.gates_for(model, importance, nb.Settings(prune=prunes, pruning_level=0.4, uniform=uniform))
     left = gates[:, nb.number_of_heads(model) :].sum(1)
     assert (left % 32 == 0).all() and left.min() >= 32 and left.max() < 1040
     assert (left[0] == left[1]) == (uniform == "yes"), "else layers differ"
-    narrow = families.make("Llama, SmolLM2")
-    nb.prune_only(narrow, prunes)
-    assert nb.layout_of(narrow, nb.Settings(prune=prunes)).chunk == 1
-
-
-@pytest.mark.parametrize("prunes", KINDS)
-@pytest.mark.parametrize("name", ["learned", "fisher", "gradient", "entropy", "magnitude", "random"])
-def test_every_strategy_scores_every_unit(name, prunes):
-    model = make("llama")
-    model.prunes = prunes
-    nb.add_gates(model)
-    options = {"level": 0.3, "steps": 4} if name == "learned" else {}
-    before = copy.deepcopy(model.state_dict())
-    scores = nb.get_strategy(name, **options).score(model, BLOCKS)
-    assert scores.shape == nb.get_gates(model).shape and scores.isfinite().all()
-    assert scores[:, -8:].std() > 0
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert nb.layout_of(told(make("llama"), prunes), nb.Settings(prune=prunes)).chunk == 1
 
 
 def test_learned_gates_move_a_layers_neurons_together():
-    model = make("llama")
-    model.prunes = "both"
-    nb.add_gates(model)
+    model = told(make("llama"), "both")
     fisher = nb.get_strategy("fisher").score(model, BLOCKS)
     learned = nb.get_strategy("learned", level=0.3, steps=6).score(model, BLOCKS).log()  # on Fisher's scale
     assert torch.equal(learned[:, 4:].argsort(1), fisher[:, 4:].log().argsort(1)), "ranked by Fisher within a layer"
@@ -143,8 +121,10 @@ def test_learned_gates_move_a_layers_neurons_together():
     assert torch.allclose(moved, moved[:, :1].expand_as(moved), atol=1e-4) and moved.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("prunes", KINDS)
-@pytest.mark.parametrize("name", ["Llama, SmolLM2", "Gemma 2", "Granite"])  # added up; normalised first; scaled first
+@pytest.mark.parametrize("name, prunes", [
+    ("Llama, SmolLM2", "neurons"), ("Llama, SmolLM2", "both"),
+    ("Gemma 2", "both"), ("Granite", "both"),  # normalised before it is added up; scaled
+])  # fmt: skip
 def test_repair_brings_a_model_nearer_to_the_dense_one(name, prunes):
     torch.manual_seed(0)
     model, _, gates = gated(name, prunes, 0.3)

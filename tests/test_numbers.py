@@ -2,87 +2,59 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import make, tiny_tokenizer
+from conftest import CPU, SCRIPT, UNEVEN, gated, make, new_run, random_blocks, run_python, saved
 from packaging.requirements import Requirement
 
 import PruningAndFineTuningColab as nb
 
-SCRIPT = Path(nb.__file__)
-BLOCKS = torch.randint(3, 97, (4, 16), generator=torch.Generator().manual_seed(1))
+BLOCKS = random_blocks(4)
 
 
-def overflowing(where: str = "model.layers.0.mlp.up_proj"):
+def overflowing():
     """A model that computes more than float16 can hold, and what float32 can hold."""
     model = make("llama")
     with torch.no_grad():
-        model.get_submodule(where).weight.mul_(1e5)
-        model.get_submodule(where.replace("up_proj", "down_proj")).weight.mul_(1e-5)
-    nb.add_gates(model)
+        model.model.layers[0].mlp.up_proj.weight.mul_(1e5)
+        model.model.layers[0].mlp.down_proj.weight.mul_(1e-5)
     return model
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_named(bad, tmp_path):
-    model = make("gpt2")
-    with torch.no_grad():
-        model.transformer.h[1].mlp.c_fc.weight[0, 0] = bad
-    model.save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(nb.UserError, match="not finite in transformer.h.1.mlp.c_fc.weight: download it again"):
-        nb.load_model(str(tmp_path), torch.device("cpu"))
-
-
 def test_where_float16_is_too_narrow_all_is_computed_in_float32(tmp_path, capsys):
-    settings = nb.Settings(output_dir=str(tmp_path))
     for model, dtype in ((make("llama"), torch.float16), (overflowing(), torch.float32)):
-        run = nb.Run(settings, torch.device("cpu"), torch.float16)
+        run = new_run(tmp_path, torch.float16)
         nb.add_gates(model)
         nb.try_float16(run, model, BLOCKS[:1])
         assert nb.COMPUTING.dtype == dtype and run.metrics["precision"] == str(dtype).removeprefix("torch.")
         said = "float16 is too narrow for this model (first in model.layers.0.mlp.up_proj)" in capsys.readouterr().out
         assert said == (dtype == torch.float32)
         assert math.isfinite(nb.perplexity(model, BLOCKS))
-    again = nb.Run(settings, torch.device("cpu"), torch.float16)
-    assert again.folder == run.folder, "the run is the one that was asked for in float16"
+    assert new_run(tmp_path, torch.float16).folder == run.folder, "the run is the one that was asked for in float16"
 
 
 def test_what_no_format_can_hold_ends_with_the_name_of_the_layer():
-    model = make("llama")
+    model = gated("llama")
     model.model.layers[1].self_attn.q_proj.weight.data.fill_(float("nan"))
-    with pytest.raises(nb.RunError, match="perplexity gives numbers that are not finite .first in model.layers.1.self"):
-        nb.perplexity(model, BLOCKS)
-    nb.add_gates(model)
-    nb.set_gates(model, torch.tensor([[1.0, 0, 1, 1], [1, 1, 0, 1]]))
-    for work in (lambda: nb.repair(model, BLOCKS), lambda: nb.get_strategy("fisher").score(model, BLOCKS)):
-        with pytest.raises(nb.RunError, match="not finite .?(first )?in model.layers.1.self_attn"):
+    for work, words in (
+        (lambda: nb.perplexity(model, BLOCKS), "perplexity gives numbers that are not finite .first in"),
+        (lambda: nb.repair(model, BLOCKS), "not finite .?(first )?in"),
+        (lambda: nb.get_strategy("fisher").score(model, BLOCKS), "not finite .?(first )?in"),
+    ):
+        with pytest.raises(nb.RunError, match=f"{words} model.layers.1.self_attn"):
             work()
-
-
-# --- as wide as it came
-
-
-def saved(folder, dtype):
-    make("llama").to(dtype).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_weights_are_saved_in_the_format_they_came_in(dtype, tmp_path):
-    name = saved(tmp_path / "came", dtype)
-    tokenizer, model = nb.load_model(name, torch.device("cpu"))
+    name = str(saved(tmp_path / "came", dtype=dtype))
+    tokenizer, model = nb.load_model(name, CPU)
     assert model.came_in == dtype and model.dtype == torch.float32
     described = nb.describe_model(model, nb.Settings(model=name))
     assert described["saved_in"] == described["came_in"] == str(dtype).removeprefix("torch.")
     assert described["file_bytes"] == (tmp_path / "came" / "model.safetensors").stat().st_size
-    nb.set_gates(model, torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 1]]))
+    nb.set_gates(model, UNEVEN)
     small = nb.compact(model)
     with torch.no_grad():
         for parameter in small.parameters():
@@ -90,9 +62,7 @@ def test_weights_are_saved_in_the_format_they_came_in(dtype, tmp_path):
     nb.rounded(small, dtype)
     for form, save, made in (("compact", nb.save_compact, small), ("zeroed", nb.save_gated, nb.expand(small, model))):
         save(made, tokenizer, tmp_path / form, dtype)
-        assert nb.largest_difference(made, nb.reopen(tmp_path / form), BLOCKS) == 0, (
-            "what was measured is what is saved"
-        )
+        assert nb.largest_difference(made, nb.reopen(tmp_path / form), BLOCKS) == 0, "what was measured is saved"
         assert json.loads((tmp_path / form / "config.json").read_text())["dtype"] == described["saved_in"]
         size = (tmp_path / form / "model.safetensors").stat().st_size
         assert size < 1.1 * made.num_parameters() * dtype.itemsize + 6000
@@ -119,9 +89,9 @@ def test_the_oldest_versions_are_those_of_the_requirements():
         "import importlib.metadata as m; real = m.version; "
         "m.version = lambda name: '4.57.1' if name == 'transformers' else real(name); import PruningAndFineTuningColab"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True)
+    done = run_python("-c", code, cwd=SCRIPT.parent, status=1)
     said = "error: transformers is 4.57.1, but must be >=5.9: pip install -U transformers."
-    assert done.returncode and done.stderr.splitlines() == [said]
+    assert done.stderr.splitlines() == [said]
 
 
 def test_a_level_out_of_reach_is_said_before_the_first_perplexity():
@@ -129,28 +99,20 @@ def test_a_level_out_of_reach_is_said_before_the_first_perplexity():
     (plan,) = (number for number, cell in enumerate(cells) if "plan_closing(model, settings)" in cell)
     (dense,) = (number for number, cell in enumerate(cells) if 'measure(run, "dense"' in cell)
     assert plan < dense
-    model = make("gpt2")
-    nb.add_gates(model)
-    for settings in (nb.Settings(pruning_level=0.9), nb.Settings(sweep="random 0.1 0.9")):
-        with pytest.raises(nb.UserError, match="pruning_level is 0.9 with min_heads 1, but at most 0.75 can be closed"):
-            nb.plan_closing(model, settings)
-    assert nb.plan_closing(model, nb.Settings(pruning_level=0.75)).startswith("8 heads, 75% of which will be closed")
+    with pytest.raises(nb.UserError, match="pruning_level is 0.9 with min_heads 1, but at most 0.75 can be closed"):
+        nb.plan_closing(make("gpt2"), nb.Settings(sweep="random 0.1 0.9"))
+    said = nb.plan_closing(make("gpt2"), nb.Settings(pruning_level=0.75))
+    assert said.startswith("8 heads, 75% of which will be closed")
 
 
 def test_a_console_that_cannot_show_a_sign_ends_nothing(tmp_path):
     code = "import PruningAndFineTuningColab as nb, sys; sys.argv = ['x', '--model', 'demo', '--prompt', 'a\\u2192b']; "
-    done = subprocess.run(
-        [sys.executable, "-c", code + "nb.start_settings(''); print('\\u2192', 'went on')"],
-        capture_output=True,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONPATH": str(SCRIPT.parent), "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0 and b"? went on" in done.stdout, done.stderr[-500:]
+    code += "nb.start_settings(''); print('\\u2192', 'went on')"
+    assert "? went on" in run_python("-c", code, cwd=tmp_path, PYTHONIOENCODING="cp1252").stdout
 
 
 def test_an_unforeseen_error_says_what_is_kept_and_how_to_go_on(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    run = nb.Run(nb.Settings(output_dir="out"), torch.device("cpu"), torch.float32)
+    run = new_run(tmp_path)
     run.metrics["perplexity"]["dense"] = 7.0
     monkeypatch.setattr(nb, "run", run, raising=False)
     with pytest.raises(SystemExit) as stop:

@@ -1,6 +1,5 @@
 """Nothing that was computed is lost: a run that was killed goes on, and ends with the numbers of one that was not."""
 
-import json
 import os
 import random
 import signal
@@ -12,21 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from conftest import make
+from conftest import FEW_WORDS, SCRIPT, gated, make, new_run, random_blocks, results_in, run_python
 
 import PruningAndFineTuningColab as nb
 
-SCRIPT = Path(nb.__file__)
-FEW = "--max-steps 24 --eval-blocks 4 --calibration-blocks 8 --gate-steps 12 --repair 8 --block-length 128".split()
-
-
-def new_run(folder, **changes):
-    settings = nb.Settings(output_dir=str(folder), block_length=16, max_steps=20, **changes)
-    return settings, nb.Run(settings, torch.device("cpu"), torch.float32)
+FEW = {"block_length": 16, "max_steps": 20}
 
 
 def test_a_product_is_computed_once_for_what_it_depends_on(tmp_path):
-    _, run = new_run(tmp_path)
+    run = new_run(tmp_path, **FEW)
     calls = []
 
     def compute():
@@ -34,7 +27,7 @@ def test_a_product_is_computed_once_for_what_it_depends_on(tmp_path):
         return {"a": torch.arange(6.0).view(2, 3).T}, {"number": 0.1 + 0.2}, [1, "two"]
 
     first = run.cached("thing", (1, torch.ones(2)), compute)
-    _, again = new_run(tmp_path)
+    again = new_run(tmp_path, **FEW)
     assert again.folder == run.folder
     second = again.cached("thing", (1, torch.ones(2)), compute)
     assert len(calls) == 1 and torch.equal(first[0]["a"], second[0]["a"]) and first[1:] == second[1:]
@@ -43,7 +36,7 @@ def test_a_product_is_computed_once_for_what_it_depends_on(tmp_path):
     assert len(calls) == 3
     archive = again.finish()
     assert archive.exists() and not again.state.exists()
-    assert new_run(tmp_path)[1].folder != run.folder, "a finished run is left alone"
+    assert new_run(tmp_path, **FEW).folder != run.folder, "a finished run is left alone"
 
 
 def test_a_fingerprint_sees_every_weight_and_gate(gates):
@@ -63,31 +56,29 @@ def test_a_fingerprint_sees_every_weight_and_gate(gates):
 
 
 def test_only_an_unfinished_run_of_these_settings_and_versions_is_gone_on_with(tmp_path, capsys, monkeypatch):
-    settings, run = new_run(tmp_path)
+    run = new_run(tmp_path, **FEW)
     run.metrics["perplexity"]["dense"] = 7.0
     run.save()
-    again = new_run(tmp_path)[1]
+    again = new_run(tmp_path, **FEW)
     assert again.folder == run.folder and "Going on with" in capsys.readouterr().out
     assert again.metrics["perplexity"] == {"dense": 7.0}
-    others = [new_run(tmp_path, seed=1)[1], nb.Run(settings, torch.device("cpu"), torch.bfloat16)]
+    others = [new_run(tmp_path, **FEW, seed=1), new_run(tmp_path, torch.bfloat16, **FEW)]
     monkeypatch.setattr(nb, "VERSIONS", nb.VERSIONS | {"torch": "0.1"})
-    others.append(new_run(tmp_path)[1])
+    others.append(new_run(tmp_path, **FEW))
     assert len({run.folder, *(other.folder for other in others)}) == 4 and not capsys.readouterr().out
     assert not any(other.metrics["perplexity"] for other in others)
 
 
 def test_a_run_that_another_process_computes_is_left_alone(tmp_path):
-    _, run = new_run(tmp_path)
+    run = new_run(tmp_path, **FEW)
     code = (
         "import sys, torch, PruningAndFineTuningColab as nb\n"
-        "settings = nb.Settings(output_dir=sys.argv[1], block_length=16, max_steps=20)\n"
+        f"settings = nb.Settings(output_dir=sys.argv[1], **{FEW!r})\n"
         "print(nb.Run(settings, torch.device('cpu'), torch.float32).folder)"
     )
 
     def folder_elsewhere():
-        place = {"env": os.environ | {"PYTHONPATH": str(SCRIPT.parent)}, "text": True, "check": True}
-        words = [sys.executable, "-c", code, str(tmp_path)]
-        return Path(subprocess.run(words, stdout=subprocess.PIPE, **place).stdout.splitlines()[-1])
+        return Path(run_python("-c", code, tmp_path, cwd=tmp_path).stdout.splitlines()[-1])
 
     other = folder_elsewhere()
     assert other != run.folder and other.parent == tmp_path and (other / "metrics.json").exists()
@@ -96,7 +87,7 @@ def test_a_run_that_another_process_computes_is_left_alone(tmp_path):
 
 
 def test_what_was_kept_keeps_its_time_and_what_is_computed_anew_gets_its_own(tmp_path):
-    _, run = new_run(tmp_path)
+    run = new_run(tmp_path, **FEW)
     for depends, seconds in ((1, 5.0), (1, 5.0), (2, 0.0)):
         with run.step("score"):
             run.cached("score", (depends,), lambda: {})
@@ -140,39 +131,41 @@ def interrupt_while_writing(monkeypatch, number):
     monkeypatch.setattr(torch, "save", die)
 
 
-def training_blocks():
-    text = torch.randint(3, 97, (40, 16), generator=torch.Generator().manual_seed(2))
-    return {split: text for split in nb.SPLITS}
+BLOCKS = dict.fromkeys(nb.SPLITS, random_blocks(40, seed=2))
+
+
+def same_weights(model, other):
+    return all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("how", [1, 13, 14, "while measurement 7 is written"])
 def test_fine_tuning_goes_on_bit_for_bit(how, tmp_path, monkeypatch):
     """Before the first measurement, after one, at one, in one; with dropout, so that the random numbers count."""
-    model = make("gpt2", resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
-    nb.set_gates(model, torch.tensor([[1.0, 0, 1, 1], [1, 1, 1, 0]]))
-    settings, run = new_run(tmp_path / "whole", learning_rate=1e-3)
-    whole = nb.fine_tuned(run, "fine_tuned", nb.compact(model), training_blocks(), settings)
-    record = run.metrics["training"]["fine_tuned"]
+    model = gated("gpt2", resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
+
+    def work(name):
+        run = new_run(tmp_path / name, learning_rate=1e-3, **FEW)
+        tuned = nb.fine_tuned(run, "fine_tuned", nb.compact(model), BLOCKS, run.settings)
+        return run, tuned, run.metrics["training"]["fine_tuned"]
+
+    _, whole, record = work("whole")
     assert [step for step, _ in record["history"]["perplexity"]] == list(range(2, 21, 2))
 
-    settings, run = new_run(tmp_path / "broken", learning_rate=1e-3)
     if isinstance(how, int):
         interrupt_at(monkeypatch, how)
     else:
         interrupt_while_writing(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
-        nb.fine_tuned(run, "fine_tuned", nb.compact(model), training_blocks(), settings)
+        work("broken")
     monkeypatch.undo()
-    kept = sorted(run.state.glob("training-*"))
+    kept = sorted(tmp_path.glob("broken/*.state/training-*"))
     assert [file.suffix for file in kept] == [".pt"] * (how != 1), "one file, and it is whole"
     if how == 14:  # killed, there was no time to remove what is half written
         kept[0].with_name(kept[0].name + ".part").write_bytes(b"half")
     torch.manual_seed(99)
     steps = interrupt_at(monkeypatch, 100)
-    _, run = new_run(tmp_path / "broken", learning_rate=1e-3)
-    tuned = nb.fine_tuned(run, "fine_tuned", nb.compact(model), training_blocks(), settings)
-    assert all(torch.equal(value, dict(whole.named_parameters())[name]) for name, value in tuned.named_parameters())
-    again = run.metrics["training"]["fine_tuned"]
+    run, tuned, again = work("broken")
+    assert same_weights(tuned, whole)
     assert again["history"] == record["history"] and again["kept_step"] == record["kept_step"]
     assert len(steps) == 20 - {1: 0, 13: 12, 14: 14}.get(how, 12), "it goes on from the last measurement"
     assert not list(run.state.glob("training-*.safetensors")), "which is not kept for longer than it is needed"
@@ -181,15 +174,15 @@ def test_fine_tuning_goes_on_bit_for_bit(how, tmp_path, monkeypatch):
 @pytest.mark.parametrize("step", [5, 15])
 def test_heads_that_are_chosen_again_go_on_bit_for_bit(step, tmp_path, monkeypatch):
     """Before and after the moment, half-way, when they are chosen."""
-    results = []
+    closed, results = torch.tensor([[1.0, 0, 1, 1], [1, 0, 1, 0]]), []
 
     def work(folder):
-        model = make("gpt2")
-        nb.set_gates(model, torch.tensor([[1.0, 0, 1, 1], [1, 0, 1, 0]]))
+        model = gated("gpt2", closed)
         more = {"learning_rate": 1e-3, "reopen_heads": True, "pruning_level": 0.375, "strategy": "gradient"}
-        _, run = new_run(folder, **more)
+        run = new_run(folder, **FEW, **more)
         run.metrics |= {"heads": {"closed": 3}, "model": {"saved_in": "float32"}}
-        tuned = nb.fine_tune_pruned(run, model, nb.copy.deepcopy(model), training_blocks())
+        tuned = nb.fine_tune_pruned(run, model, nb.copy.deepcopy(model), BLOCKS)
+        assert same_weights(model, make("gpt2")) and torch.equal(nb.get_gates(model), closed), "it is untouched"
         results.append((tuned, run.metrics["heads_after_fine_tuning"]))
 
     work(tmp_path / "whole")
@@ -202,7 +195,8 @@ def test_heads_that_are_chosen_again_go_on_bit_for_bit(step, tmp_path, monkeypat
     work(tmp_path / "broken")
     (whole, heads), (tuned, others) = results
     assert heads == others and heads["closed"] == 3 and torch.equal(whole.kept, tuned.kept)
-    assert all(torch.equal(value, dict(whole.named_parameters())[name]) for name, value in tuned.named_parameters())
+    assert ((closed == 0) & (whole.kept != 0)).any(), "no head came back"
+    assert same_weights(whole, tuned)
 
 
 # --- the script
@@ -210,51 +204,50 @@ def test_heads_that_are_chosen_again_go_on_bit_for_bit(step, tmp_path, monkeypat
 
 def start_script(cwd):
     return subprocess.Popen(
-        [sys.executable, SCRIPT, "--model", "demo", *FEW], cwd=cwd, text=True, start_new_session=True,
+        [sys.executable, SCRIPT, "--model", "demo", *FEW_WORDS], cwd=cwd, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )
 
 
+def kill(process):
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
 def run_script(cwd, kill_after=None):
+    """What it said, or None where it was killed before its end."""
     process = start_script(cwd)
     try:
         said, _ = process.communicate(timeout=kill_after)
-        assert process.returncode == 0, said[-3000:]
-        return said
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return None
+        return kill(process)
+    assert process.returncode == 0, said[-3000:]
+    return said
 
 
 def outcome(cwd):
-    (folder,) = (path for path in (cwd / "results").iterdir() if path.is_dir() and path.suffix != ".state")
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert Path(f"{folder}.zip").exists()
+    folder, metrics = results_in(cwd / "results")
+    assert Path(f"{folder}.zip").exists() and not list(cwd.glob("results/*.state"))
     names = ("perplexity", "importance", "heads", "samples", "parameters", "blocks", "compact_difference")
     histories = {name: record["history"]["perplexity"] for name, record in metrics["training"].items()}
     return {name: metrics[name] for name in names} | histories
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(home, tmp_path):
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    run_script(tmp_path / "whole")
-    process = start_script(tmp_path / "killed")
+    """The run of all tests was not killed, and had the same settings."""
+    process = start_script(tmp_path)
     for _ in range(2400):  # into the fine-tuning of the control
-        if list((tmp_path / "killed").glob("results/*.state/training-dense_fine_tuned-*.pt")):
+        if list(tmp_path.glob("results/*.state/training-dense_fine_tuned-*.pt")):
             break
         assert process.poll() is None
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    said = run_script(tmp_path / "killed")
+    kill(process)
+    said = run_script(tmp_path)
     assert "Going on with" in said and "dense + fine-tuned: step " in said
-    assert "dense + fine-tuned: step 2 of 24" not in said, "it goes on after the first measurement"
+    assert "dense + fine-tuned: step 1 of 12" not in said, "it goes on after the first measurement"
     for name in ("importance", "repair", "fine_tuned", "measure_dense"):
         assert f"[{name}: kept from before]" in said
-    assert not list((tmp_path / "killed").glob("results/*.state"))
-    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    assert outcome(tmp_path) == outcome(home)
 
 
 @pytest.mark.slow

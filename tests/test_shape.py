@@ -36,12 +36,9 @@ def lines_before(text: str) -> int:
     return lines_of(cell for cell in CELLS[: place_in_story(text) + 1] if cell in STORY)
 
 
-def test_the_whole_is_no_longer_than_it_was():
+def test_the_whole_is_no_longer_than_it_was_and_the_story_comes_soon():
     assert len(SCRIPT.read_text().splitlines()) <= TOTAL
     assert lines_of(HIDDEN) <= FOLDED
-
-
-def test_the_story_comes_soon_and_is_short():
     assert lines_before("text = load_text(settings)") <= 90
     assert lines_before("layers, the first of them:") <= 300
     assert lines_before("print(try_head(") <= 450
@@ -68,10 +65,7 @@ def test_cells_lines_and_functions_can_be_taken_in_at_a_glance():
     assert not [node.name for node in FUNCTIONS if node.end_lineno - node.lineno >= 50]
     assert not [node.name for node in FUNCTIONS if len([arg for arg in node.args.args if arg.arg != "self"]) > 6]
     assert not [node for node in ast.walk(TREE) if isinstance(node, ast.Global)]
-
-
-def test_folded_cells_say_what_they_offer():
-    assert len(HIDDEN) > 40
+    assert len(HIDDEN) > 40, "folded cells say what they offer"
     for cell in HIDDEN:
         assert cell.metadata["cellView"] == "form" and re.match(r"# @title \w.{5,}", cell.source), cell.source[:80]
 

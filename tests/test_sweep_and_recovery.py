@@ -8,23 +8,24 @@ import families
 import pandas
 import pytest
 import torch
-from conftest import make
+from conftest import gated, make, new_run, random_blocks
 
 import PruningAndFineTuningColab as nb
+
+CLOSED = torch.tensor([[1.0, 0, 1, 1], [1, 1, 0, 1]])
 
 
 @pytest.fixture
 def run(tmp_path):
-    settings = nb.Settings(
-        output_dir=str(tmp_path), sweep="random gradient learned 0 0.25 0.5", gate_steps=2, batch_size=2, max_steps=10,
+    return new_run(
+        tmp_path, sweep="random gradient learned 0 0.25 0.5", gate_steps=2, batch_size=2, max_steps=10,
         learning_rate=1e-2, block_length=16,
     )
-    return nb.Run(settings, torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture
 def blocks():
-    text = torch.randint(3, 97, (24, 16), generator=torch.Generator().manual_seed(5))
+    text = random_blocks(24, seed=5)
     return {"train": text[:12], "validation": text[12:18], "test": text[18:]}
 
 
@@ -36,9 +37,7 @@ def three(blocks):
 @pytest.mark.parametrize("at, kept", [(8, 4), (17, 10)])
 def test_a_sweep_goes_on_where_it_was_interrupted(at, kept, run, blocks, monkeypatch):
     """In the second strategy, and among the other kinds of units."""
-    model, closed = make("gpt2"), torch.tensor([[1.0, 0, 1, 1], [1, 1, 0, 1]])
-    nb.set_gates(model, closed)
-    scored, measured, real, score = [], [], nb.perplexity, nb.Gradient.score
+    model, scored, measured, real, score = gated("gpt2", CLOSED), [], [], nb.perplexity, nb.Gradient.score
 
     def counting(*arguments):
         measured.append(1)
@@ -55,7 +54,7 @@ def test_a_sweep_goes_on_where_it_was_interrupted(at, kept, run, blocks, monkeyp
     with pytest.raises(KeyboardInterrupt):
         nb.sweep(run, model, three(blocks), run.settings)
     assert len(list(run.state.glob("point-*"))) == kept, "what was finished is kept"
-    assert model.prunes == "heads" and torch.equal(nb.get_gates(model), closed), "and the model is as it was"
+    assert model.prunes == "heads" and torch.equal(nb.get_gates(model), CLOSED), "and the model is as it was"
     points = nb.sweep(run, model, three(blocks), run.settings)
     assert [(point["prune"], point["strategy"], point["level"]) for point in points] == [
         (kind, name, level)
@@ -67,59 +66,51 @@ def test_a_sweep_goes_on_where_it_was_interrupted(at, kept, run, blocks, monkeyp
     assert scored.count(False) == 1 and scored.count(True) == 3, "once for all levels, but learned gates depend on it"
     done = len(measured), len(scored)
     assert nb.sweep(run, model, three(blocks), run.settings) == points and (len(measured), len(scored)) == done
-    assert model.prunes == "heads" and torch.equal(nb.get_gates(model), closed)
+    assert model.prunes == "heads" and torch.equal(nb.get_gates(model), CLOSED)
 
 
-def test_the_points_of_a_sweep_are_right(run, blocks, monkeypatch, capsys):
-    model = make("opt")
+def test_the_points_of_a_sweep_are_right_for_all_kinds_of_units(run, blocks, capsys):
+    model = make("llama")
     nb.add_gates(model)
     dense = nb.perplexity(model, blocks["test"])
     run.metrics |= {"perplexity": {"dense": dense}, "blocks": {"train": 12, "validation": 6, "test": 6, "tested": 6}}
+    run.settings = nb.dataclasses.replace(run.settings, sweep="gradient random 0 0.25 0.5")
     with pytest.raises(SystemExit):
         nb.run_sweep(run, model, three(blocks))
     points, said = run.metrics["sweep"], capsys.readouterr().out
     assert points[0]["pruned"] == points[3]["pruned"] == points[0]["repaired"] == pytest.approx(dense)
-    nb.set_gates(model, nb.choose_gates(nb.get_strategy("gradient").score(model, blocks["validation"]), 0.5))
-    assert points[5]["pruned"] == pytest.approx(nb.perplexity(model, blocks["test"]))
-    assert points[5]["repaired"] == pytest.approx(nb.perplexity(nb.repair(model, blocks["train"]), blocks["test"]))
+    for number, kind in ((2, "heads"), (8, "neurons"), (11, "both")):
+        other, point = make("llama"), points[number]
+        nb.prune_only(other, kind)
+        importance = nb.get_strategy("gradient").score(other, blocks["validation"])
+        wanted = nb.dataclasses.replace(run.settings, prune=kind, pruning_level=0.5)
+        nb.set_gates(other, nb.gates_for(other, importance, wanted))
+        assert (point["prune"], point["strategy"], point["level"]) == (kind, "gradient", 0.5)
+        assert point["pruned"] == pytest.approx(nb.perplexity(other, blocks["test"]))
+        assert point["repaired"] == pytest.approx(nb.perplexity(nb.repair(other, blocks["train"]), blocks["test"]))
+        assert point["parameters"] == nb.compact(other).num_parameters()
+        assert point["flops_per_token"] == nb.predict_cost(other, nb.get_gates(other), 16)["flops_per_token"]
     table = [line for line in said.splitlines() if line.startswith("| ")]
-    assert table == nb.points_table(points).splitlines()
-    assert table[0] == "|  | 0% | 25% | 50% |" and table[3].startswith("| heads, gradient | ")
-    assert f"{points[5]['pruned']:.2f} → {points[5]['repaired']:.2f} |" in table[3]
+    assert table == nb.points_table(points).splitlines() and "left out" not in said
+    assert table[0] == "|  | 0% | 25% | 50% |" and table[2].startswith("| heads, gradient | ")
+    assert f"{points[2]['pruned']:.2f} → {points[2]['repaired']:.2f} |" in table[2]
     written = pandas.read_csv(run.folder / "sweep.csv")
     assert written["repaired"].tolist() == [point["repaired"] for point in points]
     assert (run.folder / "sweep.png").exists() and run.folder.with_name(run.folder.name + ".zip").exists()
     figure = nb.draw_points(points, nb.dense_point(model, 16, dense), 0.1)
     labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
-    kinds = ["heads, random", "heads, gradient", "heads, learned", "neurons, random", "both, random"]
+    kinds = ["heads, gradient", "heads, random", "neurons, gradient", "both, gradient"]
     assert labels == [*kinds, "dense", "dense + 10%"] and figure.axes[0].get_yscale() == "log"
 
 
-def test_kinds_of_units_are_compared_by_what_they_leave(run, blocks, capsys):
-    settings = nb.dataclasses.replace(run.settings, sweep="gradient 0.25 0.5")
-    model = make("llama")
-    nb.add_gates(model)
-    points = nb.sweep(run, model, three(blocks), settings)
-    assert [point["prune"] for point in points] == ["heads", "heads", "neurons", "neurons", "both", "both"]
-    other = make("llama")
-    nb.prune_only(other, "both")
-    importance = nb.get_strategy("gradient").score(other, blocks["validation"])
-    wanted = nb.dataclasses.replace(settings, prune="both", pruning_level=0.5)
-    nb.set_gates(other, nb.gates_for(other, importance, wanted))
-    assert points[5]["pruned"] == pytest.approx(nb.perplexity(other, blocks["test"]))
-    assert points[5]["parameters"] == nb.compact(other).num_parameters()
-    assert points[5]["flops_per_token"] == nb.predict_cost(other, nb.get_gates(other), 16)["flops_per_token"]
-    assert "left out" not in capsys.readouterr().out
-
+def test_what_cannot_be_pruned_is_left_out_of_a_sweep(run, blocks, capsys):
     experts = families.make("Mixtral")
     nb.add_gates(experts)
-    text = {split: part % 80 for split, part in blocks.items()}
-    points = nb.sweep(run, experts, three(text), nb.dataclasses.replace(settings, sweep="random 0.25 0.9"))
+    settings = nb.dataclasses.replace(run.settings, sweep="random 0.25 0.9")
+    points = nb.sweep(run, experts, three({split: part % 80 for split, part in blocks.items()}), settings)
     said = capsys.readouterr().out
     assert [(point["prune"], point["level"]) for point in points] == [("heads", 0.25)]
     assert "heads, random: left out, pruning_level is 0.9" in said and "neurons, random: left out, the neurons" in said
-    with pytest.raises(nb.UserError, match="pruning_level is 0.9 with min_heads 1"):  # before anything is computed
-        nb.plan_closing(model, nb.dataclasses.replace(settings, sweep="random 0.25 0.9"))
 
 
 @pytest.mark.parametrize("loss, found, tried", [(0.1, 0.421875, 6), (1e-9, 0.0625, 6), (100, 0.8125, 3)])
@@ -139,14 +130,13 @@ def test_the_level_that_is_found_is_the_largest_within_the_loss(loss, found, tri
 
 def test_without_repair_it_is_the_pruned_model_that_is_trained(run, blocks):
     """Then model and pruned model are one, and the teacher has all gates open."""
-    model, closed = make("opt"), torch.tensor([[1.0, 0, 1, 1], [1, 1, 0, 1]])
-    nb.set_gates(model, closed)
+    model = gated("opt", CLOSED)
     run.metrics["model"] = {"saved_in": "float32"}
     run.settings = nb.dataclasses.replace(run.settings, repair=0, max_steps=1)
     pruned = nb.repaired(run, model, None, blocks["train"], blocks["test"])
     tuned = nb.fine_tune_pruned(run, model, pruned, blocks)
     assert tuned.num_parameters() == nb.compact(model).num_parameters() < model.num_parameters()
-    assert torch.equal(tuned.kept, closed) and torch.equal(nb.get_gates(model), closed)
+    assert torch.equal(tuned.kept, CLOSED) and torch.equal(nb.get_gates(model), CLOSED)
 
 
 # --- the training loop

@@ -3,19 +3,14 @@
 import dataclasses
 import json
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from conftest import make
+from conftest import make, new_run, run_python
 
 import PruningAndFineTuningColab as nb
-
-SCRIPT = Path(nb.__file__)
 
 
 class Letters:
@@ -62,26 +57,16 @@ def test_a_file_without_splits_is_cut_into_contiguous_parts(tmp_path):
 
 
 def test_a_hub_dataset_keeps_its_splits(monkeypatch):
-    rows = {
-        split: datasets.Dataset.from_dict({"text": [f"{split} {number}\n" for number in range(50)]})
-        for split in nb.SPLITS
-    }
-    asked = []
-
-    def load_dataset(*arguments):
-        asked.append(arguments)
-        return datasets.DatasetDict(rows)
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    texts = {split: [f"{split} {number}\n" for number in range(50)] for split in nb.SPLITS}
+    rows, asked = {split: datasets.Dataset.from_dict({"text": text}) for split, text in texts.items()}, []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *words: asked.append(words) or datasets.DatasetDict(rows))
     parts = nb.load_text(settings(dataset="some/dataset:part"))
-    assert asked == [("some/dataset", "part")]
-    assert all(parts[split] == "\n\n".join(rows[split]["text"]) for split in nb.SPLITS)
-    whole = parts["train"]
+    assert parts == {split: "\n\n".join(text) for split, text in texts.items()}
     del rows["validation"]
-    parts = nb.load_text(settings(dataset="some/dataset"))
-    assert asked[1:] == [("some/dataset",)]
-    assert parts["train"] + parts["validation"] == whole and "test" not in whole and len(parts["validation"]) > 0
-    assert parts["test"] == "\n\n".join(rows["test"]["text"])
+    fewer = nb.load_text(settings(dataset="some/dataset"))
+    assert asked == [("some/dataset", "part"), ("some/dataset",)]
+    assert fewer["train"] + fewer["validation"] == parts["train"] and len(fewer["validation"]) > 0
+    assert fewer["test"] == parts["test"]
     del rows["train"]
     with pytest.raises(nb.UserError, match="'some/dataset' has the splits test, but 'train'"):
         nb.load_text(settings(dataset="some/dataset"))
@@ -93,6 +78,8 @@ def test_python_docs_are_real_text():
 
 BAD = [
     (dict(pruning_level=1.0), "pruning_level is 1.0.*at least 0 and below 1"),
+    (dict(pruning_level="1.5"), "pruning_level is .?1.5.?, but must be a number, at least 0 and below 1: .* is 0.3."),
+    (dict(pruning_level="much"), "pruning_level is 'much', but must be a number"),
     (dict(pruning_level=float("nan")), "pruning_level is nan"),
     (dict(pruning_level=None), "pruning_level is None.*a number"),
     (dict(learning_rate=-1e-4), "learning_rate is -0.0001.*above 0"),
@@ -102,6 +89,7 @@ BAD = [
     (dict(block_length=1), "block_length is 1.*at least 2"),
     (dict(block_length=8.5), "block_length is 8.5.*a whole number"),
     (dict(batch_size=0), "batch_size is 0.*at least 1"),
+    (dict(min_heads="few"), "min_heads is 'few', but must be a whole number"),
     (dict(min_heads=0), "min_heads is 0.*at least 1"),
     (dict(repair="some"), "repair is 'some'.*a whole number, at least 0"),
     (dict(max_steps=-1), "max_steps is -1.*at least 0"),
@@ -129,16 +117,13 @@ def test_bad_settings_are_refused_in_one_sentence(changes, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "name, given, meant",
-    [
-        ("repair", "yes", 128), ("repair", False, 0), ("repair", "16", 16), ("repair", True, 128),
-        ("uniform", "no", "no"), ("uniform", True, "yes"), ("control", False, "no"), ("sweep", False, ""),
-        ("max_steps", "auto", 0), ("max_steps", 200.0, 200), ("max_steps", "1e3", 1000), ("seed", "7", 7),
-        ("reopen_heads", "Yes", True), ("reopen_heads", "false", False), ("save_model", False, "no"),
-        ("learning_rate", "1e-5", 1e-5), ("pruning_level", "auto", 0.3),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("name, given, meant", [
+    ("repair", "yes", 128), ("repair", False, 0), ("repair", "16", 16), ("repair", True, 128),
+    ("uniform", "no", "no"), ("uniform", True, "yes"), ("control", False, "no"), ("sweep", False, ""),
+    ("max_steps", "auto", 0), ("max_steps", 200.0, 200), ("max_steps", "1e3", 1000), ("seed", "7", 7),
+    ("reopen_heads", "Yes", True), ("reopen_heads", "false", False), ("save_model", False, "no"),
+    ("learning_rate", "1e-5", 1e-5), ("pruning_level", "auto", 0.3),
+])  # fmt: skip
 def test_a_value_of_any_type_is_what_it_says(name, given, meant):
     value = getattr(nb.Settings(**{name: given}), name)
     assert value == meant and type(value) is type(meant)
@@ -162,13 +147,15 @@ def test_the_form_the_dataclass_and_the_options_agree():
     assert set(nb.STRATEGY_NAMES) == set(nb.STRATEGIES)
 
 
-@pytest.fixture
-def network(monkeypatch):
+def test_no_network_and_no_model_named_means_the_demo(tmp_path, monkeypatch, capsys):
     for place in (nb.huggingface_hub.constants, nb.datasets.config):
         monkeypatch.setattr(place, "HF_HUB_OFFLINE", False)
-
-
-def test_no_network_and_no_model_named_means_the_demo(network, monkeypatch, capsys):
+    monkeypatch.setattr(nb, "hub_is_reachable", lambda: 1 / 0)
+    (tmp_path / "a.txt").write_text("words")
+    for name in ("demo", str(tmp_path)):  # where nothing comes from the hub it is not asked
+        made = nb.choose_sources(settings(model=name, train_file=str(tmp_path / "a.txt")))
+        assert (made.model, made.dataset) == (name, "auto")
+        assert nb.choose_sources(settings(model=name, dataset="python-docs")).dataset == "python-docs"
     monkeypatch.setattr(nb, "hub_is_reachable", lambda: True)
     online = nb.choose_sources(settings())
     assert (online.model, online.dataset) == ("gpt2", "Salesforce/wikitext:wikitext-2-raw-v1")
@@ -181,37 +168,6 @@ def test_no_network_and_no_model_named_means_the_demo(network, monkeypatch, caps
     assert nb.choose_sources(settings(model="gpt2")).model == "gpt2", "a model that was named is never replaced"
 
 
-def test_where_nothing_comes_from_the_hub_it_is_not_asked(network, tmp_path, monkeypatch):
-    monkeypatch.setattr(nb, "hub_is_reachable", lambda: 1 / 0)
-    (tmp_path / "a.txt").write_text("words")
-    for name in ("demo", str(tmp_path)):
-        made = nb.choose_sources(settings(model=name, train_file=str(tmp_path / "a.txt")))
-        assert (made.model, made.dataset) == (name, "auto")
-        assert nb.choose_sources(settings(model=name, dataset="python-docs")).dataset == "python-docs"
-
-
-@pytest.mark.parametrize(
-    "arguments, sentence",
-    [
-        ("--pruning-level 1.5", "1.5', but must be a number, at least 0 and below 1: the default is 0.3."),
-        ("--model nobody/nothing --dataset python-docs", "error: model 'nobody/nothing' cannot be had"),
-        ("--model missing.gguf --dataset python-docs", "error: model 'missing.gguf' cannot be had"),
-        ("--train-file missing.txt", "error: train_file is 'missing.txt', but must be an existing file"),
-        ("--pruning-level much", "error: pruning_level is 'much', but must be a number"),
-        ("--min-heads few", "error: min_heads is 'few', but must be a whole number"),
-    ],
-)
-def test_a_mistake_costs_one_sentence_and_exit_status_2(arguments, sentence, tmp_path):
-    done = subprocess.run(
-        [sys.executable, SCRIPT, *arguments.split()], cwd=tmp_path, capture_output=True, text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    said = done.stderr.splitlines()[-1]
-    assert said.startswith("error: ") and sentence in said.replace("is 1.5,", "is '1.5',")
-    assert not list(tmp_path.glob("results/*")), "a mistake leaves nothing behind"
-
-
 def test_help_lists_every_setting_with_its_default(capsys):
     with pytest.raises(SystemExit):
         nb.read_settings(["--help"])
@@ -222,16 +178,12 @@ def test_help_lists_every_setting_with_its_default(capsys):
 
 
 def test_importing_runs_nothing_and_prints_nothing(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", "import PruningAndFineTuningColab"], cwd=tmp_path, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)},
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert list(tmp_path.iterdir()) == []
+    done = run_python("-c", "import PruningAndFineTuningColab", cwd=tmp_path)
+    assert not (done.stdout or done.stderr or list(tmp_path.iterdir()))
 
 
 def test_a_record_is_whole_also_where_a_step_fails(tmp_path):
-    run = nb.Run(settings(output_dir=str(tmp_path)), torch.device("cpu"), torch.float32)
+    run = new_run(tmp_path)
     with pytest.raises(ZeroDivisionError), run.step("broken"):
         run.metrics["perplexity"]["dense"] = 7.0
         raise ZeroDivisionError
@@ -243,14 +195,18 @@ def test_a_record_is_whole_also_where_a_step_fails(tmp_path):
     assert (run.folder / "metrics.json").exists(), "what was computed stays"
 
 
-def test_more_takes_options_as_a_shell_does(monkeypatch):
+def test_more_takes_options_as_they_are_written_and_run_takes_its_own(monkeypatch):
     monkeypatch.setattr(nb, "in_notebook", lambda: True)
     monkeypatch.setattr(nb, "choose_sources", lambda settings: settings)
-    made = nb.start_settings("--no-repair --prompt 'two words' --pruning-level 0.1")
-    assert (made.repair, made.prompt, made.pruning_level) == (0, "two words", 0.1)
+    made = nb.start_settings(r"""--no-repair --prompt 'it # is' --train-file "C:\my data\a.txt" --pruning-level 0.1""")
+    assert (made.repair, made.prompt, made.pruning_level) == (0, "it # is", 0.1)
+    assert made.train_file == r"C:\my data\a.txt"
     made = nb.start_settings("--pruning-level auto")
     assert (made.pruning_level, made.max_loss) == (nb.PRUNING_LEVEL, 0.05)
     assert nb.start_settings("--pruning-level auto --max-loss 0.1").max_loss == 0.1
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [nb.__file__, "--model", "demo", "--strategy", "fisher"])
+        assert nb.start_settings("").strategy == "fisher"
     for more, said in (
         ("--prompt 'two", "MORE is .*No closing quotation"),
         ("--levle 3", "unrecognized arguments: --levle 3"),

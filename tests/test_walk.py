@@ -1,11 +1,10 @@
 """The whole walk, as a script and as a notebook, on the demo model: what a user without a network gets."""
 
-import copy
-import dataclasses
+import contextlib
 import json
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -15,41 +14,31 @@ import nbformat
 import pytest
 import torch
 import transformers
-from conftest import FEW, fill_form
-from nbclient import NotebookClient
+from conftest import CPU, FEW, SCRIPT, client_of, fill_form, results_in
 from nbclient.exceptions import CellExecutionError
 from safetensors.torch import load_file
 
 import PruningAndFineTuningColab as nb
 
-SCRIPT = Path(nb.__file__)
 NOTEBOOK = SCRIPT.with_suffix(".ipynb")
 
-def only_folder_in(place: Path) -> Path:
-    (folder,) = (path for path in place.iterdir() if path.is_dir())
-    return folder
 
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def results(script_run, home):
     assert script_run.returncode == 0, script_run.stderr[-3000:]
-    return only_folder_in(home / "results")
+    return results_in(home / "results")[0]
 
 
-@pytest.fixture
-def demo(results, home):
-    """The folder of the demo model; the script has trained it."""
-    return only_folder_in(home / "cache/PruningAndFineTuningColab")
+@pytest.fixture(scope="module")
+def metrics(results):
+    return json.loads((results / "metrics.json").read_text())
 
 
-def test_the_script_says_that_it_is_the_demo_and_how_to_use_a_real_model(script_run, results):
-    assert re.search(r"cannot be reached.*demo.*--model", script_run.stdout)
-    assert "Traceback" not in script_run.stderr
-    assert str(results.relative_to(results.parents[1])) in script_run.stdout
+def tested(tokenizer):
+    return nb.pack(nb.load_text(nb.Settings(dataset="python-docs"))["test"], tokenizer, 128)[: FEW["eval_blocks"]]
 
 
-def test_the_record_holds_everything(results):
-    metrics = json.loads((results / "metrics.json").read_text())
+def test_the_record_holds_everything(metrics):
     perplexity, size, parameters = metrics["perplexity"], metrics["size"], metrics["parameters"]
     assert list(perplexity) == ["dense", "pruned", "repaired", "fine_tuned", "dense_fine_tuned"]
     assert perplexity["dense"] < 200, "the demo model has learned something"
@@ -73,11 +62,11 @@ def test_the_record_holds_everything(results):
     assert tuning["steps"] == 12 == tuning["history"]["perplexity"][-1][0]
 
 
-def test_the_zip_holds_the_report_the_pictures_and_a_model_that_opens(results, tmp_path):
+def test_the_zip_holds_the_report_the_pictures_and_a_model_that_opens(results, metrics, tmp_path):
     with zipfile.ZipFile(f"{results}.zip") as archive:
         archive.extractall(tmp_path)
     folder = tmp_path / results.name
-    report, metrics = (folder / "report.md").read_text(), json.loads((folder / "metrics.json").read_text())
+    report = (folder / "report.md").read_text()
     wanted, parameters = metrics["perplexity"]["fine_tuned"], metrics["parameters"]["fine_tuned"]
     against = wanted / metrics["perplexity"]["dense"] - 1
     row = (f"| pruned + fine-tuned | {parameters / 1e6:.2f} M | {4 * parameters / 1e6:.1f} | {wanted:.2f} | "
@@ -86,7 +75,7 @@ def test_the_zip_holds_the_report_the_pictures_and_a_model_that_opens(results, t
     for picture in (*re.findall(r"\((\w+\.png)\)", report), "dense_fine_tuned.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     tokenizer, model = nb.load_gated(folder / "model-zeroed")
-    blocks = nb.pack(nb.load_text(nb.Settings(dataset="python-docs"))["test"], tokenizer, 512)[:8]
+    blocks = tested(tokenizer)
     assert nb.perplexity(model, blocks) == pytest.approx(wanted, rel=1e-4)
     assert int((nb.get_gates(model) == 0).sum()) == 10
     for form in ("compact", "zeroed"):
@@ -102,9 +91,11 @@ def test_the_zip_holds_the_report_the_pictures_and_a_model_that_opens(results, t
     assert json.loads((folder / "model-compact" / "config.json").read_text())["use_cache"] is True
 
 
-def test_no_secret_of_the_environment_and_no_folder_of_this_machine_is_in_what_is_handed_on(
-    results, script_run, secret
-):
+def test_the_script_says_what_it_does_and_hands_on_no_secret_and_no_folder_of_this_machine(results, script_run, secret):
+    """It says that it is the demo, how to use a real model, and where the results are."""
+    assert re.search(r"cannot be reached.*demo.*--model", script_run.stdout)
+    assert "Traceback" not in script_run.stderr
+    assert str(results.relative_to(results.parents[1])) in script_run.stdout
     for path in (*results.rglob("*"), Path(f"{results}.zip")):
         assert path.is_dir() or secret.encode() not in path.read_bytes()
     with zipfile.ZipFile(f"{results}.zip") as archive:
@@ -129,14 +120,12 @@ sys.modules["google"], sys.modules["google.colab"] = types.ModuleType("google"),
 
 
 def test_the_notebook_runs_top_to_bottom_and_again(results, demo, tmp_path):
-    """`demo` comes first, so that the model is there."""
     notebook = nbformat.read(NOTEBOOK, 4)
     fill_form(notebook, FEW)
     (prune,) = (cell for cell in notebook.cells if "run.settings = settings\n" in cell.source)
     (settle,) = (cell for cell in notebook.cells if "settings = start_settings(MORE)" in cell.source)
     (compare,) = (cell for cell in notebook.cells if "draw_dashboard(run.metrics" in cell.source)
-    place = {"metadata": {"path": str(tmp_path)}}
-    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources=place)
+    client = client_of(notebook, tmp_path)
     with client.setup_kernel():
 
         def run(source):
@@ -154,8 +143,7 @@ def test_the_notebook_runs_top_to_bottom_and_again(results, demo, tmp_path):
         outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
         # heads, attention, two live plots, comparison
         assert len([output for output in outputs if "image/png" in output.get("data", {})]) >= 5
-        folder = only_folder_in(tmp_path / "results")
-        metrics = json.loads((folder / "metrics.json").read_text())
+        folder, metrics = results_in(tmp_path / "results")
         travels = "model-compact/modeling_pruned.py"
         same = (folder / travels).read_text() == (results / travels).read_text()
         assert same, "the same code from a notebook as from the script"
@@ -170,37 +158,15 @@ def test_the_notebook_runs_top_to_bottom_and_again(results, demo, tmp_path):
             run(compare.source)
 
     # a fresh run at that level, from the record and the files alone
-    tokenizer, model = nb.load_model(str(demo), torch.device("cpu"))
+    tokenizer, model = nb.load_model(str(demo), CPU)
     gates = nb.choose_gates(torch.tensor(metrics["importance"]), 0.5)
     nb.set_gates(model, gates)
-    blocks = nb.pack(nb.load_text(nb.Settings(dataset="python-docs"))["test"], tokenizer, 512)[:8]
     assert closed == nb.describe_units(model, gates)["heads"]["closed_list"] and len(closed) == 16
-    assert f"pruned: perplexity {nb.perplexity(model, blocks):.2f}" in half
-
-
-def test_fine_tuning_closed_heads_stay_closed_and_may_come_back_when_asked(demo, tmp_path):
-    settings = nb.Settings(output_dir=str(tmp_path), max_steps=6, learning_rate=1e-3, block_length=64, batch_size=4,
-                           pruning_level=0.5, strategy="fisher", calibration_blocks=4)  # fmt: skip
-    tokenizer, model = nb.load_model(str(demo), torch.device("cpu"))
-    blocks = nb.pack_all(nb.load_text(nb.Settings(dataset="python-docs")), tokenizer, model, settings)
-    gates = nb.choose_gates(nb.get_strategy("random").score(model), 0.5)
-    nb.set_gates(model, gates)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    run = nb.Run(settings, torch.device("cpu"), torch.float32)
-    run.metrics |= {"model": nb.describe_model(model, settings), **nb.describe_units(model, gates)}
-    tuned = nb.fine_tuned(run, "stay", copy.deepcopy(model), blocks, settings)
-    assert torch.equal(nb.get_gates(tuned), gates)
-    assert not torch.equal(tuned.state_dict()["lm_head.weight"], before["lm_head.weight"])
-    run.settings = dataclasses.replace(settings, reopen_heads=True)
-    free = nb.fine_tune_pruned(run, model, model, blocks)
-    assert ((gates == 0) & (free.kept != 0)).any(), "no head came back"
-    assert (free.kept != 0).sum() == (gates != 0).sum(), "as many heads are open as the level says"
-    same = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert same, "the original, with its gates, is untouched"
+    assert f"pruned: perplexity {nb.perplexity(model, tested(tokenizer)):.2f}" in half
 
 
 @pytest.fixture
-def short_run(demo, tmp_path):
+def short_run(demo, tmp_path, monkeypatch, capsys):
     """Runs the script on a small random model with the demo's tokenizer; folder, record, and what it printed."""
 
     def run_on(model, words):
@@ -208,11 +174,12 @@ def short_run(demo, tmp_path):
         model.save_pretrained(tmp_path / "tiny")
         few = "--block-length 64 --eval-blocks 4 --calibration-blocks 2 --gate-steps 20 --max-steps 4 --no-control"
         words = f"--model tiny --dataset python-docs {few} {words}".split()
-        words = [sys.executable, SCRIPT, *(word.replace("+", " ") for word in words)]
-        run = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr[-3000:]
-        folder = only_folder_in(tmp_path / "results")
-        return folder, json.loads((folder / "metrics.json").read_text()), run.stdout
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *(word.replace("+", " ") for word in words)])
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # the script has one of its own
+        with contextlib.suppress(SystemExit):  # a sweep stops after its table
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return *results_in(tmp_path / "results"), capsys.readouterr().out
 
     return run_on
 
@@ -243,13 +210,6 @@ def test_a_sweep_runs_from_the_script(short_run):
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG") and "fine_tuned" not in metrics["perplexity"]
     assert len(metrics["sweep"]) == 8 and metrics["sweep"][1]["pruned"] == metrics["perplexity"]["pruned"]
     assert "|  | 25% | 50% |" in said and "\n| both, fisher | " in said and Path(f"{folder}.zip").exists()
-
-
-def test_a_run_in_16_bits_hands_on_the_model_that_it_measured(short_run):
-    """The default wherever there is a GPU."""
-    words = "--precision bf16 --gate-steps 4 --repair 4 --save-model compact+zeroed"
-    metrics = short_run(llama(num_key_value_heads=2), words)[1]
-    assert metrics["precision"] == "bfloat16" and metrics["reopened_difference"] == {"compact": 0, "zeroed": 0}
 
 
 def test_a_family_that_cannot_be_compacted_keeps_its_gates_and_says_so(short_run):
@@ -294,16 +254,17 @@ def test_a_uniform_run_saves_an_ordinary_smaller_checkpoint(short_run):
     assert "trust_remote_code" not in (folder / "model-compact" / "README.md").read_text()
 
 
-def test_reopened_heads_are_in_the_compact_model_too(short_run):
+def test_reopened_heads_are_in_the_compact_model_too_which_is_handed_on_in_16_bits(short_run):
+    """(16 bits are the default wherever there is a GPU.)"""
     config = transformers.OPTConfig(
         vocab_size=1024, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64, word_embed_proj_dim=32)  # fmt: skip
-    words = "--reopen-heads --save-model compact+zeroed --pruning-level 0.5"
+    words = "--reopen-heads --save-model compact+zeroed --pruning-level 0.5 --precision bf16"
     folder, metrics, said = short_run(transformers.OPTForCausalLM(config), words)
     heads = metrics["heads_after_fine_tuning"]["open_per_layer"]
     shapes = [int(rows / 8) for rows in rows_left(folder, "q_proj")]
     assert shapes == heads and sum(heads) == 4 and "closed heads came back" in said
-    assert metrics["reopened_difference"]["compact"] == 0 and metrics["reopened_difference"]["zeroed"] < 1e-5
+    assert metrics["precision"] == "bfloat16" and metrics["reopened_difference"] == {"compact": 0, "zeroed": 0}
 
 
 KEPT = ("cellView", "jupyter", "jp-MarkdownHeadingCollapsed", "id")

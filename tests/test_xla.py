@@ -5,15 +5,8 @@
     PJRT_DEVICE=CPU xla/bin/python -m pytest tests/test_xla.py
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-import torch
-from conftest import make
+from conftest import FEW_WORDS, SCRIPT, make, random_blocks, results_in, run_python
 
 pytest.importorskip("torch_xla", reason="torch_xla is not installed")
 
@@ -22,25 +15,16 @@ from torch_xla.debug import metrics
 
 import PruningAndFineTuningColab as nb
 
-FEW = (
-    "--dataset python-docs --max-steps 12 --eval-blocks 4 --calibration-blocks 8 --gate-steps 12 --repair 8 "
-    "--block-length 128"
-).split()
-
 
 def walk(cwd, *words, **environment):
     cwd.mkdir()
-    command, own = [sys.executable, Path(nb.__file__), *FEW, *words], os.environ | environment
-    done = subprocess.run(command, cwd=cwd, env=own, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (file,) = cwd.glob("results/*/metrics.json")
-    return json.loads(file.read_text())
+    run_python(SCRIPT, "--dataset", "python-docs", *FEW_WORDS, *words, cwd=cwd, **environment)
+    return results_in(cwd / "results")[1]
 
 
-def test_the_whole_walk_has_the_numbers_of_the_processor(home, tmp_path):
-    plain = walk(tmp_path / "plain", "--model", "demo", USE_TORCH_XLA="0")
-    (demo,) = (home / "cache").glob("*/demo-*")
-    xla = walk(tmp_path / "xla", "--model", str(demo), "--device", "tpu", "--precision", "fp32")
+def test_the_whole_walk_has_the_numbers_of_the_processor(demo, tmp_path):
+    plain = walk(tmp_path / "plain", "--model", demo, USE_TORCH_XLA="0")
+    xla = walk(tmp_path / "xla", "--model", demo, "--device", "tpu", "--precision", "fp32")
     assert xla["device"].startswith("XLA") and plain["device"].startswith("CPU")
     assert xla["perplexity"] == pytest.approx(plain["perplexity"], rel=1e-4)
     assert xla["heads"] == plain["heads"] and set(xla["training"]) == set(plain["training"])
@@ -49,8 +33,8 @@ def test_the_whole_walk_has_the_numbers_of_the_processor(home, tmp_path):
         assert there == pytest.approx(here, rel=1e-3)
 
 
-def test_bf16_runs_too(home, tmp_path):
-    found = walk(tmp_path / "bf16", "--model", "demo", "--device", "tpu", "--strategy", "entropy", "--no-control")
+def test_bf16_runs_too(demo, tmp_path):
+    found = walk(tmp_path / "bf16", "--model", demo, "--device", "tpu", "--strategy", "entropy", "--no-control")
     assert found["precision"] == "bfloat16"
     assert found["perplexity"]["fine_tuned"] < 1.3 * found["perplexity"]["dense"]
 
@@ -68,11 +52,11 @@ def count(work):
 
 
 def scored(name, model, texts, **options):
-    return nb.get_strategy(name, **options).score(model, torch.randint(3, 97, (texts, 16)))
+    return nb.get_strategy(name, **options).score(model, random_blocks(texts))
 
 
 WORK = {
-    "perplexity": lambda model, n: nb.perplexity(model, torch.randint(3, 97, (4 * n, 16))),
+    "perplexity": lambda model, n: nb.perplexity(model, random_blocks(4 * n)),
     "entropy": lambda model, n: scored("entropy", model, 4 * n),
     "gradient": lambda model, n: scored("gradient", model, 4 * n),
     "learned": lambda model, n: scored("learned", model, 16, level=0.25, steps=6 * n),

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the options, a run in a folder that is thrown away, training, speeds, counted FLOPs."""
+"""What the benchmarks share: the options, a run in a folder that is thrown away, training, speeds, tables."""
 
 import argparse
 import contextlib
@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+from conftest import count_flops, tiny_tokenizer
+
 import PruningAndFineTuningColab as nb
 
 transformers.utils.logging.set_verbosity_error()
@@ -20,6 +21,17 @@ transformers.utils.logging.disable_progress_bar()
 
 def parser_for(doc: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def say(*cells):
+    """Prints a row of a Markdown table."""
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def head(*cells):
+    """Prints the first two rows of a Markdown table."""
+    say(*cells)
+    print("|---" * len(cells) + "|", flush=True)
 
 
 def begin(words: list[str]):
@@ -48,6 +60,19 @@ def scores(model, blocks, settings):
         return nb.get_strategy(settings.strategy, **nb.options_for(settings)).score(model, blocks["calibration"])
 
 
+def close(model, importance, settings):
+    """Gates (layers, units), set as the settings choose them by importance."""
+    gates = nb.gates_for(model, importance, settings)
+    nb.set_gates(model, gates)
+    return gates
+
+
+def closed_in(model, gates):
+    """How many heads and how many neurons are closed."""
+    heads, neurons = nb.heads_part(model, gates), nb.describe_units(model, gates)["neurons"]
+    return [int((heads == 0).sum()), neurons["closed"] if neurons else 0]
+
+
 def trained(run, model, blocks, settings, teacher=None):
     """(model, its record), trained in place; nothing is kept that a training could go on from."""
     with contextlib.redirect_stdout(sys.stderr):
@@ -57,6 +82,13 @@ def trained(run, model, blocks, settings, teacher=None):
     return model, record
 
 
+def gpt2_small():
+    """GPT-2 small without dropout, with random weights."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
 def speed_ratio(model, small, batch, training=False, rounds=9):
     """How much faster a compact model is than the gated one, without its gates."""
     models = {"dense": nb.remove_gates(nb.sharing_copy(model)), "compact": small}
@@ -64,9 +96,14 @@ def speed_ratio(model, small, batch, training=False, rounds=9):
     return speeds["compact"] / speeds["dense"]
 
 
-@torch.no_grad()
-def count_flops(model, batch):
-    """Floating-point operations of the matrix products in a forward pass; the counter knows eager attention."""
-    with nb.eager_attention(model), FlopCounterMode(display=False) as counter:
-        model.eval()(batch.to(model.device), use_cache=False)
-    return counter.get_total_flops()
+def expected_ratio(model, small, batch):
+    """The same by the floating-point operations of the matrix products."""
+    return count_flops(model, batch) / count_flops(small, batch)
+
+
+def cut_and_opened_again(model, folder):
+    """(what is handed on: the compact model, or the gated one where it cannot be cut, and that, saved and opened)"""
+    cut = nb.can_compact(model)
+    last = nb.compact(model) if cut else model
+    (nb.save_compact if cut else nb.save_gated)(last, tiny_tokenizer(), folder)
+    return last, nb.reopen(folder)

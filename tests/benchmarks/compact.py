@@ -17,8 +17,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-import transformers
-from common import begin, count_flops, nb, parser_for, scores, speed_ratio
+from common import begin, close, expected_ratio, gpt2_small, head, nb, parser_for, say, scores, speed_ratio
 from safetensors.torch import save_file
 
 STRANGER = """
@@ -38,18 +37,16 @@ print(math.exp(total / blocks[:, 1:].numel()))
 
 def gpt2_shapes():
     """GPT-2 small, random weights, half of its heads closed at random."""
-    torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).eval()
+    model = gpt2_small()
     nb.set_gates(model, nb.choose_gates(nb.get_strategy("random").score(model), 0.5))
     small = nb.compact(model)
-    print("| tokens | | by arithmetic | measured | measured / arithmetic |\n|---|---|---|---|---|")
+    head("tokens", "", "by arithmetic", "measured", "measured / arithmetic")
     for shape in ((1, 512), (4, 128), (1, 1024)):
         batch = torch.randint(0, 50257, shape)
-        expected = count_flops(model, batch) / count_flops(small, batch)
+        expected = expected_ratio(model, small, batch)
         for kind in ("forward", "training"):
             ratio = speed_ratio(model, small, batch, kind == "training")
-            numbers = f"{expected:.3f} x | {ratio:.3f} x | {ratio / expected:.2f}"
-            print(f"| {shape[0]} x {shape[1]} | {kind} | {numbers} |", flush=True)
+            say(f"{shape[0]} x {shape[1]}", kind, f"{expected:.3f} x", f"{ratio:.3f} x", f"{ratio / expected:.2f}")
 
 
 def perplexity_of_a_stranger(saved: Path, folder: Path, batch_size: int) -> float:
@@ -70,28 +67,25 @@ def main():
     test, settings = blocks["tested"], run.settings
     importance, dense = scores(model, blocks, settings), nb.perplexity(model, test)
     bare = sum(parameter.nbytes for parameter in model.parameters()) / 1e6
-    print("| level | parameters, M | weights, MB | KV cache, bytes/token | forward, measured (arithmetic) | training "
-          "| perplexity: gated | compact | reopened | largest difference |\n" + "|---" * 10 + "|\n"
-          f"| dense | {model.num_parameters() / 1e6:.2f} | {bare:.1f} | {nb.cache_bytes(model):,} | 1 | 1 | "
-          f"{dense:.4f} | | | |", flush=True)  # fmt: skip
+    head("level", "parameters, M", "weights, MB", "KV cache, bytes/token", "forward, measured (arithmetic)", "training",
+         "perplexity: gated", "compact", "reopened", "largest difference")  # fmt: skip
+    say("dense", f"{model.num_parameters() / 1e6:.2f}", f"{bare:.1f}", f"{nb.cache_bytes(model):,}", 1, 1,
+        f"{dense:.4f}", "", "", "")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         save_file({"blocks": test}, folder / "test.st")
         for level in chosen.levels:
-            nb.set_gates(model, nb.gates_for(model, importance, dataclasses.replace(settings, pruning_level=level)))
+            close(model, importance, dataclasses.replace(settings, pruning_level=level))
             small, saved = nb.compact(model), folder / f"{level}"
             nb.save_compact(small, tokenizer, saved)
             size = sum(file.stat().st_size for file in saved.glob("*.safetensors")) / 1e6
             reopened = perplexity_of_a_stranger(saved, folder, settings.batch_size)
-            gated, cut = (nb.perplexity(each, test) for each in (model, small))
-            expected = count_flops(model, test[:1]) / count_flops(small, test[:1])
+            values = [nb.perplexity(model, test), nb.perplexity(small, test), reopened]
             forward, training = (speed_ratio(model, small, test[:1], kind) for kind in (False, True))
-            print(
-                f"| {level:.0%} | {small.num_parameters() / 1e6:.2f} | {size:.1f} | {nb.cache_bytes(small):,} | "
-                f"{forward:.2f} ({expected:.2f}) | {training:.2f} | {gated:.4f} | {cut:.4f} | {reopened:.4f} | "
-                f"{nb.largest_difference(model, small, test[:1]):.0e} |",
-                flush=True,
-            )
+            say(f"{level:.0%}", f"{small.num_parameters() / 1e6:.2f}", f"{size:.1f}", f"{nb.cache_bytes(small):,}",
+                f"{forward:.2f} ({expected_ratio(model, small, test[:1]):.2f})", f"{training:.2f}",
+                *(f"{value:.4f}" for value in values),
+                f"{nb.largest_difference(model, small, test[:1]):.0e}")  # fmt: skip
 
 
 if __name__ == "__main__":

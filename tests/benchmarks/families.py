@@ -6,6 +6,7 @@ Real classes of transformers, small, with random weights (tests/families.py). Di
 float32 logits, relative to the largest logit. Takes about two minutes.
 """
 
+import contextlib
 import copy
 import math
 import sys
@@ -14,11 +15,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from common import nb, trained
-from conftest import tiny_tokenizer
+from common import cut_and_opened_again, head, nb, say, trained
+from conftest import new_run, random_blocks
 from families import CATALOGUE, make
 
-BLOCKS = torch.randint(3, 80, (4, 16), generator=torch.Generator().manual_seed(1))
+BLOCKS = random_blocks(4, most=80)
 
 
 def finite(strategy, model) -> str:
@@ -31,9 +32,9 @@ def finite(strategy, model) -> str:
 
 def losses(model, folder) -> str:
     """The loss of the first and of the last of twelve steps on the same four texts."""
-    settings = nb.Settings(output_dir=folder, block_length=16, max_steps=12, learning_rate=3e-3)
-    run, blocks = nb.Run(settings, torch.device("cpu"), torch.float32), dict.fromkeys(nb.SPLITS, BLOCKS)
-    history = trained(run, copy.deepcopy(model), blocks, settings)[1]["history"]["loss"]
+    run = new_run(folder, block_length=16, max_steps=12, learning_rate=3e-3)
+    blocks = dict.fromkeys(nb.SPLITS, BLOCKS)
+    history = trained(run, copy.deepcopy(model), blocks, run.settings)[1]["history"]["loss"]
     return f"{history[0][1]:.1f} → {history[-1][1]:.1f}"
 
 
@@ -49,26 +50,17 @@ def row(name: str, folder: str) -> list[str]:
     cells = [f"{gates.numel()}", finite("entropy", model), finite("learned", model)]
     dense = nb.perplexity(copy.deepcopy(model), BLOCKS)
     cells.append("yes" if math.isfinite(nb.perplexity(nb.repair(model, BLOCKS), BLOCKS) / dense) else "no")
-    small = nb.compact(model) if nb.can_compact(model) else None
-    cells.append(f"{nb.largest_difference(model, small, BLOCKS):.0e}" if small else nb.why_not_compact(model)[:90])
-    path = Path(folder, "saved")
-    if small:
-        nb.save_compact(small, tiny_tokenizer(), path)
-    else:
-        nb.save_gated(model, tiny_tokenizer(), path)
-    difference = nb.largest_difference(small or model, nb.reopen(path), BLOCKS)
-    cells += [f"{difference:.0e}" + ("" if small else " (zeroed)"), losses(small or model, folder)]
-    return cells
+    why_not = nb.why_not_compact(model)
+    last, again = cut_and_opened_again(model, Path(folder, "saved"))
+    cells.append(why_not[:90] or f"{nb.largest_difference(model, last, BLOCKS):.0e}")
+    cells.append(f"{nb.largest_difference(last, again, BLOCKS):.0e}" + " (zeroed)" * bool(why_not))
+    return [*cells, losses(last, folder)]
 
 
 if __name__ == "__main__":
     print(f"transformers {transformers.__version__}, torch {torch.__version__}\n")
-    print("| family | heads | entropy | learned | repair | compact | opened again | fine-tuned: loss |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
-    stdout = sys.stdout
+    head("family", "heads", "entropy", "learned", "repair", "compact", "opened again", "fine-tuned: loss")
     for name in sys.argv[1:] or CATALOGUE:
-        with tempfile.TemporaryDirectory() as folder:
-            sys.stdout = sys.stderr
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
             cells = row(name, folder)
-            sys.stdout = stdout
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        say(name, *cells)

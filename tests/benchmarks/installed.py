@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from common import nb
-from conftest import tiny_tokenizer
+from common import cut_and_opened_again, nb
+from conftest import random_blocks, tiny_tokenizer
 from families import EXPERTS, GPT
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
-BLOCKS = torch.randint(3, 80, (4, 16), generator=torch.Generator().manual_seed(1))
+BLOCKS = random_blocks(4, most=80)
 SMALL = EXPERTS | GPT | dict(
     num_layers=2, n_layers=2, decoder_layers=2, decoder_attention_heads=4, d_model=32, n_heads=4, num_heads=4, d_ff=64,
     decoder_ffn_dim=64, ffn_dim=64, n_inner=64, d_kv=8, is_decoder=True, is_encoder_decoder=False,
@@ -66,12 +66,9 @@ def walk(model, folder: Path) -> str:
     fixed = nb.repair(model, BLOCKS) if settings.repair else model
     nb.predict_cost(model, nb.get_gates(model), 16)
     assert isinstance(nb.sample(fixed, tiny_tokenizer(), "a", 4), str)
-    cut = nb.can_compact(model)
-    last = nb.compact(fixed) if cut else fixed
-    (nb.save_compact if cut else nb.save_gated)(last, tiny_tokenizer(), folder)
-    difference = nb.largest_difference(last, nb.reopen(folder), BLOCKS)
+    difference = nb.largest_difference(*cut_and_opened_again(fixed, folder), BLOCKS)
     assert difference < 1e-3, f"opened again, it differs by {difference:.0e}"
-    said = "cut" if cut else f"keeps its gates: {nb.why_not_compact(model)}"
+    said = "cut" if nb.can_compact(model) else f"keeps its gates: {nb.why_not_compact(model)}"
     return said if settings.repair else f"not repaired, {said}"
 
 

@@ -17,26 +17,17 @@ import time
 from pathlib import Path
 
 import gguf
-import numpy
 import torch
-from common import begin, nb, parser_for, scores
+from common import begin, close, closed_in, head, nb, parser_for, say, scores
+from llama_cpp import rows_of
 
 
 def perplexity(llm, blocks):
     losses = []
     for block in blocks:
         llm._clear_context_state()
-        batch = llm._lib.llama_batch_init(len(block), 0, 1)
-        batch.n_tokens = len(block)
-        for place, token in enumerate(block.tolist()):
-            batch.token[place], batch.pos[place], batch.n_seq_id[place] = token, place, 1
-            batch.seq_id[place][0], batch.logits[place] = 0, 1
-        assert not llm._lib.llama_decode(llm._ctx, batch)
-        rows = [llm._ffi.buffer(llm._lib.llama_get_logits_ith(llm._ctx, place), 4 * llm.n_vocab)
-                for place in range(len(block))]  # fmt: skip
-        rows = [numpy.frombuffer(row, "float32") for row in rows]
-        losses.append(nb.nll(torch.from_numpy(numpy.stack(rows))[None], block[None]).item())
-        llm._lib.llama_batch_free(batch)
+        rows = torch.from_numpy(rows_of(llm, block.tolist()))
+        losses.append(nb.nll(rows[None], block[None]).item())
     return math.exp(statistics.mean(losses))
 
 
@@ -70,13 +61,13 @@ def main():
             fixed = model
             if level != "0":
                 importance[prune] = importance[prune] if prune in importance else scores(model, blocks, now)
-                nb.set_gates(model, nb.gates_for(model, importance[prune], now))
+                close(model, importance[prune], now)
                 fixed = nb.repair(model, blocks["repair"])
             small, file = nb.compact(fixed), Path(folder, f"{len(models)}.gguf")
             words = {"format": own.bits, "name": case, "base": settings.model, "description": case}
             nb.write_gguf(file, small, tokenizer, settings.model, words)
             written = sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(file).tensors)
-            closed = int((nb.heads_part(model, nb.get_gates(model)) == 0).sum())
+            closed, _ = closed_in(model, nb.get_gates(model))
             models[case] = (file, closed, small.num_parameters(), written, nb.perplexity(small, test))
             print(case, models[case], file=sys.stderr, flush=True)
         opened = {case: Llama(str(file), n_ctx=1024, n_batch=512) for case, (file, *_) in models.items()}
@@ -85,16 +76,13 @@ def main():
             for case, llm in opened.items():
                 times[case].append(seconds(llm, prompt))
         middle = {case: [statistics.median(part) for part in zip(*rows[1:])] for case, rows in times.items()}
-        print("| | heads closed | parameters, million | in the file, million | file, MB | perplexity here | "
-              "in llama.cpp | prompt | writing |\n|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+        head("", "heads closed", "parameters, million", "in the file, million", "file, MB", "perplexity here",
+             "in llama.cpp", "prompt", "writing")  # fmt: skip
         for case, (file, closed, parameters, written, here) in models.items():
             faster = [before / after for before, after in zip(middle["heads:0"], middle[case])]
-            size, there = file.stat().st_size / 1e6, perplexity(opened[case], test)
-            print(
-                f"| {case} | {closed} | {parameters / 1e6:.1f} | {written / 1e6:.1f} | {size:.1f} | "
-                f"{here:.2f} | {there:.2f} | {faster[0]:.2f} x | {faster[1]:.2f} x |",
-                flush=True,
-            )
+            numbers = (parameters / 1e6, written / 1e6, file.stat().st_size / 1e6)
+            say(case, closed, *(f"{number:.1f}" for number in numbers), f"{here:.2f}",
+                f"{perplexity(opened[case], test):.2f}", *(f"{ratio:.2f} x" for ratio in faster))  # fmt: skip
 
 
 if __name__ == "__main__":

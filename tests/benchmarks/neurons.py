@@ -13,9 +13,9 @@ import argparse
 import copy
 import dataclasses
 
+import common
 import torch
-import transformers
-from common import begin, count_flops, nb, parser_for, scores, speed_ratio, trained
+from common import close, nb, say, scores, speed_ratio
 
 
 def told(model, kind):
@@ -31,25 +31,22 @@ def total_cost(model, kind):
 
 def speed():
     """20 % of the parameters of GPT-2's layers, at random, cut out: speed in turns."""
-    torch.manual_seed(0)
-    plain = transformers.GPT2LMHeadModel(transformers.GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).eval()
+    plain = common.gpt2_small()
     nb.add_gates(plain)
-    print("| kind | tokens | by arithmetic | measured | measured / arithmetic |\n|---|---|---|---|---|")
+    common.head("kind", "tokens", "by arithmetic", "measured", "measured / arithmetic")
     for kind in ("heads", "neurons", "both"):
         model, level = told(plain, kind), min(0.2 * total_cost(plain, "both") / total_cost(plain, kind), 0.9)
         settings = nb.Settings(prune=kind, pruning_level=level)
-        nb.set_gates(model, nb.gates_for(model, nb.get_strategy("random").score(model), settings))
+        close(model, nb.get_strategy("random").score(model), settings)
         small = nb.compact(model)
         for shape in ((1, 512), (4, 256)):
             batch = torch.randint(0, 50257, shape)
-            wanted = count_flops(plain, batch) / count_flops(small, batch)
-            ratio = speed_ratio(plain, small, batch, rounds=7)
-            numbers = f"{wanted:.3f} | {ratio:.3f} | {ratio / wanted:.1%}"
-            print(f"| {kind} | {shape[0]} x {shape[1]} | {numbers} |", flush=True)
+            wanted, ratio = common.expected_ratio(plain, small, batch), speed_ratio(plain, small, batch, rounds=7)
+            say(kind, f"{shape[0]} x {shape[1]}", f"{wanted:.3f}", f"{ratio:.3f}", f"{ratio / wanted:.1%}")
 
 
 def main():
-    parser = parser_for(__doc__)
+    parser = common.parser_for(__doc__)
     parser.add_argument("--shares", nargs="+", type=float, default=[0.05, 0.1, 0.2])
     parser.add_argument("--kinds", nargs="+", default=["heads", "neurons", "both"])
     parser.add_argument("--steps", nargs="*", type=int, default=[100], help="of fine-tuning, for each its own columns")
@@ -58,27 +55,26 @@ def main():
     own, rest = parser.parse_known_args()
     if own.speed:
         return speed()
-    run, _, dense, blocks = begin(rest)
+    run, _, dense, blocks = common.begin(rest)
     settings, test = run.settings, blocks["tested"]
     costs = {kind: total_cost(dense, kind) for kind in ("heads", "neurons", "both")}
 
     def fine_tuned(model, steps):
         """Test perplexity of a copy of the model after so many steps of fine-tuning."""
         now = dataclasses.replace(settings, max_steps=steps)
-        return nb.perplexity(trained(run, copy.deepcopy(model), blocks, now)[0], test)
+        return nb.perplexity(common.trained(run, copy.deepcopy(model), blocks, now)[0], test)
 
     plain = nb.remove_gates(nb.sharing_copy(dense))
     words = ", ".join(f"after {steps} steps {fine_tuned(plain, steps):.3f}" for steps in own.steps)
     print(f"{settings.model}, {settings.strategy}: dense {nb.perplexity(dense, test):.3f}, {words}\n")
-    longer = " for the same time (steps) |" * own.same_time
-    columns = "".join(f" after {steps} steps |{longer}" for steps in own.steps)
-    print(f"| parameters of the layers | kind | heads closed | neurons closed | pruned | repaired |{columns} left |")
-    print("|---" * (7 + (1 + own.same_time) * len(own.steps)) + "|", flush=True)
+    longer = ["for the same time (steps)"] * own.same_time
+    columns = [column for steps in own.steps for column in (f"after {steps} steps", *longer)]
+    common.head("parameters of the layers", "kind", "heads closed", "neurons closed", "pruned", "repaired", *columns,
+                "left")  # fmt: skip
 
     def row(share, kind, level):
         model, now = told(dense, kind), dataclasses.replace(settings, prune=kind, pruning_level=level)
-        gates = nb.gates_for(model, scores(model, blocks, now), now)
-        nb.set_gates(model, gates)
+        gates = close(model, scores(model, blocks, now), now)
         fixed = nb.repair(model, blocks["repair"])
         small, perplexities = nb.compact(fixed), [nb.perplexity(each, test) for each in (model, fixed)]
         cells = [f"{value:.3f}" for value in perplexities]
@@ -87,11 +83,9 @@ def main():
             cells.append(f"{fine_tuned(small, steps):.3f}")
             if own.same_time:
                 cells.append(f"{fine_tuned(small, round(steps * faster)):.3f} ({round(steps * faster)})")
-        heads = nb.heads_part(model, gates)
-        neurons = nb.describe_units(model, gates)["neurons"] or {"closed": 0, "open_per_layer": []}
-        left = "; ".join(" ".join(map(str, part)) for part in (heads.sum(1).int().tolist(), neurons["open_per_layer"]))
-        cells = [f"{share:.1%}", kind, int((heads == 0).sum()), neurons["closed"], *cells, left]
-        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+        parts = [part for kind in ("heads", "neurons") if (part := nb.describe_units(model, gates)[kind])]
+        left = "; ".join(" ".join(map(str, part["open_per_layer"])) for part in parts)
+        say(f"{share:.1%}", kind, *common.closed_in(model, gates), *cells, left)
 
     for share in own.shares:
         for kind in own.kinds:

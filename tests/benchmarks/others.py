@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import begin, nb, parser_for, scores, trained
+from common import begin, closed_in, head, nb, parser_for, say, scores, trained
 
 
 @torch.no_grad()
@@ -70,8 +70,8 @@ def main():
     run, _, model, blocks = begin(rest)
     settings, test, calibration = run.settings, blocks["tested"], blocks["calibration"]
     open_gates, costs, versions = nb.get_gates(model), nb.unit_costs(model), ""
-    print("| | parameters of what is pruned | heads closed | neurons closed | pruned | repaired | fine-tuned | "
-          "time to choose, gradient = 1 |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
+    head("", "parameters of what is pruned", "heads closed", "neurons closed", "pruned", "repaired", "fine-tuned",
+         "time to choose, gradient = 1")  # fmt: skip
 
     def row(name, gates, seconds):
         nb.set_gates(model, gates)
@@ -79,12 +79,10 @@ def main():
         fixed = nb.repair(model, blocks["repair"]) if not gates.all() else model
         tuned = trained(run, nb.compact(fixed), blocks, settings)[0]
         values += [nb.perplexity(fixed, test), nb.perplexity(tuned, test)]
-        heads = nb.heads_part(model, gates)
-        closed = [int((heads == 0).sum()), (nb.describe_units(model, gates)["neurons"] or {"closed": 0})["closed"]]
-        share = (costs * (gates == 0)).sum() / costs.sum()
-        cells = [f"{share:.1%}", *closed, *(f"{value:.3f}" for value in values), f"{seconds:.1f}"]
-        print(f"| {name} | " + " | ".join(map(str, cells)) + " |", flush=True)
-        return share.item()
+        share = ((costs * (gates == 0)).sum() / costs.sum()).item()
+        cells = [*closed_in(model, gates), *(f"{value:.3f}" for value in values)]
+        say(name, f"{share:.1%}", *cells, f"{seconds:.1f}")
+        return share
 
     with tempfile.TemporaryDirectory() as folder:
         torch.save({"calibration": calibration, "test": test}, f"{folder}/blocks.pt")
@@ -96,7 +94,7 @@ def main():
         for kind in ("magnitude", "taylor"):
             answer = torch_pruning(chosen.torch_pruning, chosen.limit, folder, kind, settings, model)
             if answer is None:
-                print(f"| Torch-Pruning, {kind}: not back after {chosen.limit:g} s | | | | | | | |")
+                say(f"Torch-Pruning, {kind}: not back after {chosen.limit:g} s", *[""] * 7)
                 continue
             gates, found = answer
             nb.set_gates(model, gates)

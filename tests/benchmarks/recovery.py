@@ -12,7 +12,7 @@ import copy
 import dataclasses
 from unittest import mock
 
-from common import begin, nb, parser_for, scores, trained
+from common import begin, close, head, nb, parser_for, say, scores, trained
 
 
 def main():
@@ -22,7 +22,7 @@ def main():
     run, _, model, blocks = begin(rest)
     settings, test, seen = run.settings, blocks["tested"], blocks["validation"][:16]
     dense = nb.remove_gates(copy.deepcopy(model))
-    nb.set_gates(model, nb.gates_for(model, scores(model, blocks, settings), settings))
+    close(model, scores(model, blocks, settings), settings)
     pruned = nb.repair(model, blocks["repair"])
 
     def tune(model, settings, teacher=None):
@@ -32,9 +32,9 @@ def main():
     def row(name, pruned, dense):
         numbers = [f"{value:.3f}" for value in (*pruned[1:], *dense[1:])]
         gaps = [f"{pruned[which] / dense[which] - 1:+.1%}" for which in (1, 2)]
-        print(f"| {name} | " + " | ".join(numbers + gaps) + " |", flush=True)
+        say(name, *numbers, *gaps)
 
-    print("| | pruned: validation | test | dense: validation | test | gap, validation | test |\n" + "|---" * 7 + "|")
+    head("", "pruned: validation", "test", "dense: validation", "test", "gap, validation", "test")
     row("before fine-tuning", *((None, nb.perplexity(m, seen), nb.perplexity(m, test)) for m in (pruned, dense)))
     control = tune(copy.deepcopy(dense), settings)
     row("defaults", tune(nb.compact(pruned), settings, dense), control)

@@ -15,7 +15,7 @@ import sys
 import time
 
 import torch
-from common import begin, nb, parser_for
+from common import begin, head, nb, parser_for, say
 
 
 def spread(values):
@@ -75,11 +75,10 @@ def main():
         with contextlib.redirect_stdout(sys.stderr):
             dense, found = nb.perplexity(model, blocks["tested"]), points(run, model, blocks, chosen)
         for kind in ("pruned", "repaired") if run.settings.repair else ("pruned",):
-            heads = " | ".join(f"{level:.0%}" for level in chosen.levels)
-            print(f"\n| {kind} | {heads} |\n" + "|---" * (len(chosen.levels) + 1) + "|")
+            print()
+            head(kind, *(f"{level:.0%}" for level in chosen.levels))
             for name in chosen.strategies:
-                cells = (spread([point[kind] for point in found[name, level]]) for level in chosen.levels)
-                print(f"| {name} | {' | '.join(cells)} |")
+                say(name, *(spread([point[kind] for point in found[name, level]]) for level in chosen.levels))
         print(f"\nDense: {dense:.2f}. {chosen.calibrations} choices of calibration text. {nb.conditions(run.metrics)}")
     if chosen.cost:
         for name, ratio in costs(model, blocks["validation"][:4]).items():

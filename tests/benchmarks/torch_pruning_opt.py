@@ -19,12 +19,10 @@ import transformers
 
 @torch.no_grad()
 def perplexity(model, blocks):
-    total = sum(
-        torch.nn.functional.cross_entropy(
-            model(batch, use_cache=False).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
-        ).item()
-        for batch in blocks.split(4)
-    )
+    total = 0.0
+    for batch in blocks.split(4):
+        rows = model(batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+        total += torch.nn.functional.cross_entropy(rows, batch[:, 1:].flatten(), reduction="sum").item()
     return math.exp(total / blocks[:, 1:].numel())
 
 
@@ -39,37 +37,22 @@ def main(folder, blocks, kind, prunes, level, out):
         folder, torch_dtype=torch.float32, attn_implementation="eager"
     ).eval()
     model.config.use_cache = False
-    attentions = [layer.self_attn for layer in model.model.decoder.layers]
-    layers, before = model.model.decoder.layers, []
-    for layer in layers:
-        before.append([part.weight.detach().clone() for part in (layer.self_attn.q_proj, layer.fc1)])
+    layers = model.model.decoder.layers
+    attentions = [layer.self_attn for layer in layers]
+    before = [[part.weight.detach().clone() for part in (layer.self_attn.q_proj, layer.fc1)] for layer in layers]
     heads, head_dim = attentions[0].num_heads, attentions[0].head_dim
     start = time.perf_counter()
-    importance = {"magnitude": tp.importance.GroupMagnitudeImportance, "taylor": tp.importance.GroupTaylorImportance}[
-        kind
-    ]()
-    queries = {
-        part: heads for attention in attentions for part in (attention.q_proj, attention.k_proj, attention.v_proj)
-    }
+    kinds = {"magnitude": tp.importance.GroupMagnitudeImportance, "taylor": tp.importance.GroupTaylorImportance}
+    queries = {part: heads for each in attentions for part in (each.q_proj, each.k_proj, each.v_proj)}
     pruned = {*(queries if prunes != "neurons" else ()), *(layer.fc1 for layer in layers if prunes != "heads")}
-    everything_else = [
-        module
-        for module in model.modules()
-        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm)) and module not in pruned
-    ]
+    weighted = (torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm)
+    everything_else = [part for part in model.modules() if isinstance(part, weighted) and part not in pruned]
     pruner = tp.pruner.MetaPruner(
-        model,
-        blocks["calibration"][:1],
-        importance=importance,
-        pruning_ratio=float(level),
-        prune_num_heads=prunes != "neurons",
-        prune_head_dims=False,
-        head_pruning_ratio=float(level),
-        global_pruning=True,
-        num_heads=queries,
-        ignored_layers=everything_else,
+        model, blocks["calibration"][:1], importance=kinds[kind](), pruning_ratio=float(level),
+        prune_num_heads=prunes != "neurons", prune_head_dims=False, head_pruning_ratio=float(level),
+        global_pruning=True, num_heads=queries, ignored_layers=everything_else,
         output_transform=lambda output: output.logits,
-    )
+    )  # fmt: skip
     if kind == "taylor":
         for batch in blocks["calibration"].split(4):
             model(batch, labels=batch).loss.backward()
@@ -81,16 +64,11 @@ def main(folder, blocks, kind, prunes, level, out):
         attention.embed_dim = attention.num_heads * head_dim
         heads_left.append(sorted({row // head_dim for row in rows_left(attention.q_proj, queries)}))
         neurons_left.append(sorted(rows_left(layer.fc1, inputs)))
-    result = {
-        "heads": heads_left,
-        "neurons": neurons_left,
-        "perplexity": perplexity(model, blocks["test"]),
-        "seconds": seconds,
-        "versions": f"torch-pruning {importlib.metadata.version('torch-pruning')}, transformers "
-        f"{transformers.__version__}, torch {torch.__version__}",
-    }
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    versions = f"torch-pruning {importlib.metadata.version('torch-pruning')}, {versions}"
+    tested = {"perplexity": perplexity(model, blocks["test"]), "seconds": seconds, "versions": versions}
     with open(out, "w") as file:
-        json.dump(result, file)
+        json.dump({"heads": heads_left, "neurons": neurons_left} | tested, file)
 
 
 if __name__ == "__main__":
