@@ -4075,7 +4075,14 @@ def save_gguf(run: Run, small, tokenizer, folder: Path) -> None:
     write_gguf(file, small, tokenizer, run.settings.model, words)
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title The model card, and the folders, each opened again and compared
+# @title The model card
+NOTES = {
+    "code": "`trust_remote_code=True` runs `modeling_pruned.py`, which is in this folder: read it first. Such folders "
+            "were tried with lm-evaluation-harness, peft, trl and `torch.compile`. Tools without remote code want a "
+            "folder made with `--uniform`, or the zeroed form.",
+    "zeroed": "What is closed has output weights of zero: a training that does not know it fills them again.",
+}
+
 def model_card(metrics: dict, folder: Path) -> str:
     """The README.md of a saved model: metadata that the Hugging Face hub reads, how to open it, and the report."""
     name, is_gguf = bare_name(metrics["settings"]["model"]), any(folder.glob("*.gguf"))
@@ -4092,20 +4099,19 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{trust})
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{trust})
 ```
 
-What it can do: `lm_eval run --model hf --model_args pretrained=path/to/this/folder{trust.replace(" ", "")}
---tasks lambada_openai,arc_easy,hellaswag,piqa`"""
+To evaluate it: `lm_eval run --model hf --model_args pretrained=FOLDER{trust.replace(" ", "")} --tasks piqa`"""
     for file in folder.glob("*.gguf"):
         open_it = f"""```sh
 llama-cli -m {file.name}
 echo "FROM ./{file.name}" > Modelfile && ollama create pruned -f Modelfile && ollama run pruned
 ```"""
-    note = "`trust_remote_code=True` runs `modeling_pruned.py`, which is in this folder: read it first." if code else ""
-    if zeroed:
-        note = "What is closed has output weights of zero: a training that does not know it fills them again."
+    note = next((NOTES[kind] for kind, there in (("zeroed", zeroed), ("code", code)) if there), "")
     title = f"# {name}, {words_for_closed(metrics)} {'closed' if zeroed else 'removed'}"
     made = f"Made from `{name}` with PruningAndFineTuningColab."
     return "\n\n".join([f"---\n{data.to_yaml()}\n---", title, made, open_it, note, report(metrics)])
 
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title The folders, each opened again and compared
 def save_models(run: Run, tuned, model, tokenizer, block: torch.Tensor) -> None:
     """Saves `tuned`, made from the gated `model`, in the forms wanted; each is opened again, on a block (1, time)."""
     is_compact, dtype = hasattr(tuned, "kept"), saved_format(run)

@@ -173,7 +173,7 @@ def results_in(place: Path):
 
 
 def fill_form(notebook, settings: dict):
-    """Sets fields of a notebook's form; what is not in the form goes into MORE, as in a shell."""
+    """Sets fields of a notebook's form; what is not in the form goes into MORE, as in a shell. Old outputs go."""
     (form,) = (cell for cell in notebook.cells if cell.source.startswith("# @title Settings\n"))
     more = []
     for name, value in settings.items():
@@ -182,6 +182,8 @@ def fill_form(notebook, settings: dict):
         words = [f"--no-{option}"] if value is False else [f"--{option}", str(value)]
         more += [] if found else words
     form.source = form.source.replace('MORE = ""', f"MORE = {' '.join(more)!r}")
+    for cell in notebook.cells:
+        cell.update({"outputs": [], "execution_count": None} if cell.cell_type == "code" else {})
 
 
 def client_of(notebook, cwd: Path) -> NotebookClient:
