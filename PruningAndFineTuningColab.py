@@ -39,8 +39,8 @@
 # | + fine-tuned, 200 steps | 24.6 | 23.5 |
 # | not pruned, fine-tuned with the same steps | 21.9 | 21.9 |
 #
-# Choose *Run all*, or run the cells one by one. Every cell can be run again, also with other settings,
-# because the model that was loaded is never changed.
+# Choose *Run all*, or run the cells one by one. Every cell can be run again, even with different settings,
+# because the loaded model is never changed.
 #
 # **Contents:** [1 Settings](#1.-Settings) · [2 Workshop](#2.-Workshop) (the machinery: skip it,
 # [go on with 3](#3.-Start)) · [4 Text](#4.-Text) · [5 Model](#5.-Model) ·
@@ -55,9 +55,9 @@
 #
 # These eleven matter. As they are, you get GPT-2 on WikiText-2, or, without a network, a small demo model that is
 # trained here. `MODEL` takes any hub id (`HuggingFaceTB/SmolLM2-135M`), a folder or a `.gguf` file. Change `PRUNE`,
-# `STRATEGY` and `PRUNING_LEVEL` first: as they are, 30 % of the heads are closed. `neurons` closes neurons of the
+# `STRATEGY` and `PRUNING_LEVEL` first: by default, 30 % of the heads are closed. `neurons` closes neurons of the
 # MLPs, which hold most of a model's parameters; `both` closes whichever is worth least for its size. `SWEEP` compares
-# strategies and levels (section 12). `MORE` takes every other setting as a shell would, for example
+# strategies and levels (section 12). `MORE` takes all other settings as command-line options, for example
 # `--block-length 256 --no-repair`; `--help` lists them. This is a script, too: `python PruningAndFineTuningColab.py`.
 
 # %% cellView="form" tags=["parameters"]
@@ -245,7 +245,7 @@ class Settings:
         check_settings(self)
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Settings, checked and converted, from the form and from options as in a shell
+# @title Settings from the form and from command-line options, checked and converted
 def converted(field, value):
     """A value of whatever type, as the setting has it. Raises UserError where it is none that is allowed."""
     kind, rule, words = field.type, field.metadata["rule"], str(value).strip()
@@ -404,7 +404,7 @@ def autocast(device: torch.device):
     return contextlib.nullcontext() if exact else torch.autocast(device.type, dtype=COMPUTING.dtype)
 
 def room_for(device: torch.device, bytes_each: float) -> float:
-    """So many blocks have room in free RAM: the kernel of a processor ends a process that asks for more."""
+    """The number of blocks that fit into free RAM: on a processor, the system kills a process that asks for more."""
     return memory_free(device) / bytes_each if device.type == "cpu" else math.inf
 
 def fit_batch_size(function, largest: int, what: str, room: float = math.inf):
@@ -444,7 +444,7 @@ def first_not_finite(model, block: torch.Tensor) -> str:
     return f"first in {found[0]}" if found else ""
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title The door between story and machine: over_blocks()
+# @title The interface between the story and the supporting code: over_blocks()
 def long_loop(items, what: str, device: torch.device):
     """The items one by one, with a bar; `device` does the work of an item."""
     quiet = not accelerate.PartialState().is_main_process or None
@@ -499,7 +499,7 @@ def over_blocks(model, blocks, function, what: str, backward: bool = False) -> t
     return found
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title What a run is named by, and files that are never half there
+# @title How a run is named, and files that are never half-written
 def fingerprint(*things) -> str:
     """The same for the same values (numbers, texts, tensors, models with weights and gates), and else another."""
     digest = hashlib.sha256()
@@ -661,7 +661,7 @@ class Run(Record):
         return display(picture, display_id=True) if live is None else live.update(picture) or live
 
     def finish(self) -> Path:
-        """The run's folder as a zip, which says that it is finished. What was kept to go on from goes, in the end."""
+        """The run's folder as a zip, which says that it is finished. What was kept for resuming is removed."""
         self.save()
         archive = self.folder.with_name(self.folder.name + ".zip")
         packed = shutil.make_archive(self.state / "packed", "zip", self.folder.parent, self.folder.name)
@@ -685,7 +685,7 @@ def in_lines(text: str) -> str:
     return textwrap.indent(textwrap.fill(" ".join(text.split()), 100), "  | ")
 
 def show_markdown(text: str) -> None:
-    """Rendered in a notebook, as it is in a terminal."""
+    """Shows Markdown: rendered in a notebook, as plain text in a terminal."""
     if not in_notebook():
         return print(text)
     from IPython.display import Markdown, display
@@ -818,7 +818,7 @@ def read_files(settings: Settings, tokenizer) -> dict[str, str]:
     return text
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Names of models, tokenizers, and what to do where something cannot be had
+# @title Names of models, tokenizers, and remedies for what does not load
 @contextlib.contextmanager
 def saying_cannot_be_had(what: str, remedy: str):
     """Within it whatever goes wrong becomes a UserError; a broken file fails in every way there is."""
@@ -853,7 +853,7 @@ def place_of(name: str, trust_remote_code: bool = False) -> tuple[str, dict]:
     return path, {"revision": revision or "main", "trust_remote_code": trust_remote_code}
 
 def load_tokenizer(name: str, trust_remote_code: bool = False):
-    """A model's tokenizer. Raises UserError where it cannot be had, or knows no tokens."""
+    """A model's tokenizer. Raises UserError where it cannot be loaded, or has no tokens."""
     remedy = "check the name and the network, or copy the tokenizer's files into the folder"
     with saying_cannot_be_had(f"the tokenizer of model {name!r}", remedy):
         path, options = place_of(name, trust_remote_code)
@@ -933,7 +933,7 @@ def join_rows(table: pandas.DataFrame, name: str, tokenizer=lambda: None) -> str
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Reading text (2): files of all kinds, datasets
 def read_csv(path: Path) -> pandas.DataFrame:
-    """A table, parted by what its first line holds most of. Raises ValueError for a row that does not fit."""
+    """A table, split at its first line's most frequent delimiter. Raises ValueError for a row that does not fit."""
     csv.field_size_limit(2**31 - 1)
     with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
         head = file.readline()
@@ -969,7 +969,7 @@ def read_file(path: str | Path, tokenizer=lambda: None) -> str:
 def read_dataset(name: str, tokenizer=lambda: None) -> dict[str, str]:
     """Split -> text of a hub dataset, `id` or `id:configuration`, or of a folder that `save_to_disk` wrote.
 
-    Raises UserError where it cannot be had.
+    Raises UserError where it cannot be loaded.
     """
     with saying_cannot_be_had(f"dataset {name!r}", "check the name, the configuration and the network, or take "
                               "--train-file or --dataset python-docs"):
@@ -1054,10 +1054,10 @@ def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 # %% [markdown] id="loop" jp-MarkdownHeadingCollapsed=true
 # ### The training loop
 #
-# There is one training loop in this notebook, and this is it: AdamW, a short warmup, then a cosine decay. A
-# step is `batch_size` blocks, however many fit at once. Every tenth of the way the model is measured on
-# validation text. The weights of its best moment are kept, and training stops early after three measurements in a
-# row without progress. You need it in section 14; it stands here because the demo model is trained by it.
+# This is the only training loop in this notebook: AdamW, a short warmup, then a cosine decay. A
+# step is `batch_size` blocks, however many fit at once. After every tenth of the steps the model is measured on
+# validation text. The best weights are kept, and training stops early after three measurements in a
+# row without improvement. You need the loop in section 14; it is here because it also trains the demo model.
 # [Go on with the model](#The-model).
 
 # %%
@@ -1193,7 +1193,7 @@ def put_training(kept: dict, model, accelerator, optimizer) -> None:
             accelerator.scaler.load_state_dict(kept["scaler"])
 
 def end_training(kept: dict, model, settings: Settings) -> dict:
-    """The model gets the best weights that were kept, and is as it was before training; the record."""
+    """Gives the model the best weights that were kept and ends its training mode; returns the record."""
     put_weights(model, kept["best"])
     model.zero_grad()
     if settings.gradient_checkpointing:
@@ -1263,7 +1263,7 @@ def is_causal(model) -> bool:
 def look_at_model(name: str, trust_remote_code: bool = False) -> tuple:
     """(configuration, or None for a .gguf file; parameters; number format) of a model whose weights are not read yet.
 
-    Raises UserError where the model cannot be had.
+    Raises UserError where the model cannot be opened.
     """
     path, options = place_of(name, trust_remote_code)
     remedy = ("it must be a causal language model on the hub (with a network), a local folder, a .gguf file, or 'demo'"
@@ -1278,7 +1278,7 @@ def look_at_model(name: str, trust_remote_code: bool = False) -> tuple:
     return config, shapes.num_parameters(), shapes.dtype
 
 def load_model(name: str, device: torch.device, trust_remote_code: bool = False, weights=torch.float32):
-    """Tokenizer and model in evaluation mode. Raises UserError where the model cannot be had or used.
+    """Tokenizer and model in evaluation mode. Raises UserError where the model cannot be loaded or used.
 
     Its weights are in the number format `weights`; `model.came_in` is the format that they came in.
     """
@@ -1383,7 +1383,7 @@ def make_demo(text: str, device: torch.device = torch.device("cpu")) -> str:  # 
 # ### The model
 #
 # The model reads tokens, not letters. They are packed into full blocks: no padding, so nothing is wasted
-# and no loss is counted on it. What is it, what does it weigh, what does it write, and how well does it predict?
+# and no loss is counted on padding. What is the model, how large is it, what does it write, how well does it predict?
 
 # %%
 def pack(text: str, tokenizer, block_length: int) -> torch.Tensor:
@@ -1649,7 +1649,7 @@ def get_gates(model) -> torch.Tensor:
     return torch.stack([torch.cat([units.projection.gates.detach().float().cpu() for units in layer])
                         for layer in find_units(model)])
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Gates for a while: all open, none at all, or such that gradients flow to them
+# @title Temporary gates: all open, none at all, or with gradients
 def sharing_copy(model):
     """A copy of a gated model that shares its weights and has gates of its own."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
@@ -1733,10 +1733,10 @@ if __name__ == "__main__":
     print(try_head(model, blocks["validation"][:2], layer=0, head=0))
 
 # %% [markdown]
-# A closed gate still costs what an open one costs: what it multiplies by zero has been computed all the
-# same. In the end (section 13) what is closed is therefore **cut** out: its rows of the projections before,
-# its columns of the output projection. Whether that works for this model is not looked up in a list: it is
-# tried now, before anything takes long. Some units are closed at random, cut out of a copy that shares all
+# A closed gate costs as much as an open one: the numbers that it multiplies by zero are still
+# computed. So the closed units are **cut** out in section 13: their rows of the projections before,
+# their columns of the output projection. Whether that works for this model is not looked up in a list: it is
+# tried now, before any long computation. Some units are closed at random, cut out of a copy that shares all
 # other weights, and that copy is saved and opened again. It has to give the same logits as the gated model, read
 # in one go and written token by token from a key/value cache, also where texts are padded. Where it does not, the
 # model keeps its gates: it is pruned, not smaller.
@@ -2400,7 +2400,7 @@ def check_gguf(model, tokenizer, settings: Settings) -> None:
     print("llama.cpp can run it")
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title What the settings will close, said before anything takes long
+# @title What the settings will close, checked before any long computation
 def check_reach(model, settings: Settings) -> None:
     """Raises UserError where so much cannot be closed, because every layer keeps some heads and some neurons."""
     layout, costs = layout_of(model, settings), unit_costs(model)
@@ -2447,8 +2447,8 @@ if __name__ == "__main__":
 # %% [markdown]
 # Now the whole test text. Perplexity says how well the model predicts. It can improve while abilities are lost, so
 # more is recorded at every stage: **bits per byte**, which can be compared between tokenizers; how many **last words**
-# of sentences are predicted exactly ([LAMBADA](https://arxiv.org/abs/1606.06031)'s question); how much of what it
-# writes is **repeated**; and a sample, which says what that feels like.
+# of sentences are predicted exactly (as in [LAMBADA](https://arxiv.org/abs/1606.06031)); how much of what it
+# writes is **repeated**; and a sample of its writing.
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title What it can still do: bits per byte, last words, repetition
@@ -2560,7 +2560,7 @@ if __name__ == "__main__":
 # by the number of parameters that go with the unit, so that the two can be compared. A new strategy is one
 # small class and one line in `STRATEGIES`.
 #
-# **Random** is the yardstick: a strategy that is no better knows nothing.
+# **Random** is the baseline: a strategy that does no better than this is useless.
 # %%
 @dataclasses.dataclass
 class Random:
@@ -2608,8 +2608,8 @@ class Magnitude:
 #    ([Xiao et al. 2023](https://arxiv.org/abs/2309.17453)). Such an idle head has a very *low* entropy.
 # 2. **Position.** Token 500 can spread over a hundred times more tokens than token 5.
 #
-# The rule here repairs both. Entropy is divided by its maximum at that position, which gives a *focus*
-# between 0 and 1; and focus only counts as far as the head *writes* something, measured against the
+# The rule here fixes both. Entropy is divided by its maximum at that position, which gives a *focus*
+# between 0 and 1; and focus only counts to the extent that the head *writes* something, relative to the
 # residual stream $x_i$ that it writes into (the norm of what attention moves:
 # [Kobayashi et al. 2020](https://arxiv.org/abs/2004.10102)):
 #
@@ -2723,8 +2723,8 @@ class Gradient:
             slopes = over_blocks(model, blocks, per_block, "scoring by gradient", backward=True)
         return (slopes.square() if self.squared else slopes.abs()).mean(0).cpu() / relative_costs(model)
 # %% [markdown]
-# **Learned** goes all the way: the gates are trained, with all weights frozen, to keep the predictions of
-# the dense model while only so many may be open. In training a gate is a number between 0 and 1,
+# **Learned** trains the gates themselves, with all weights frozen, so that they keep the predictions of
+# the dense model while only a given number may be open. In training a gate is a number between 0 and 1,
 # $g=\sigma\big((a-\tau+\varepsilon)/T\big)$ with noise $\varepsilon$ (the *concrete* relaxation:
 # [Louizos et al. 2018](https://arxiv.org/abs/1712.01312), for heads
 # [Voita et al. 2019](https://arxiv.org/abs/1905.09418)). Three choices differ from theirs:
@@ -2735,10 +2735,10 @@ class Gradient:
 #   dense model, and says more per token than the one token that happened to come next.
 # - The temperature $T$ falls: gates are soft at first and nearly decided in the end. They start from Fisher.
 #
-# Of neurons there are too many to learn each one from so little text: Fisher ranks the neurons of a layer, and
+# There are too many neurons to learn a gate for each from so little text: Fisher ranks the neurons of a layer, and
 # one number for each layer is learned, which moves all of them up or down.
 #
-# It takes minutes where Fisher takes half a minute, and costs the least perplexity on most models that we
+# It takes minutes where Fisher takes half a minute, and raises perplexity the least on most models that we
 # measured, because whether a head can go depends on which others go.
 # %%
 def soft_gates(scores: torch.Tensor, budget: float, temperature: float, costs: torch.Tensor | float = 1.0):
@@ -2824,7 +2824,7 @@ class Learned:
         loss = divergence(model(batch, use_cache=False).logits, wanted).sum()
         return torch.autograd.grad(SCALE * loss, gates)[0] / SCALE
 # %% [markdown]
-# All strategies by name, and the one that you chose at work, on validation text:
+# All strategies by name, and the one that you chose, applied to validation text:
 # %%
 STRATEGIES = {"learned": Learned, "fisher": functools.partial(Gradient, squared=True), "gradient": Gradient,
               "entropy": Entropy, "magnitude": Magnitude, "random": Random,
@@ -2868,9 +2868,9 @@ if __name__ == "__main__":
 # `min_heads`. With `PRUNE = "both"` heads and neurons share one budget: the level is the share of all their
 # parameters. No weight is touched, so this cell can be run again with another level.
 #
-# What to expect: a model of a hundred million parameters loses a few percent of its perplexity with a
-# tenth of its heads, a quarter with a third of them, and falls apart somewhere beyond a half; larger
-# models can spare more. Repair gives back about half of the loss. Fine-tuning gives back more than was
+# What to expect: in a model of a hundred million parameters, perplexity rises by a few percent without a
+# tenth of the heads, by a quarter without a third of them, and the model falls apart somewhere beyond a half; larger
+# models can spare more. Repair recovers about half of the loss. Fine-tuning recovers more than was
 # lost, because it also teaches the model this kind of text: so the comparison that counts is with the
 # dense model after the same fine-tuning (section 15).
 
@@ -3028,10 +3028,10 @@ if __name__ == "__main__":
 # <a name="10.-Explore"></a>
 # ## 10. Explore
 #
-# Look and play before you go on. In the explorer every square is a head, layers from left to right, dark
+# Here you can experiment before you go on. In the explorer every square is a head, layers from left to right, dark
 # where it matters least, × where its gate is closed. Drag the level, change the strategy, click single
-# heads; see what the smaller model would weigh, measure it on validation text, let it write. To stop what
-# takes long, interrupt the kernel. Nothing of that touches the run, until you press *Take it*: then go on from
+# heads; see how large the smaller model would be, measure it on validation text, let it write. To stop a
+# long job, interrupt the kernel. None of this affects the run until you press *Take it*: then go on from
 # section 11.
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -3227,7 +3227,7 @@ if __name__ == "__main__":
 # $$W' = W + (X^\top X + \lambda I)^{-1} X^\top (Y - XW).$$
 #
 # It is solved layer by layer from the bottom, on what the *pruned* model computes: $Y$ is what the stream
-# has to receive to be where the dense model's is, so a layer also corrects what was lost below it. The
+# has to receive to match the dense model's, so a layer also corrects what was lost below it. The
 # MLP's output projection is refitted too, more carefully where it lost no neuron. (Relatives:
 # [FLAP](https://arxiv.org/abs/2312.11983), [SlimGPT](https://arxiv.org/abs/2412.18110).)
 
@@ -3268,8 +3268,8 @@ class LeastSquares:
             bias += change[-1]
 
 # %% [markdown]
-# A layer is refitted in three passes over the text: what its dense original does, and what its pruned heads
-# are given; then what its neurons are given, behind the new heads; then what it hands on. Only the streams
+# A layer is refitted in three passes over the text: the first collects the outputs of the dense layer and of the
+# pruned heads; the second, those of the neurons behind the refitted heads; the third, the layer's own. Only the streams
 # between two layers are kept, of the dense and of the pruned model, however many layers there are.
 
 # %%
@@ -3409,7 +3409,7 @@ def sweep(run: Run, model, texts: tuple[torch.Tensor, ...], settings: Settings) 
     return points
 
 def find_level(run: Run, model, importance: torch.Tensor, texts: tuple[torch.Tensor, ...], dense: float) -> dict:
-    """Halves in on the largest level within settings.max_loss of `dense`, with importance (layers, units).
+    """Finds by bisection the largest level within settings.max_loss of `dense`, with importance (layers, units).
 
     `texts` are blocks (n, time) to repair on and to look at. Returns the level found, and all points.
     """
@@ -3513,10 +3513,10 @@ if __name__ == "__main__":
 # <a name="13.-Compact"></a>
 # ## 13. Compact
 #
-# So far the model is as large and as slow as before. Now what is closed really goes, as section 7 has tried: a
+# So far the model is as large and as slow as before. Now the closed units are really removed, as tried in section 7: a
 # closed head's rows of the query, key and value projections, its columns of the output projection, and a key/value
 # head with the last head that reads it. What is left is the same function with fewer numbers. The cell below checks
-# that the logits agree, counts what was saved, and measures what that brings, in turns with the dense model.
+# that the logits agree, counts what was saved, and measures the speed, alternating with the dense model.
 #
 # No configuration file can say "layer 3 has 7 heads", which is why pruned models usually cannot be opened
 # again. Here the shapes that are left stand in the configuration, and a short file gives them to the model when it
@@ -3531,7 +3531,7 @@ def compact(model):
     return cut(remove_gates(copy.deepcopy(model)), get_gates(model))
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title What did it bring? Counted: parameters, KV cache, FLOPs. Measured in turns: speed
+# @title What is gained: parameters, KV cache and FLOPs, counted; speed, measured alternately
 @torch.no_grad()
 def cache_bytes(model, tokens: int = 8) -> int:
     """Bytes of keys and values that the model keeps for each token it has read; 0 where it keeps none."""
@@ -3542,7 +3542,7 @@ def cache_bytes(model, tokens: int = 8) -> int:
     return sum(part.nbytes for part in kept) // tokens
 
 def tokens_per_second(models: dict, batch: torch.Tensor, training: bool = False, rounds: int = 5) -> dict[str, float]:
-    """Median speed of models on ids (batch, time), in turns, after a warm-up; training is forward and backward."""
+    """Median speed of models on ids (batch, time), alternating, after a warmup; training is forward and backward."""
     seconds = {name: [] for name in models}
     for _ in range(rounds + 1):
         for name, model in models.items():
@@ -3614,18 +3614,18 @@ if __name__ == "__main__":
 # <a name="14.-Fine-tune"></a>
 # ## 14. Fine-tune
 #
-# What is left can learn to do without what is gone. It is trained by the loop of section 5, as a compact model: a
+# The remaining units can learn to make up for the closed ones. The loop of section 5 trains the compact model: a
 # closed gate lets no gradient through, so with gates it would be the same training, only slower. `MAX_STEPS =
 # "auto"` is one pass over the training text with an accelerator, and 200 steps on a processor.
 #
-# With `distillation` a share of the loss asks for the dense model's predictions instead of the text's next token
+# With `distillation`, part of the loss compares with the dense model's predictions, not with the text's next token
 # ([Hinton et al. 2015](https://arxiv.org/abs/1503.02531), for pruned models
 # [Muralidharan et al. 2024](https://arxiv.org/abs/2407.14679)). With `reopen_heads` the first half is trained with
 # gates; then heads are scored again, all open, and chosen again, so that a closed one may come back.
 #
-# Training all weights takes sixteen bytes for each of them. A model for which there is not so much memory (section 5
+# Training all weights takes sixteen bytes for each of them. A model that does not fit into memory (section 5
 # says so) keeps its weights in 16 bits, frozen, and learns small **adapters** beside them (LoRA,
-# [Hu et al. 2021](https://arxiv.org/abs/2106.09685)), which are added to the weights in the end: `--train lora`.
+# [Hu et al. 2021](https://arxiv.org/abs/2106.09685)), which are merged into the weights at the end: `--train lora`.
 
 # %%
 def with_steps(settings: Settings, blocks: dict[str, torch.Tensor], device: torch.device) -> Settings:
@@ -3703,7 +3703,7 @@ def waiting_in_ram(*models):
             move(model, device)
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title What is kept of a training, heads that come back, and the controls
+# @title Trained weights kept with the run, reopened heads, and the dense control
 def fine_tuned(run: Run, name: str, model, blocks: dict[str, torch.Tensor], settings: Settings, teacher=None):
     """The model, after train() on blocks (n, time), once: where it was done before, with the weights that were kept."""
     def compute():
@@ -3827,8 +3827,8 @@ if __name__ == "__main__":
     run.show(draw_dashboard(run.metrics), "dashboard.png", width=1000)
 
 # %% [markdown]
-# **Talk to it.** The dense, the pruned and the fine-tuned model side by side, each with its most likely words; a model
-# that chats gets your words as a message. To stop them, interrupt the kernel. In a script, `--prompt` sets the samples.
+# **Talk to it.** The dense, the pruned and the fine-tuned model side by side, each with its most likely words; a chat
+# model gets your text as a message. To stop them, interrupt the kernel. In a script, `--prompt` starts the samples.
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Talk to it: a prompt, and what each model writes
@@ -3890,12 +3890,12 @@ if __name__ == "__main__":
 #
 # The **compact** model is saved so that anyone can open it, without this notebook: weights as safetensors,
 # configuration, tokenizer, a model card, and `modeling_pruned.py`, eighty lines that give the family's own model the
-# shapes which the configuration lists. Where all layers have lost equally much and the family's own
-# configuration can say so (`uniform`), no code has to travel: the folder is an ordinary, smaller checkpoint.
+# shapes which the configuration lists. Where all layers have lost the same share and the family's own
+# configuration can say so (`uniform`), no code is needed: the folder is an ordinary, smaller checkpoint.
 
 # %% [markdown]
 # Some tools allow no code at all. For them there is the **zeroed** form, the full-sized model with the
-# gates multiplied into its output projections: it opens plainly and has the same logits. What the gates
+# gates multiplied into its output projections: it opens without code and has the same logits. What the gates
 # erased is kept beside it, so that `load_gated` can open any head again.
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -3943,7 +3943,7 @@ def load_gated(folder: Path, device: str | torch.device = "cpu"):
 # in one file, with its tokenizer and chat template.
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title A compact model in the words of llama.cpp
+# @title A compact model in llama.cpp's format
 def neighbours(rows: torch.Tensor, size: int) -> torch.Tensor:
     """Rows (heads x size, ...) of queries or keys: transformers turns the halves of a head, llama.cpp neighbours."""
     return rows.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2)
@@ -4171,7 +4171,7 @@ def hand_over(run: Run, tuned, model, tokenizer, block: torch.Tensor) -> None:
     accelerate.PartialState().wait_for_everyone()
 
 # %% [markdown]
-# Before it is handed over, the folder is opened again as a stranger would do it, and must give the same
+# Before it is handed over, the folder is opened again as any user would open it, and must give the same
 # logits. In Colab this cell then downloads everything as one zip file; elsewhere it says where that is.
 # %%
 if __name__ == "__main__":
