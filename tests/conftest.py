@@ -25,7 +25,8 @@ import PruningAndFineTuningColab as nb
 
 CPU, SCRIPT = torch.device("cpu"), Path(nb.__file__)
 FEW = {"max_steps": 12, "eval_blocks": 7, "calibration_blocks": 7, "gate_steps": 12, "repair": 8, "block_length": 128}
-LONGEST = "test_browser test_walk test_resume test_many_processes test_disk test_compact test_bad_input".split()
+# One process starts with what trains the demo, which takes minutes; what needs the demo comes when it is there.
+FIRST = "walk compact families field bad_input importance sweep_and_recovery gguf browser resume many_processes disk"
 FEW_WORDS = [word for name, value in FEW.items() for word in ("--" + name.replace("_", "-"), str(value))]
 UNEVEN = torch.tensor([[1.0, 0, 1, 1], [1, 1, 0, 0]])  # gates: the second layer loses both readers of a key
 
@@ -54,8 +55,9 @@ FAMILIES = {
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, so that no process is left alone with one in the end."""
-    items.sort(key=lambda item: (LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)))
+    """In an order in which no process waits for the demo, or is left alone with a long file in the end."""
+    places = {f"test_{name}": place for place, name in enumerate(FIRST.split())}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 def make(family: str, seed: int = 0, **changes):

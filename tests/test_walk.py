@@ -34,7 +34,7 @@ def metrics(results):
     return json.loads((results / "metrics.json").read_text())
 
 
-def tested(tokenizer):
+def measured_blocks(tokenizer):
     return nb.pack(nb.load_text(nb.Settings(dataset="python-docs"))["test"], tokenizer, 128)[: FEW["eval_blocks"]]
 
 
@@ -76,7 +76,7 @@ def test_the_zip_holds_the_report_the_pictures_and_a_model_that_opens(results, m
     for picture in (*re.findall(r"\((\w+\.png)\)", report), "dense_fine_tuned.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     tokenizer, model = nb.load_gated(folder / "model-zeroed")
-    blocks = tested(tokenizer)
+    blocks = measured_blocks(tokenizer)
     assert nb.perplexity(model, blocks) == pytest.approx(wanted, rel=1e-4)
     assert int((nb.get_gates(model) == 0).sum()) == 10
     for form in ("compact", "zeroed"):
@@ -163,7 +163,7 @@ def test_the_notebook_runs_top_to_bottom_and_again(results, demo, tmp_path):
     gates = nb.choose_gates(torch.tensor(metrics["importance"]), 0.5)
     nb.set_gates(model, gates)
     assert closed == nb.describe_units(model, gates)["heads"]["closed_list"] and len(closed) == 16
-    assert f"pruned: perplexity {nb.perplexity(model, tested(tokenizer)):.2f}" in half
+    assert f"pruned: perplexity {nb.perplexity(model, measured_blocks(tokenizer)):.2f}" in half
 
 
 @pytest.fixture
