@@ -223,7 +223,7 @@ class Settings:
     prompt: str = setting("auto", "start of the samples; auto: the beginning of a passage of the validation text",
                           Rule("some words", str.strip))
     max_steps: int = setting(MAX_STEPS, "steps of fine-tuning; auto: one pass, or 200 on a CPU", at_least(0), auto=0)
-    train: Literal["auto", "all", "lora"] = setting("auto", "all weights, in float32; or adapters, merged in the end, "
+    train: Literal["auto", "all", "lora"] = setting("auto", "all weights, in float32; or adapters, merged at the end, "
                                                     "with weights in 16 bits; auto: what fits into memory")
     learning_rate: float = setting(1e-4, "peak learning rate", Rule("above 0", lambda rate: 0 < rate < math.inf))
     batch_size: int = setting(4, "blocks in one optimizer step, however many fit at once", at_least(1))
@@ -820,7 +820,7 @@ def read_files(settings: Settings, tokenizer) -> dict[str, str]:
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Names of models, tokenizers, and remedies for what does not load
 @contextlib.contextmanager
-def saying_cannot_be_had(what: str, remedy: str):
+def saying_cannot_be_used(what: str, remedy: str):
     """Within it whatever goes wrong becomes a UserError; a broken file fails in every way there is."""
     try:
         yield
@@ -829,7 +829,7 @@ def saying_cannot_be_had(what: str, remedy: str):
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
         remedy = next((better for found, better in REMEDIES.items() if re.search(rf"\b({found})", said)), remedy)
-        raise UserError(f"{what} cannot be had ({first_sentence(error)}): {remedy}.") from error
+        raise UserError(f"{what} cannot be used ({first_sentence(error)}): {remedy}.") from error
 
 REMEDIES = {  # what a library says -> what to do
     "ImportError|ModuleNotFound": "install that package",
@@ -855,7 +855,7 @@ def place_of(name: str, trust_remote_code: bool = False) -> tuple[str, dict]:
 def load_tokenizer(name: str, trust_remote_code: bool = False):
     """A model's tokenizer. Raises UserError where it cannot be loaded, or has no tokens."""
     remedy = "check the name and the network, or copy the tokenizer's files into the folder"
-    with saying_cannot_be_had(f"the tokenizer of model {name!r}", remedy):
+    with saying_cannot_be_used(f"the tokenizer of model {name!r}", remedy):
         path, options = place_of(name, trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         if not tokenizer("a b", add_special_tokens=False)["input_ids"]:
@@ -924,7 +924,7 @@ def join_rows(table: pandas.DataFrame, name: str, tokenizer=lambda: None) -> str
         if (speaker := tokenizer()) is None or not speaker.chat_template:
             raise UserError(f"{name!r} holds chats, but the model has no chat template to write them out: take a model "
                             "that has one, or a file with a column 'text'.")
-        with saying_cannot_be_had(f"a chat of {name!r}", "correct it"):
+        with saying_cannot_be_used(f"a chat of {name!r}", "correct it"):
             rows = table[filled[column]].apply(lambda row: write_chat(row.to_dict(), column, speaker), axis=1)
     if wrong := next((row + 1 for row, value in rows.items() if not isinstance(value, str)), None):
         raise UserError(f"{name!r} has a column {column!r}, but row {wrong} holds no text in it: correct it.")
@@ -950,7 +950,7 @@ def read_csv(path: Path) -> pandas.DataFrame:
 def read_file(path: str | Path, tokenizer=lambda: None) -> str:
     """The text of a file of KINDS; of a table, its text column. Raises UserError where it has none."""
     path, utf8 = Path(path), {"encoding": "utf-8-sig"}
-    with saying_cannot_be_had(f"the text of {str(path)!r}", "correct or convert it"):
+    with saying_cannot_be_used(f"the text of {str(path)!r}", "correct or convert it"):
         match kind_of(path):
             case ".parquet":
                 table = pandas.read_parquet(path)
@@ -971,7 +971,7 @@ def read_dataset(name: str, tokenizer=lambda: None) -> dict[str, str]:
 
     Raises UserError where it cannot be loaded.
     """
-    with saying_cannot_be_had(f"dataset {name!r}", "check the name, the configuration and the network, or take "
+    with saying_cannot_be_used(f"dataset {name!r}", "check the name, the configuration and the network, or take "
                               "--train-file or --dataset python-docs"):
         data = datasets.load_from_disk(name) if is_saved(name) else datasets.load_dataset(*name.split(":"))
         data = data if isinstance(data, dict) else {"train": data}
@@ -1268,7 +1268,7 @@ def look_at_model(name: str, trust_remote_code: bool = False) -> tuple:
     path, options = place_of(name, trust_remote_code)
     remedy = ("it must be a causal language model on the hub (with a network), a local folder, a .gguf file, or 'demo'"
               + ("" if trust_remote_code else "; one with code of its own needs --trust-remote-code"))
-    with saying_cannot_be_had(f"model {name!r}", remedy):
+    with saying_cannot_be_used(f"model {name!r}", remedy):
         if "gguf_file" in options:  # such files hold no format of ours
             return None, sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(name).tensors), torch.bfloat16
         config = open_config(name, trust_remote_code)
@@ -1284,7 +1284,7 @@ def load_model(name: str, device: torch.device, trust_remote_code: bool = False,
     """
     (path, options), (config, _, came_in) = place_of(name, trust_remote_code), look_at_model(name, trust_remote_code)
     tokenizer = load_tokenizer(name, trust_remote_code)
-    with saying_cannot_be_had(f"model {name!r}", "download it again"):
+    with saying_cannot_be_used(f"model {name!r}", "download it again"):
         model, found = opener_for(config).from_pretrained(path, **options, config=config, dtype=weights,
                                                           output_loading_info=True)
     others = sorted(map(str, found["unexpected_keys"]))
@@ -2415,7 +2415,7 @@ def check_reach(model, settings: Settings) -> None:
 def plan_closing(model, settings: Settings) -> str:
     """What the settings will close, in words; the model is told. Raises UserError where they cannot."""
     prune_only(model, settings.prune)
-    with saying_cannot_be_had(f"a text written by {type(model).__name__}", "take another model"):
+    with saying_cannot_be_used(f"a text written by {type(model).__name__}", "take another model"):
         written_logits(model)
     layers, heads = len(find_units(model)), number_of_heads(model)
     neurons, level = sum(units.number for units in find_units(model)[0]) - heads, settings.pruning_level
@@ -3681,7 +3681,7 @@ def merge_adapters(model) -> None:
     model.requires_grad_(True)
 
 def train_all_or_adapters(run: Run, name: str, model, blocks: dict, settings: Settings, teacher=None) -> dict:
-    """train() on blocks (n, time), of all weights, or of adapters, which are merged in the end; its record."""
+    """train() on blocks (n, time), of all weights, or of adapters, merged at the end; its record."""
     if settings.train != "lora":
         return train(run, name, model, blocks, settings, teacher)
     add_adapters(model, settings.seed)

@@ -90,9 +90,9 @@ def filled(value):
 
 
 SPOILT = {
-    "weights cut short": (truncate, "cannot be had.*a file is cut short or broken: download or copy it again"),
-    "weights are noise": (spoil("model.safetensors", b"\xff" * 1000), "cannot be had"),
-    "weights claim a huge header": (spoil("model.safetensors", struct.pack("<Q", 2**60) + b"{}"), "cannot be had"),
+    "weights cut short": (truncate, "cannot be used.*a file is cut short or broken: download or copy it again"),
+    "weights are noise": (spoil("model.safetensors", b"\xff" * 1000), "cannot be used"),
+    "weights claim a huge header": (spoil("model.safetensors", struct.pack("<Q", 2**60) + b"{}"), "cannot be used"),
     "a weight is missing": (weights(lambda found: without("c_proj.weight", found)), "lacks 1 of .*download it"),
     "all have a prefix": (
         weights(lambda found: {f"_orig_mod.{name}": value for name, value in found.items()}),
@@ -101,28 +101,28 @@ SPOILT = {
     "not a number": (weights(filled("nan")), "not finite in transformer.h.1.mlp.c_fc.weight: download it again"),
     "infinite": (weights(filled("inf")), "not finite in transformer.h.1.mlp.c_fc.weight: download it again"),
     "a shard is missing": (lose_a_shard, "a file is missing: download or copy all of them"),
-    "another shape": (config(n_embd=64, n_head=4), "cannot be had|lacks"),
-    "weights are outside of the folder": (escape, "cannot be had"),
-    "config is noise": (spoil("config.json", b"{{{"), "cannot be had"),
-    "config of an unknown family": (config(model_type="no-such-family"), "cannot be had"),
-    "config is a list": (spoil("config.json", b"[]"), "cannot be had"),
-    "an adapter alone": (adapter, "cannot be had"),
-    "a model within": (lambda folder: [lose("*")(folder), saved(folder / "checkpoint-100")], "cannot be had"),
-    "tokenizer is noise": (spoil("tokenizer.json", b"{]"), "cannot be had"),
+    "another shape": (config(n_embd=64, n_head=4), "cannot be used|lacks"),
+    "weights are outside of the folder": (escape, "cannot be used"),
+    "config is noise": (spoil("config.json", b"{{{"), "cannot be used"),
+    "config of an unknown family": (config(model_type="no-such-family"), "cannot be used"),
+    "config is a list": (spoil("config.json", b"[]"), "cannot be used"),
+    "an adapter alone": (adapter, "cannot be used"),
+    "a model within": (lambda folder: [lose("*")(folder), saved(folder / "checkpoint-100")], "cannot be used"),
+    "tokenizer is noise": (spoil("tokenizer.json", b"{]"), "cannot be used"),
     "tokenizer of the future": (
         lambda folder: edit(folder / "tokenizer.json", pre_tokenizer={"type": "Future"}),
         "it was made by a newer version: pip install -U transformers tokenizers",
     ),
     "no tokenizer": (
         lose("tokenizer*", "special*"),
-        "the tokenizer of model .* cannot be had .*copy the tokenizer's files into the folder",
+        "the tokenizer of model .* cannot be used .*copy the tokenizer's files into the folder",
     ),
     "quantised": (
         config(quantization_config={"quant_method": "gptq", "bits": 4}),
         "is quantised.*take the model that it was made from",
     ),
     "tokens see those after them": (bert, "BertLMHeadModel whose tokens see those after them: take a causal"),
-    "not a decoder": (t5, "cannot be had"),
+    "not a decoder": (t5, "cannot be used"),
 }
 
 
@@ -141,13 +141,13 @@ GGUF = [b"", b"GGUF", b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60), b"GGUF" + 
 @pytest.mark.parametrize("content", GGUF)
 def test_a_spoilt_gguf_is_refused(content, tmp_path):
     (tmp_path / "model.gguf").write_bytes(content)
-    with pytest.raises(nb.UserError, match="model.gguf' cannot be had"):
+    with pytest.raises(nb.UserError, match="model.gguf' cannot be used"):
         nb.load_model(str(tmp_path / "model.gguf"), CPU)
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "missing.gguf"])
 def test_a_model_that_is_not_there_is_named(name):
-    with pytest.raises(nb.UserError, match=f"model '{name}' cannot be had"):
+    with pytest.raises(nb.UserError, match=f"model '{name}' cannot be used"):
         nb.load_model(name, CPU)
 
 
@@ -176,7 +176,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path):
 
 @pytest.mark.parametrize("words, said", [
     ("--pruning-level 1.5", "error: pruning_level is "),
-    ("--model model --dataset python-docs --output-dir out", "error: model 'model' cannot be had"),
+    ("--model model --dataset python-docs --output-dir out", "error: model 'model' cannot be used"),
     ("--model demo --output-dir /proc/nothing", "error: output_dir is '/proc/nothing', but no folder can be made"),
 ])  # fmt: skip
 def test_the_script_says_it_in_one_sentence_and_leaves_nothing(words, said, folder, tmp_path):

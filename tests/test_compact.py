@@ -393,6 +393,6 @@ def test_a_pickle_in_place_of_weights_is_refused_and_not_run(tmp_path):
     make("opt").config.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     torch.save({"weight": Hostile(trace)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(nb.UserError, match="cannot be had"):
+    with pytest.raises(nb.UserError, match="cannot be used"):
         nb.load_model(str(tmp_path), CPU)
     assert not trace.exists()

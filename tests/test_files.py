@@ -90,17 +90,17 @@ def test_another_column_is_taken_where_it_alone_is_filled_and_said(rows, column,
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.jsonl", ROWS + '{"text": "thr', "cannot be had .*: correct or convert it"),
-    ("a.json", "{", "cannot be had"),
+    ("a.jsonl", ROWS + '{"text": "thr', "cannot be used .*: correct or convert it"),
+    ("a.json", "{", "cannot be used"),
     ("a.jsonl", "", r"has the columns \(none\), but one named 'text' is needed"),
     ("a.jsonl", lines({"a": "x", "b": "y"}), "has the columns a, b, but one named 'text' is needed"),
     ("a.jsonl", lines({"text": "one"}, {"text": ["two"]}), "column 'text', but row 2 holds no text in it"),
     ("a.jsonl", lines({"text": 5}), "column 'text', but row 1 holds no text in it"),
-    ("a.csv", 'text\n"one', "cannot be had .line 2: unexpected end of data"),
-    ("a.txt.gz", None, "cannot be had .Not a gzipped file"),
-    ("a.parquet", b"PAR1 or not", "cannot be had"),
-    ("a.txt", b"abc\xff\xfe", "cannot be had .*can't decode byte 0xff in position 3.*convert it"),
-    ("a.txt", b"abc\x00def", "cannot be had .it has a NUL at character 3"),
+    ("a.csv", 'text\n"one', "cannot be used .line 2: unexpected end of data"),
+    ("a.txt.gz", None, "cannot be used .Not a gzipped file"),
+    ("a.parquet", b"PAR1 or not", "cannot be used"),
+    ("a.txt", b"abc\xff\xfe", "cannot be used .*can't decode byte 0xff in position 3.*convert it"),
+    ("a.txt", b"abc\x00def", "cannot be used .it has a NUL at character 3"),
     ("a.csv", "id,text\n1,one\n2,two, and more\n", "row 3 has 3 columns, but the first one 2"),
 ])  # fmt: skip
 def test_what_cannot_be_read_is_said_in_one_sentence(name, content, message, tmp_path):
@@ -159,7 +159,7 @@ def test_chats_are_written_out_by_the_chat_template(column, turns, tmp_path):
     for file in (path, tmp_path / "a.parquet"):
         assert nb.read_file(file, lambda: tokenizer) == "<user>a<assistant>b\n\n<user>a<assistant>b"
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(nb.UserError, match="a chat of .* cannot be had .roles must alternate"):
+    with pytest.raises(nb.UserError, match="a chat of .* cannot be used .roles must alternate"):
         nb.read_file(path, lambda: tokenizer)
 
 

@@ -159,7 +159,7 @@ def test_what_does_not_fit_is_said_before_the_run():
 
 def test_a_pruned_file_given_again_is_said(tmp_path):
     path = write(cut(llama()), tmp_path / "m.gguf")
-    with pytest.raises(nb.UserError, match="m.gguf' cannot be had .*deci"):
+    with pytest.raises(nb.UserError, match="m.gguf' cannot be used .*deci"):
         nb.load_model(str(path), "cpu")
 
 
