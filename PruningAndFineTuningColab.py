@@ -31,7 +31,10 @@
 # training, cuts the closed heads out, fine-tunes the smaller model, and says what it cost. You get a folder that
 # `from_pretrained` opens, and, if you like, a file for llama.cpp.
 #
-# The outputs below are of one real run, heads and neurons, in 53 minutes on two processor cores:
+# The outputs below are of one real run, which took 53 minutes on two processor cores; the form keeps its defaults:
+# `python PruningAndFineTuningColab.py --model SmolLM2-135M-Instruct.Q4_1.gguf --train-file wikitext-2/valid.txt
+# --test-file wikitext-2/test.raw.txt --prune both --pruning-level 0.1 --eval-blocks 24 --batch-size 2 --max-steps 100
+# --precision bf16 --control`
 #
 # | SmolLM2-135M-Instruct, WikiText-2 | parameters | test perplexity | last words right |
 # | --- | --- | --- | --- |
@@ -41,20 +44,13 @@
 # | + fine-tuned, 100 steps | 124.3 M | 25.5 | 19 % |
 # | not pruned, fine-tuned with the same steps | 134.5 M | 22.8 | 23 % |
 #
-# The form keeps its defaults. The same run, as a script (WikiText-2 is `valid.txt` and `test.raw.txt`):
-# `python PruningAndFineTuningColab.py --model SmolLM2-135M-Instruct.Q4_1.gguf --train-file wikitext-2/valid.txt
-# --test-file wikitext-2/test.raw.txt --prune both --pruning-level 0.1 --eval-blocks 24 --batch-size 2 --max-steps 100
-# --precision bf16 --control`
+# Choose *Run all*, or run the cells one by one. Every cell can be run again: the loaded model is never changed.
 #
-# Choose *Run all*, or run the cells one by one. Every cell can be run again, even with different settings,
-# because the loaded model is never changed.
-#
-# **Contents:** [1 Settings](#1.-Settings) · [2 Workshop](#2.-Workshop) (the machinery: skip it,
-# [go on with 3](#3.-Start)) · [4 Text](#4.-Text) · [5 Model](#5.-Model) ·
-# [6 Heads and gates](#6.-Heads-and-gates) · [7 Perplexity](#7.-Perplexity) ·
-# [8 Importance](#8.-Importance) · [9 Prune](#9.-Prune) · [10 Explore](#10.-Explore) ·
-# [11 Repair](#11.-Repair) · [12 How far](#12.-How-far) · [13 Compact](#13.-Compact) ·
-# [14 Fine-tune](#14.-Fine-tune) · [15 Compare](#15.-Compare) · [16 Save and download](#16.-Save-and-download)
+# **Contents:** [1 Settings](#1.-Settings) · [2 Workshop](#2.-Workshop) · [3 Start](#3.-Start) · [4 Text](#4.-Text) ·
+# [5 Model](#5.-Model) · [6 Heads and gates](#6.-Heads-and-gates) · [7 Perplexity](#7.-Perplexity) ·
+# [8 Importance](#8.-Importance) · [9 Prune](#9.-Prune) · [10 Explore](#10.-Explore) · [11 Repair](#11.-Repair) ·
+# [12 How far](#12.-How-far) · [13 Compact](#13.-Compact) · [14 Fine-tune](#14.-Fine-tune) ·
+# [15 Compare](#15.-Compare) · [16 Save and download](#16.-Save-and-download)
 
 # %% [markdown]
 # <a name="1.-Settings"></a>
@@ -746,9 +742,8 @@ def start_run(settings: Settings) -> Run:
 # <a name="3.-Start"></a>
 # ## 3. Start
 #
-# The settings are checked, so that a typo is found now and not after ten minutes of computing. The
-# fastest device is found. A folder for the results is made, or, if a run with the same settings was
-# interrupted, that run goes on.
+# The settings are checked, so that a typo is found now and not after ten minutes of computing. The fastest device
+# is found. A folder for the results is made, or an interrupted run with the same settings goes on.
 
 # %%
 if __name__ == "__main__":
@@ -1333,7 +1328,7 @@ def choose_training(run: Run, settings: Settings, parameters: int, came_in: torc
         raise UserError(f"train is {settings.train!r}, which takes about {needed[way] / 1e9:.1f} GB for this model of "
                         f"{parameters / 1e6:,.0f} M parameters, but {free / 1e9:.1f} GB are free: take {smaller}a "
                         "smaller model, or a machine with more memory.")
-    settings = dataclasses.replace(settings, train=way)
+    settings = run.settings = dataclasses.replace(settings, train=way)
     if way == "lora" and settings.precision != "fp32":
         has_bf16 = run.device.type in ("cpu", "xla") or (kind == "cuda" and torch.cuda.is_bf16_supported(False))
         half = came_in == torch.float16 and kind == "cuda"
@@ -1341,7 +1336,6 @@ def choose_training(run: Run, settings: Settings, parameters: int, came_in: torc
         run.metrics["precision"] = str(COMPUTING.dtype).removeprefix("torch.")
     how = {"all": "all weights are trained, in float32", "lora": f"adapters are trained, on weights in "
            f"{run.metrics['precision']}"}[way]
-    run.settings = settings
     print(f"{parameters / 1e6:,.1f} M parameters; training takes up to {needed['all'] / 1e9:.1f} GB with all weights, "
           f"{needed['lora'] / 1e9:.1f} GB with adapters, and {free / 1e9:.1f} GB are free: {how}")
     return settings
@@ -2506,8 +2500,9 @@ def abilities(model, tokenizer, blocks: torch.Tensor) -> dict:
     value = perplexity(model, blocks)
     texts = tokenizer.batch_decode(blocks[:, 1:], clean_up_tokenization_spaces=False)
     each = sum(len(text.encode()) for text in texts) / blocks[:, 1:].numel()  # bytes a token
-    return {"perplexity": value, "bits_per_byte": math.log2(value) / each, "repetition": repetition(model, blocks),
-            "last_words": last_word_accuracy(model, last_words(tokenizer, blocks))}
+    return {"perplexity": value, "bits_per_byte": math.log2(value) / each if each else None,
+            "last_words": last_word_accuracy(model, last_words(tokenizer, blocks)),
+            "repetition": repetition(model, blocks)}
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Recording a stage: its test perplexity, what it can still do, a sample, and the conditions that belong to it
@@ -3782,12 +3777,12 @@ def comparison(metrics: dict) -> str:
     for stage, value in metrics["perplexity"].items():
         parameters = metrics["parameters"][stage]
         size = (stage == "dense" and metrics["model"]["file_bytes"]) or parameters * bits
-        others = [words_for_ability(name, metrics[name][stage]) for name in ABILITIES]
+        others = [words_for_ability(name, metrics[name].get(stage)) for name in ABILITIES]
         rows.append([STAGES[stage], f"{parameters / 1e6:,.2f} M", f"{size / 1e6:,.1f}", f"{value:.2f}",
                      f"{value / dense - 1:+.1%}", *others])
     head = ["model", "parameters", "file, MB", "test perplexity", "against dense", *ABILITIES.values()]
-    before = metrics["repetition"]["dense"]
-    more = [STAGES[stage] for stage, share in metrics["repetition"].items() if share and share > before + 0.1]
+    before = metrics["repetition"].get("dense")
+    more = [STAGES[stage] for stage, share in metrics["repetition"].items() if before and share > before + 0.1]
     warning = f"\n\nRepeats itself clearly more than the dense model: {', '.join(more)}." if more else ""
     return f"{words_for_closed(metrics)} closed.\n\n{markdown_table(head, rows)}{warning}"
 

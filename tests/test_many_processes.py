@@ -39,7 +39,7 @@ def require_the_same(two, one, rel):
 def test_two_processes_end_with_the_numbers_of_one(demo, one, tmp_path):
     said, results, two = walk(tmp_path / "two", *TWO, *FEW, "--model", demo)
     require_the_same(two, one, 1e-3)
-    assert said.count("dense: perplexity") == 1
+    assert said.count("dense, untouched: perplexity") == 1
     assert said.count("results: results/") == 2  # the folder at the start, the zip in the end
     assert {"report.md", "dashboard.png", "model-compact"} <= {path.name for path in results.iterdir()}
     assert Path(f"{results}.zip").exists() and not list(results.parent.glob("*.state"))

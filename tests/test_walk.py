@@ -60,7 +60,7 @@ def test_the_record_holds_everything(metrics):
     assert set(metrics["seconds"]) == set(metrics["peak_memory_bytes"]) >= steps
     assert {"python", "torch", "transformers", "datasets"} <= set(metrics["versions"])
     tuning = metrics["training"]["fine_tuned"]
-    assert tuning["steps"] == 12 == tuning["history"]["perplexity"][-1][0]
+    assert tuning["planned_steps"] == 12 >= tuning["steps"] == tuning["history"]["perplexity"][-1][0]
 
 
 def test_the_zip_holds_the_report_the_pictures_and_a_model_that_opens(results, metrics, tmp_path):
@@ -265,7 +265,8 @@ def test_reopened_heads_are_in_the_compact_model_too_which_is_handed_on_in_16_bi
     heads = metrics["heads_after_fine_tuning"]["open_per_layer"]
     shapes = [int(rows / 8) for rows in rows_left(folder, "q_proj")]
     assert shapes == heads and sum(heads) == 4 and "closed heads came back" in said
-    assert metrics["precision"] == "bfloat16" and metrics["reopened_difference"] == {"compact": 0, "zeroed": 0}
+    assert metrics["precision"] == "bfloat16" and metrics["reopened_difference"]["compact"] == 0
+    assert metrics["reopened_difference"]["zeroed"] < 1e-5
 
 
 KEPT = ("cellView", "jupyter", "jp-MarkdownHeadingCollapsed", "id")
@@ -291,4 +292,4 @@ def test_the_table_of_contents_is_clean():
     headings = re.findall(r"^##? .*", told, re.M)
     assert headings[0].startswith("# ") and [int(h[3:].split(".")[0]) for h in headings[1:]] == list(range(1, 17))
     linked, anchors = (set(re.findall(pattern, told)) for pattern in (r"\]\(#(.*?)\)", r'<a name="(.*?)">'))
-    assert linked == anchors == {heading[3:].replace(" ", "-") for heading in headings[1:]} | {"The-plan"}
+    assert linked == anchors == {heading[3:].replace(" ", "-") for heading in headings[1:]} | {"The-plan", "The-model"}
