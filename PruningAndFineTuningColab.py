@@ -3666,7 +3666,9 @@ def add_adapters(model, seed: int) -> None:
     head = model.get_output_embeddings()
     paths = [path for path, part in model.named_modules() if isinstance(part, (torch.nn.Linear, Conv1D))
              and part is not head and not hasattr(part, "gates")]
-    peft.inject_adapter_in_model(peft.LoraConfig(r=LORA["rank"], lora_alpha=LORA["rank"], target_modules=paths), model)
+    turned = any(isinstance(model.get_submodule(path), Conv1D) for path in paths)  # its weight is (inputs, outputs)
+    config = peft.LoraConfig(r=LORA["rank"], lora_alpha=LORA["rank"], target_modules=paths, fan_in_fan_out=turned)
+    peft.inject_adapter_in_model(config, model)
     for parameter in trained(model).values():
         parameter.data = parameter.data.float()
 
