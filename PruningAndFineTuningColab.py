@@ -96,7 +96,7 @@ import sys
 from packaging.requirements import Requirement
 
 NEEDED = ("torch>=2.9", "transformers>=5.9", "datasets>=4.0", "accelerate>=1.14", "matplotlib>=3.10",
-          "ipywidgets>=7.7.1", "psutil>=5.9", "gguf>=0.17", "peft>=0.17")
+          "ipywidgets>=7.7.1", "psutil>=5.9", "gguf>=0.17", "peft>=0.18")
 
 def in_notebook() -> bool:
     """True in Jupyter and Colab, False in a plain Python process."""
@@ -3638,7 +3638,7 @@ def with_steps(settings: Settings, blocks: dict[str, torch.Tensor], device: torc
 def fine_tune_pruned(run: Run, model, pruned, blocks: dict[str, torch.Tensor]):
     """`pruned`, compacted where it can be and trained on blocks (n, time); `model` is the gated dense one."""
     require_same_gates(model, pruned)
-    settings = with_steps(run.settings, blocks, run.device)
+    settings = run.settings = with_steps(run.settings, blocks, run.device)
     pruned = sharing_copy(pruned)  # it may be `model` itself, whose gates are opened below
     run.metrics.pop("heads_after_fine_tuning", None)
     with run.step("fine-tune"), all_open(model):
