@@ -355,12 +355,14 @@ def find_device(choice: str = "auto") -> torch.device:
                         "torch_xla is installed, set USE_TORCH_XLA=0 in the environment to compute without it.")
     return device
 
+def has_bf16(device: torch.device) -> bool:
+    return device.type in ("xla", "cpu") or (device.type == "cuda" and torch.cuda.is_bf16_supported(False))
+
 def find_precision(device: torch.device, choice: str = "auto") -> torch.dtype:
     """The number format that this device computes in. Raises UserError for one it lacks."""
-    has_bf16 = device.type in ("xla", "cpu") or (device.type == "cuda" and torch.cuda.is_bf16_supported(False))
     if choice == "auto":
-        choice = "fp32" if device.type in ("cpu", "mps") else "bf16" if has_bf16 else "fp16"
-    if (choice == "fp16" and device.type != "cuda") or (choice == "bf16" and not has_bf16):
+        choice = "fp32" if device.type in ("cpu", "mps") else "bf16" if has_bf16(device) else "fp16"
+    if (choice == "fp16" and device.type != "cuda") or (choice == "bf16" and not has_bf16(device)):
         raise UserError(f"precision is {choice!r}, which {device.type} does not have: choose 'fp32', or 'auto'.")
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[choice]
 
@@ -1330,12 +1332,10 @@ def choose_training(run: Run, settings: Settings, parameters: int, came_in: torc
                         "smaller model, or a machine with more memory.")
     settings = run.settings = dataclasses.replace(settings, train=way)
     if way == "lora" and settings.precision != "fp32":
-        has_bf16 = run.device.type in ("cpu", "xla") or (kind == "cuda" and torch.cuda.is_bf16_supported(False))
         half = came_in == torch.float16 and kind == "cuda"
-        COMPUTING.dtype = COMPUTING.weights = torch.bfloat16 if has_bf16 and not half else torch.float16
+        COMPUTING.dtype = COMPUTING.weights = torch.bfloat16 if has_bf16(run.device) and not half else torch.float16
         run.metrics["precision"] = str(COMPUTING.dtype).removeprefix("torch.")
-    how = {"all": "all weights are trained, in float32", "lora": f"adapters are trained, on weights in "
-           f"{run.metrics['precision']}"}[way]
+    how = "all weights are trained, in float32" if way == "all" else f"adapters are trained ({run.metrics['precision']})"
     print(f"{parameters / 1e6:,.1f} M parameters; training takes up to {needed['all'] / 1e9:.1f} GB with all weights, "
           f"{needed['lora'] / 1e9:.1f} GB with adapters, and {free / 1e9:.1f} GB are free: {how}")
     return settings

@@ -76,8 +76,8 @@ def closed_in(model, gates):
 def trained(run, model, blocks, settings, teacher=None):
     """(model, its record), trained in place; nothing is kept that a training could go on from."""
     with contextlib.redirect_stdout(sys.stderr):
-        record = nb.train(run, "row", model, blocks, settings, teacher)
-    for file in run.state.glob("*.safetensors"):
+        record = nb.train_all_or_adapters(run, "row", model, blocks, settings, teacher)
+    for file in run.state.glob("training-*"):
         file.unlink()
     return model, record
 
