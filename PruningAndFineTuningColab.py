@@ -1335,7 +1335,7 @@ def choose_training(run: Run, settings: Settings, parameters: int, came_in: torc
         half = came_in == torch.float16 and kind == "cuda"
         COMPUTING.dtype = COMPUTING.weights = torch.bfloat16 if has_bf16(run.device) and not half else torch.float16
         run.metrics["precision"] = str(COMPUTING.dtype).removeprefix("torch.")
-    how = "all weights are trained, in float32" if way == "all" else f"adapters are trained ({run.metrics['precision']})"
+    how = "all weights are trained, in float32" if way == "all" else f"adapters, on {run.metrics['precision']} weights"
     print(f"{parameters / 1e6:,.1f} M parameters; training takes up to {needed['all'] / 1e9:.1f} GB with all weights, "
           f"{needed['lora'] / 1e9:.1f} GB with adapters, and {free / 1e9:.1f} GB are free: {how}")
     return settings
