@@ -56,7 +56,7 @@
 # <a name="1.-Settings"></a>
 # ## 1. Settings
 #
-# These eleven matter. As they are, you get GPT-2 on WikiText-2, or, without a network, a small demo model that is
+# These ten matter. As they are, you get GPT-2 on WikiText-2, or, without a network, a small demo model that is
 # trained here. `MODEL` takes any hub id (`HuggingFaceTB/SmolLM2-135M`), a folder or a `.gguf` file. Change `PRUNE`,
 # `STRATEGY` and `PRUNING_LEVEL` first: by default, 30 % of the heads are closed. `neurons` closes neurons of the
 # MLPs, which hold most of a model's parameters; `both` closes whichever is worth least for its size. `SWEEP` compares
@@ -74,7 +74,6 @@ PRUNING_LEVEL = 0.3  # @param {type: "slider", min: 0, max: 0.9, step: 0.05}
 MAX_STEPS = "auto"  # @param ["auto", "200", "1000", "5000"] {allow-input: true}
 SWEEP = ""  # @param ["", "fisher entropy random 0.1 0.3 0.5"] {allow-input: true}
 SAVE_MODEL = "compact"  # @param ["compact", "compact gguf", "compact zeroed", "zeroed", "no"] {allow-input: true}
-SAVE_TO_DRIVE = False  # @param {type: "boolean"}
 MORE = ""  # @param {type: "string"}
 
 # %% [markdown] id="workshop" jp-MarkdownHeadingCollapsed=true
@@ -125,11 +124,10 @@ from typing import Literal, NamedTuple
 import accelerate, datasets, filelock, gguf, huggingface_hub, matplotlib, numpy, pandas, psutil, tokenizers
 import ipywidgets as widgets
 import transformers
-from accelerate.utils import broadcast, broadcast_object_list, gather_object, send_to_device
+from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from matplotlib.colors import PowerNorm, to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -164,9 +162,7 @@ def stop_without_traceback(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
     words, status = {UserError: (f"error: {error}", 2), KeyboardInterrupt: (f"interrupted.{there}", 130)}.get(
         kind, (f"failed: {error if foreseen else 'this should not happen, please report it'}.{there}", 1))
-    if RANK:
-        time.sleep(3)  # where the first process has the same to say, it ends now, and torchrun ends this one
-    print(words, file=sys.__stderr__, flush=True)  # torch.distributed replaces sys.stderr, and drops what is in it
+    print(words, file=sys.stderr)
     raise SystemExit(status)
 
 class Rule(NamedTuple):
@@ -184,7 +180,6 @@ def strategies_and_levels(words: str) -> tuple[list[str], list[float]]:
     names = [word for word in words.split() if word in STRATEGY_NAMES]
     return names, [float(word) for word in words.split() if word not in names]
 
-RANK = int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
 STRATEGY_NAMES = ("learned", "fisher", "gradient", "entropy", "magnitude", "random", "entropy-literal")
 SHARE = Rule("from 0 to 1", lambda value: 0 <= value <= 1)
 POINTS = Rule("strategies and levels from 0 to below 1, separated by spaces, some of each", lambda words: not words or (
@@ -241,7 +236,6 @@ class Settings:
     seed: int = setting(0, "seed of everything random", at_least(0, 2**32))
     save_model: str = setting(SAVE_MODEL, "forms to save: compact, gguf for llama.cpp, or zeroed", FORMS, no="no")
     output_dir: str = setting("results", "folder that gets a results folder for each run")
-    save_to_drive: bool = setting(SAVE_TO_DRIVE, "in Colab, keep the results on your Google Drive")
     trust_remote_code: bool = setting(False, "run the Python code that a model brings along, if it does")
 
     def __post_init__(self):
@@ -284,7 +278,6 @@ def check_settings(settings: Settings) -> None:
             ("reopen_heads", not settings.reopen_heads or (heads and settings.train != "lora"),
              "off where neurons are pruned or train is 'lora'"),
             ("strategy", heads or settings.strategy != "entropy-literal", "another one where neurons are pruned"),
-            ("save_to_drive", "google.colab" in sys.modules or not settings.save_to_drive, "off outside of Colab"),
             ("output_dir", not Path(settings.output_dir).is_file(), "a folder")):
         if not fine:
             raise UserError(f"{name} is {values[name]!r}, but must be {allowed}: change one of the two.")
@@ -346,8 +339,9 @@ def choose_sources(settings: Settings) -> Settings:
 # @title Device, number format and memory, found by themselves
 def find_device(choice: str = "auto") -> torch.device:
     """The device of this process. Raises UserError where the chosen one is not there."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        accelerate.state.PartialState._reset_state()  # the notebook may be run again with another choice
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise UserError(f"WORLD_SIZE is {processes}, but a run is one process: start it without torchrun.")
+    accelerate.state.PartialState._reset_state()  # the notebook may be run again with another choice
     device = accelerate.PartialState(cpu=choice == "cpu").device
     there = {"xla": "tpu"}.get(device.type, device.type)
     if choice not in ("auto", there):
@@ -380,10 +374,8 @@ def describe_device(device: torch.device) -> str:
     return f"{name} ({psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB RAM)"
 
 def memory_free(device: torch.device) -> int:
-    """Bytes that this process may still take: of the GPU's memory, or its share of the free RAM."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """Bytes that are free: of the GPU's memory, or of RAM."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 def memory_used(device: torch.device) -> dict[str, int]:
     """Bytes in use: this process's RAM now, and the most of a GPU's memory since the step began."""
@@ -407,10 +399,6 @@ def autocast(device: torch.device):
     """Context in which a model computes in COMPUTING.dtype."""
     exact = COMPUTING.dtype == torch.float32
     return contextlib.nullcontext() if exact else torch.autocast(device.type, dtype=COMPUTING.dtype)
-
-def room_for(device: torch.device, bytes_each: float) -> float:
-    """The number of blocks that fit into free RAM: on a processor, the system kills a process that asks for more."""
-    return memory_free(device) / bytes_each if device.type == "cpu" else math.inf
 
 def fit_batch_size(function, largest: int, what: str, room: float = math.inf):
     """`function(batch_size)`, with `largest` or, where memory runs out or has no room, the next smaller divisor.
@@ -452,51 +440,39 @@ def first_not_finite(model, block: torch.Tensor) -> str:
 # @title The interface between the story and the supporting code: over_blocks()
 def long_loop(items, what: str, device: torch.device):
     """The items one by one, with a bar; `device` does the work of an item."""
-    quiet = not accelerate.PartialState().is_main_process or None
-    for item in tqdm(items, what, leave=False, disable=quiet) if what else items:
+    for item in tqdm(items, what, leave=False, disable=None) if what else items:
         yield item
         if device.type == "xla":  # a TPU collects work until it is told to begin
             sys.modules["torch_xla"].sync()
 
 def in_equal_batches(function, number: int, what: str):
-    """The model that `function(batch size)` makes, of a size that divides the number of blocks and fits into memory.
-
-    Several processes do so alike, and all go on with the first one's model.
-    """
-    largest = max(size for size in range(1, COMPUTING.batch_size + 1) if number % size == 0)
-    made = fit_batch_size(function, largest, what)
-    if accelerate.PartialState().num_processes > 1:
-        broadcast([parameter.detach() for parameter in made.parameters()])
-    return made
+    """`function(batch size)`, of a size that divides the number of blocks and fits into memory."""
+    return fit_batch_size(function, max(n for n in range(1, COMPUTING.batch_size + 1) if number % n == 0), what)
 
 def over_blocks(model, blocks, function, what: str, backward: bool = False) -> torch.Tensor:
     """What `function` returns for every block, in their order: (n, ...), on the model's device.
 
     `blocks` are token ids (n, time), or a tuple of tensors that belong together, block by block; `function` gets
     batches of them on the model's device, and returns a tensor that has a row for each block of the batch. It runs
-    in evaluation mode, in COMPUTING.dtype, in batches that fit into memory, with a progress bar named `what`, and of
-    several processes each takes its share. `backward` says that gradients are computed. Raises RunError for numbers
-    that are not finite.
+    in evaluation mode, in COMPUTING.dtype, in batches that fit into memory, with a progress bar named `what`.
+    `backward` says that gradients are computed. Raises RunError for numbers that are not finite.
     """
-    tensors, state = blocks if isinstance(blocks, tuple) else (blocks,), accelerate.PartialState()
+    tensors = blocks if isinstance(blocks, tuple) else (blocks,)
     each = 24 * tensors[0].shape[1] * model.config.get_text_config().vocab_size  # bytes of logits and their copies
     # On a processor two texts at a time are fastest in a backward pass: more logits are too large for its caches.
     largest = min(COMPUTING.batch_size, 2) if backward and model.device.type == "cpu" else COMPUTING.batch_size
+    # A processor's system kills a process that asks for more than there is.
+    room = memory_free(model.device) / each if model.device.type == "cpu" else math.inf
     model.eval()
 
-    def attempt(size: int) -> list[torch.Tensor]:
-        batches, parts = list(zip(*(tensor[own].split(size) for tensor in tensors))) if own else [], []
+    def attempt(size: int) -> torch.Tensor:
+        batches, parts = list(zip(*(tensor.split(size) for tensor in tensors))), []
         for batch in long_loop(batches, what if len(batches) > 1 else "", model.device):
             with autocast(model.device):
                 parts.append(function(*(part.to(model.device) for part in batch)))
-        return parts
+        return torch.cat(parts).to(model.device)
 
-    everything = list(range(len(tensors[0])))
-    with state.split_between_processes(everything) as own:
-        parts = fit_batch_size(attempt, largest, what, room_for(model.device, each))
-    if state.num_processes > 1:
-        parts = gather_object([part.cpu() for part in parts])
-    found = torch.cat(parts).to(model.device)
+    found = fit_batch_size(attempt, largest, what, room)
     if not found.isfinite().all():
         place = first_not_finite(model, tensors[0][:1]) or "though all that the model computes is finite"
         raise RunError(f"{what} gives numbers that are not finite ({place}): take --precision fp32, or another model "
@@ -529,23 +505,12 @@ def in_one_move(file: Path):
     finally:
         part.unlink(missing_ok=True)
 
-def on_drive(folder: str) -> Path:
-    """The folder of this name on Google Drive, which Colab asks you to allow. Raises UserError where you do not."""
-    from google.colab import drive
-
-    try:
-        drive.mount("/content/drive")
-    except Exception as error:  # Colab raises whatever went wrong, from a browser without cookies to a "no"
-        raise UserError(f"save_to_drive is on, but Google Drive cannot be mounted ({first_sentence(error)}): allow it, "
-                        "or switch it off.") from None
-    return Path("/content/drive/MyDrive", folder)
-
 def open_folder(settings: Settings, key: str) -> tuple[Path, filelock.FileLock]:
     """The folder of the run with this fingerprint that has no zip yet, else a new one; and its lock, which is held.
 
     A run that another process computes is left alone. Raises UserError where no folder can be made.
     """
-    place = on_drive(settings.output_dir) if settings.save_to_drive else Path(settings.output_dir)
+    place = Path(settings.output_dir)
     name = re.sub(r"[^\w.-]+", "-", bare_name(settings.model).split("/")[-1].removesuffix(".gguf"))
     new = place / f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{name}_{key}"
     earlier = sorted((path for path in place.glob(f"*_{key}*") if path.suffix not in (".state", ".zip")), reverse=True)
@@ -576,39 +541,34 @@ class Record:
     def __init__(self, settings: Settings, device: torch.device, dtype: torch.dtype):
         transformers.set_seed(settings.seed)
         vars(COMPUTING).update(vars(Computing(dtype, batch_size=settings.batch_size)))
-        self.settings, self.device, self.writes = settings, device, accelerate.PartialState().is_main_process
-        self.folder, self.reused, self.dense_validation = None, False, None
+        self.settings, self.device, self.reused, self.dense_validation = settings, device, False, None
         about = {"settings": dataclasses.asdict(settings), "versions": VERSIONS, "device": describe_device(device),
                  "precision": str(dtype).removeprefix("torch.")}
         self.metrics = about | {name: {} for name in "perplexity bits_per_byte last_words repetition parameters heads "
                                 "size samples seconds training peak_memory_bytes".split()}
-        if self.writes:
-            self.folder, self.lock = open_folder(settings, fingerprint(about))
-            if (record := self.folder / "metrics.json").exists():
-                self.metrics |= json.loads(record.read_text())
-                print(f"Going on with {self.folder}, which was not finished (remove it to start anew).")
-            self.save()
-        self.folder, self.metrics = broadcast_object_list([self.folder, self.metrics])
+        self.folder, self.lock = open_folder(settings, fingerprint(about))
         self.state = self.folder.with_name(self.folder.name + ".state")  # what is kept until the run is finished
+        if (record := self.folder / "metrics.json").exists():
+            self.metrics |= json.loads(record.read_text())
+            print(f"Going on with {self.folder}, which was not finished (remove it to start anew).")
+        self.save()
 
     def save(self) -> None:
         """Writes metrics.json in one move, so that it is never half there."""
-        if self.writes:
-            self.folder.mkdir(exist_ok=True)
-            with in_one_move(self.folder / "metrics.json") as part:
-                part.write_text(json.dumps(self.metrics, indent=1))
+        self.folder.mkdir(exist_ok=True)
+        with in_one_move(self.folder / "metrics.json") as part:
+            part.write_text(json.dumps(self.metrics, indent=1))
 
     def keep(self, name: str, thing) -> None:
         """Keeps a thing (tensors, numbers, texts, in dicts and lists) under a name, in one move."""
-        if self.writes:
-            self.state.mkdir(exist_ok=True)
-            with in_one_move(self.state / f"{name}.pt") as part, part.open("wb") as file:
-                torch.save(send_to_device(thing, "cpu"), file)
+        self.state.mkdir(exist_ok=True)
+        with in_one_move(self.state / f"{name}.pt") as part, part.open("wb") as file:
+            torch.save(send_to_device(thing, "cpu"), file)
 
     def kept(self, name: str):
         """What was kept under a name, on the processor; or None."""
-        there = broadcast_object_list([(self.state / f"{name}.pt").exists()])[0]
-        return torch.load(self.state / f"{name}.pt") if there else None
+        file = self.state / f"{name}.pt"
+        return torch.load(file) if file.exists() else None
 
     def cached(self, name: str, depends: tuple, compute):
         """compute(), or what it returned before for the same `depends`; not None."""
@@ -637,7 +597,7 @@ class Run(Record):
         try:
             yield
         except UserError:
-            empty = self.writes and not self.metrics["perplexity"]
+            empty = not self.metrics["perplexity"]
             raise
         finally:
             used, seconds, noted = memory_used(self.device), time.perf_counter() - start, self.metrics["seconds"]
@@ -655,8 +615,6 @@ class Run(Record):
 
     def show(self, figure: Figure, name: str, width: int = 760, live=None):
         """Keeps a figure as PNG; a notebook shows it, in the place of `live`, which an earlier call returned."""
-        if not self.writes:
-            return None
         figure.savefig(self.folder / name, dpi=150, bbox_inches="tight")
         if not in_notebook():
             return print(f"picture: {self.folder / name}")
@@ -715,9 +673,6 @@ def start_settings(more: str) -> Settings:
         for stream in (sys.stdout, sys.stderr):  # a sign that a console or a file cannot hold must not end a run
             if hasattr(stream, "reconfigure"):  # (there may be none at all)
                 stream.reconfigure(errors="replace")
-    if RANK:  # of several processes the first alone speaks
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open as long as the process)
-        transformers.utils.logging.set_verbosity_error()
     is_script = "__file__" in globals() and Path(sys.argv[0]).name == Path(__file__).name  # also %run in a notebook
     try:
         lexer = shlex.shlex(more, posix=True, punctuation_chars=False)
@@ -1106,7 +1061,7 @@ def train(run: Run, name: str, model, blocks: dict[str, torch.Tensor], settings:
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % max(1, steps // MEASUREMENTS) == 0 or step + 1 == steps:
-            loss = accelerator.reduce(loss, "sum").item() / (step + 1 - done["step"])
+            loss = loss.item() / (step + 1 - done["step"])
             history["loss"].append([step + 1, loss])
             history["perplexity"].append([step + 1, perplexity(model, seen) if math.isfinite(loss) else loss])
             if not math.isfinite(history["perplexity"][-1][1]):
@@ -1152,15 +1107,12 @@ def accelerated(model, settings: Settings):
     return accelerator, accelerator.prepare(optimizer)  # (the model itself is not wrapped: it stays what it is)
 
 def backward(accelerator, model, batch: torch.Tensor, loss_of, seed: int) -> torch.Tensor:
-    """Gradients of the mean loss of ids (batch, time), of which each process takes a share; that share's loss."""
-    rank, world = accelerator.process_index, accelerator.num_processes
-    own, on_cpu = batch[rank::world], model.device.type == "cpu"
-
+    """Gradients of the mean loss of ids (batch, time), computed in parts that fit into memory; the loss."""
     def attempt(size: int) -> torch.Tensor:
         model.zero_grad()
-        torch.manual_seed(seed * world + rank)
+        torch.manual_seed(seed)
         loss = torch.zeros((), device=model.device)
-        for part in own.split(size) if len(own) else ():
+        for part in batch.split(size):
             with accelerator.autocast():
                 share = loss_of(part.to(model.device)).sum() / len(batch)
             accelerator.backward(share)
@@ -1168,12 +1120,8 @@ def backward(accelerator, model, batch: torch.Tensor, loss_of, seed: int) -> tor
         return loss
 
     # About a thousand tokens at a time are fastest on a processor: more logits are too large for its caches.
-    largest = max(1, min(len(own), 1024 // batch.shape[1] if on_cpu else len(own)))
-    loss = fit_batch_size(attempt, largest, "fine-tuning")
-    for parameter in trained(model).values() if world > 1 else ():  # until here each may have begun the step anew
-        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        parameter.grad = accelerator.reduce(grad, "sum")
-    return loss
+    largest = max(1, min(len(batch), 1024 // batch.shape[1] if model.device.type == "cpu" else len(batch)))
+    return fit_batch_size(attempt, largest, "fine-tuning")
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title What the loop stands on (2): what it goes on from, and its live picture
@@ -1370,14 +1318,20 @@ def make_demo(text: str, device: torch.device = torch.device("cpu")) -> str:  # 
         model = transformers.GPT2LMHeadModel(config).to(device)
         train(run, "demo", model, {"train": blocks[:-16], "validation": blocks[-16:]}, run.settings)
         vars(COMPUTING).update(before)
-        if run.writes:
-            part = folder.with_name(f"{folder.name}.{os.getpid()}")
-            move(model, "cpu").save_pretrained(part)
-            tokenizer.save_pretrained(part)
-            part.rename(folder)
-            run.lock.release(force=True)
-    accelerate.PartialState().wait_for_everyone()
+        part = folder.with_name(f"{folder.name}.{os.getpid()}")
+        move(model, "cpu").save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        part.rename(folder)
+        run.lock.release(force=True)
     return str(folder)
+
+def open_model(run: Run, settings: Settings, text: str) -> tuple:
+    """(settings with `train` resolved, tokenizer, model); the demo is trained on the text. Raises UserError."""
+    name, remote_code = settings.model, settings.trust_remote_code
+    if name == "demo":
+        name = make_demo(text, run.device)
+    settings = choose_training(run, settings, *look_at_model(name, remote_code)[1:])
+    return settings, *load_model(name, run.device, remote_code, COMPUTING.weights)
 
 # %% [markdown]
 # <a name="The-model"></a>
@@ -1490,9 +1444,7 @@ def try_float16(run: Run, model, block: torch.Tensor) -> None:
 # %%
 if __name__ == "__main__":
     with run.step("load model"):
-        place = make_demo(text["train"], run.device) if settings.model == "demo" else settings.model
-        settings = choose_training(run, settings, *look_at_model(place, settings.trust_remote_code)[1:])
-        tokenizer, model = load_model(place, run.device, settings.trust_remote_code, COMPUTING.weights)
+        settings, tokenizer, model = open_model(run, settings, text["train"])
         blocks = pack_all(text, tokenizer, model, settings)
     try_float16(run, model, blocks["validation"][:1])
     test_blocks = blocks["test"][: settings.eval_blocks or None]
@@ -2540,7 +2492,7 @@ def conditions(metrics: dict) -> str:
     """One paragraph: everything that the numbers depend on."""
     s, blocks = metrics["settings"], metrics["blocks"]
     always = "prune pruning_level strategy calibration_blocks repair block_length seed".split()
-    never = "model dataset eval_blocks precision device prompt output_dir save_model save_to_drive sweep".split()
+    never = "model dataset eval_blocks precision device prompt output_dir save_model sweep".split()
     named = [f"{field.name} {bare_name(str(s[field.name]))}" for field in dataclasses.fields(Settings)
              if field.name in always or (field.name not in never and s[field.name] != field.default)]
     text = f"text {s['dataset']}" if not s["train_file"] else "splits without a file are cut from train_file"
@@ -3161,40 +3113,31 @@ if __name__ == "__main__":
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Attention maps
 @torch.no_grad()
-def attention_maps(model, tokenizer, sentence: str, longest: int = 40) -> tuple[torch.Tensor, list[str]]:
-    """Attention (layers, heads, time, time) of a sentence's first tokens, all gates open, and each token as text.
-
-    Raises UserError for fewer than two tokens, and for a model that gives no attention weights.
-    """
-    ids = tokenizer(sentence, return_tensors="pt")["input_ids"][:, :longest]
-    if ids.shape[1] < 2:
-        raise UserError(f"the sentence {sentence!r} has {ids.shape[1]} tokens, but two are needed: write a few words.")
-    maps, layers = [], find_heads(model)
-    look = (layer.module.register_forward_hook(lambda module, args, output: maps.append(
-        maps_in(output, layers[0].number))) for layer in layers)
+def attention_maps(model, ids: torch.Tensor) -> list[torch.Tensor]:
+    """For each layer the attention (1, heads, time, time) of ids (1, time), all gates open. Raises UserError."""
+    maps, heads = [], find_heads(model)[0].number
+    look = (layer.module.register_forward_hook(lambda module, args, output: maps.append(maps_in(output, heads)))
+            for layer in find_heads(model))
     with eager_attention(model), all_open(model), hooks(look):
         model.eval().base_model(ids.to(model.device), use_cache=False)
     if any(weights is None for weights in maps):
         raise UserError(f"{type(model).__name__} does not give its attention weights: there is nothing to look at.")
-    return torch.cat(maps).float().cpu(), [tokenizer.decode([token]) for token in ids[0].tolist()]
+    return [weights.float().cpu() for weights in maps]
 
-def describe_head(attention: torch.Tensor, importance: torch.Tensor, layer: int, head: int) -> str:
-    """What can be said of one head: entropy and sink share of its map (time, time), and its rank of importance."""
-    place = importance.numel() - int(ranks(importance)[layer, head])
-    return (f"layer {layer}, head {head}: number {place} of {importance.numel()} by importance\nentropy "
-            f"{1 - focus(attention)[1:].mean():.0%} of its maximum, {attention[1:, 0].mean():.0%} on the first token")
-
-def draw_attention(maps: list[torch.Tensor], titles: list[str], tokens: list[str]) -> Figure:
-    """One map (time, time) for each head: rows read, columns are read from, both labelled with the tokens."""
-    size = max(4.2, 0.17 * len(tokens) + 1.2)
-    figure = new_figure(size * len(maps), size + 0.5)
-    names = [token.replace("$", r"\$").strip() or "␣" for token in tokens]
-    for axes, weights, title in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, titles):
-        seen = weights.masked_fill(torch.ones_like(weights).triu(1).bool(), float("nan"))
-        image = axes.imshow(seen.numpy(), cmap="cividis", norm=PowerNorm(0.5, 0, 1))
+def draw_attention(model, tokenizer, sentence: str, importance: torch.Tensor, places: list[tuple[int, int]]) -> Figure:
+    """The maps of heads at places (layer, head): rows read, columns are read from; importance is (layers, heads)."""
+    ids = tokenizer(sentence, return_tensors="pt")["input_ids"][:, :40]
+    names = [tokenizer.decode([token]).replace("$", r"\$").strip() or "␣" for token in ids[0].tolist()]
+    maps, size = attention_maps(model, ids), max(4.2, 0.17 * len(names) + 1.2)
+    figure = new_figure(size * len(places), size + 0.5)
+    for axes, (layer, head) in zip(figure.subplots(1, len(places), squeeze=False)[0], places):
+        weights, place = maps[layer][0, head], importance.numel() - int(ranks(importance)[layer, head])
+        later = torch.ones_like(weights).triu(1).bool()
+        image = axes.imshow(weights.masked_fill(later, math.nan).numpy(), cmap="cividis", norm=PowerNorm(0.5, 0, 1))
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
         axes.set_yticks(range(len(names)), names, fontsize=8)
-        axes.set_title(title, fontsize=9)
+        axes.set_title(f"layer {layer}, head {head}: number {place} of {importance.numel()} by importance,\n"
+                       f"{weights[1:, 0].mean():.0%} of its attention on the first token", fontsize=9)
         axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=figure.axes, label="attention", ticks=[0, 0.1, 0.3, 1], shrink=0.7, pad=0.01)
     return figure
@@ -3208,11 +3151,10 @@ def show_attention(run: Run, model, tokenizer, sentence: str = "", places: list[
     sentence = sentence or f"{run.settings.prompt}. The city was old, and the river was older than the city."
     places = places or [divmod(int(index), importance.shape[1]) for index in (importance.argmax(), importance.argmin())]
     try:
-        maps, tokens = attention_maps(model, tokenizer, sentence)
+        figure = draw_attention(model, tokenizer, sentence, importance, places)
     except UserError as error:  # nothing that follows needs the picture
         return print(error)
-    titles = [describe_head(maps[place], importance, *place) for place in places]
-    run.show(draw_attention([maps[place] for place in places], titles, tokens), "attention.png", width=1000)
+    run.show(figure, "attention.png", width=1000)
 
 if __name__ == "__main__":
     show_attention(run, model, tokenizer)  # or (run, model, tokenizer, "A sentence of yours.", [(0, 0), (3, 5)])
@@ -3481,10 +3423,9 @@ def run_sweep(run: Run, model, texts: tuple[torch.Tensor, ...]) -> None:
     show_markdown(f"{points_table(points)}\n\nTest perplexity after pruning → after repair; dense: "
                   f"{dense['pruned']:.2f}.\n\n{conditions(run.metrics)}")
     run.show(draw_points(points, dense), "sweep.png", width=1000)
-    if run.writes:
-        pandas.DataFrame(points).to_csv(run.folder / "sweep.csv", index=False)
+    pandas.DataFrame(points).to_csv(run.folder / "sweep.csv", index=False)
     if not in_notebook():
-        print(f"results: {run.finish()}" if run.writes else "")
+        print(f"results: {run.finish()}")
         raise SystemExit
 
 def prune_as_far(run: Run, model, tokenizer, importance: torch.Tensor, blocks: dict[str, torch.Tensor]):
@@ -3717,9 +3658,8 @@ def fine_tuned(run: Run, name: str, model, blocks: dict[str, torch.Tensor], sett
     depends = (model, blocks["train"], blocks["validation"][:16], training_options(settings))
     weights, run.metrics["training"][name] = run.cached(name, depends, compute)
     put_weights(model, weights)
-    if run.writes:
-        for file in run.state.glob(f"training-{name}-*"):
-            file.unlink()
+    for file in run.state.glob(f"training-{name}-*"):
+        file.unlink()
     return model.eval()
 
 def reopen_heads(run: Run, pruned, calibration: torch.Tensor) -> None:
@@ -3789,22 +3729,16 @@ def comparison(metrics: dict) -> str:
     return f"{words_for_closed(metrics)} closed.\n\n{markdown_table(head, rows)}{warning}"
 
 def draw_dashboard(metrics: dict) -> Figure:
-    """Perplexity of every stage, as the distance from the dense model, and of training."""
-    figure, values = new_figure(12, 4), metrics["perplexity"]
+    """Test perplexity of every stage, and validation perplexity in training."""
+    figure, values = new_figure(12, 3.6), metrics["perplexity"]
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
     figure.suptitle(f"{words_for_closed(metrics)} closed by {metrics['settings']['strategy']}", fontweight="bold")
     colors = {stage: f"C{number}" for number, stage in enumerate([*STAGES, "first_half"])}
+    bars = left.barh([STAGES[each] for each in values], [*values.values()], color=[colors[each] for each in values])
+    left.bar_label(bars, fmt="%.1f", padding=3)
+    left.invert_yaxis()
     left.axvline(values["dense"], color="#999999", linestyle="--", linewidth=1)
-    for row, (stage, value) in enumerate(values.items()):
-        left.plot([values["dense"], value], [row, row], "o-", color=colors[stage], linewidth=3, markevery=[1])
-        left.annotate(f"{value:.1f}", (value, row), (0, 8), textcoords="offset points", ha="center", fontsize=9)
-    left.set(xscale="log", xlabel="test perplexity (log scale, lower is better)", yticks=range(len(values)),
-             yticklabels=[STAGES[stage] for stage in values], ylim=(len(values) - 0.5, -0.8))
-    if max(values.values()) < 10 * min(values.values()):
-        left.xaxis.set_major_locator(MaxNLocator(6))
-        left.xaxis.set_minor_locator(NullLocator())
-    left.xaxis.set_major_formatter("{x:g}")
-    left.margins(x=0.12)
+    left.set(xlabel="test perplexity (lower is better)", xlim=(0, 1.12 * max(values.values())))
     for stage, record in metrics["training"].items():
         right.plot(*zip(*record["history"]["perplexity"]), "o-", markersize=3, color=colors[stage],
                    label=STAGES.get(stage, "the first half, with gates"))
@@ -3834,56 +3768,36 @@ if __name__ == "__main__":
 # **Talk to it.** The dense, the pruned and the fine-tuned model side by side, each with its most likely words; a chat
 # model gets your text as a message. To stop them, interrupt the kernel. In a script, `--prompt` starts the samples.
 
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Talk to it: a prompt, and what each model writes
-class Words(transformers.TextStreamer):
-    """Shows in an `area` what generate() writes, word by word."""
-
-    def __init__(self, tokenizer, area):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.area = area
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.area.value += text
-
-class Talk:
-    """A prompt, and what models (by name) write after it, side by side."""
-
-    def __init__(self, models: dict, tokenizer, prompt: str):
-        self.models, self.tokenizer, wide = models, tokenizer, widgets.Layout(width="98%", height="9em")
-        self.prompt, self.button = widgets.Textarea(prompt, layout=widgets.Layout(width="98%")), widgets.Button()
-        self.areas = {name: widgets.Textarea(disabled=True, layout=wide) for name in models}
-        self.button.description, self.output = "Write", widgets.Output()
-        self.button.on_click(lambda _: self.write())
-        third = widgets.Layout(width=f"{100 // len(models)}%")
-        columns = [widgets.VBox([widgets.Label(name), area], layout=third) for name, area in self.areas.items()]
-        self.box = widgets.VBox([self.prompt, self.button, widgets.HBox(columns), self.output])
-
-    def write(self, new_tokens: int = 100) -> None:
-        words, is_chat = self.prompt.value, bool(self.tokenizer.chat_template)
-        if is_chat:
-            words = self.tokenizer.apply_chat_template([{"role": "user", "content": words}], tokenize=False,
-                                                       add_generation_prompt=True)
-        ids = self.tokenizer(words, return_tensors="pt", add_special_tokens=not is_chat)["input_ids"]
-        with self.output:
-            self.output.clear_output()
-            if not ids.numel():
-                return print("Write a prompt first.")
-            try:
-                for name, model in self.models.items():
-                    self.areas[name].value, stream = "", Words(self.tokenizer, self.areas[name])
-                    greedy(model, ids.to(model.device), stream, max_new_tokens=new_tokens)
-            except KeyboardInterrupt:
-                print("Stopped.")
-
 # %%
+def talk_box(models: dict, tokenizer, prompt: str, new_tokens: int = 100) -> widgets.VBox:
+    """A prompt, a button, and what models (by name) write then, word by word, side by side."""
+    box, button = widgets.Textarea(prompt, layout=widgets.Layout(width="98%")), widgets.Button(description="Write")
+    columns = [widgets.Output(layout=widgets.Layout(width=f"{98 // len(models)}%")) for _ in models]
+
+    def write(_):
+        words, is_chat = box.value, bool(tokenizer.chat_template)
+        if is_chat:
+            turns = [{"role": "user", "content": words}]
+            words = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(words, return_tensors="pt", add_special_tokens=not is_chat)["input_ids"]
+        for column, (name, model) in zip(columns, models.items()):
+            with column, contextlib.suppress(KeyboardInterrupt):
+                column.clear_output()
+                print(f"{name}:" if ids.numel() else "Write a prompt first.")
+                if ids.numel():
+                    stream = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+                    greedy(model, ids.to(model.device), stream, max_new_tokens=new_tokens)
+
+    button.on_click(write)
+    return widgets.VBox([box, button, widgets.HBox(columns)])
+
 def show_talk(run: Run, model, pruned, tuned, tokenizer) -> None:
-    """Talk, in a notebook, with the dense model, the pruned one, repaired if it was, and the fine-tuned one."""
+    """talk_box(), in a notebook: the dense model, the pruned one, repaired if it was, and the fine-tuned one."""
     if in_notebook():
         from IPython.display import display
 
         models = {"dense": remove_gates(sharing_copy(model)), "pruned": pruned, "pruned + fine-tuned": tuned}
-        display(Talk({name: that_writes(each) for name, each in models.items()}, tokenizer, run.settings.prompt).box)
+        display(talk_box({name: that_writes(each) for name, each in models.items()}, tokenizer, run.settings.prompt))
 
 if __name__ == "__main__":
     show_talk(run, model, pruned, tuned, tokenizer)
@@ -4165,14 +4079,12 @@ def offer_download(archive: Path) -> None:
 def hand_over(run: Run, tuned, model, tokenizer, block: torch.Tensor) -> None:
     """save_models(), with a block (1, time) to compare on, the report and the download; the last step of a run."""
     require_fine_tuned(run.metrics)
-    if run.writes:
-        with run.step("save model"):
-            save_models(run, tuned, model, tokenizer, block)
-            title = f"# {bare_name(run.metrics['settings']['model'])}, {words_for_closed(run.metrics)} closed\n\n"
-            pictures = "![dashboard](dashboard.png)\n\n![units](heads.png)\n\n![fine-tuning](fine_tuned.png)\n\n"
-            (run.folder / "report.md").write_text(title + pictures + report(run.metrics), encoding="utf-8")
-        offer_download(run.finish())
-    accelerate.PartialState().wait_for_everyone()
+    with run.step("save model"):
+        save_models(run, tuned, model, tokenizer, block)
+        title = f"# {bare_name(run.metrics['settings']['model'])}, {words_for_closed(run.metrics)} closed\n\n"
+        pictures = "![dashboard](dashboard.png)\n\n![units](heads.png)\n\n![fine-tuning](fine_tuned.png)\n\n"
+        (run.folder / "report.md").write_text(title + pictures + report(run.metrics), encoding="utf-8")
+    offer_download(run.finish())
 
 # %% [markdown]
 # Before it is handed over, the folder is opened again as any user would open it, and must give the same

@@ -26,7 +26,7 @@ import PruningAndFineTuningColab as nb
 CPU, SCRIPT = torch.device("cpu"), Path(nb.__file__)
 FEW = {"max_steps": 12, "eval_blocks": 7, "calibration_blocks": 7, "gate_steps": 12, "repair": 8, "block_length": 128}
 # One process starts with what trains the demo, which takes minutes; what needs the demo comes when it is there.
-FIRST = "walk compact families field bad_input importance sweep_and_recovery gguf browser resume many_processes disk"
+FIRST = "walk compact families field bad_input importance sweep_and_recovery gguf browser resume disk"
 FEW_WORDS = [word for name, value in FEW.items() for word in ("--" + name.replace("_", "-"), str(value))]
 UNEVEN = torch.tensor([[1.0, 0, 1, 1], [1, 1, 0, 0]])  # gates: the second layer loses both readers of a key
 

@@ -1,6 +1,7 @@
 """What a model can still do: last words of sentences, repetition, bits per byte; and the box to talk to it."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -106,33 +107,35 @@ def test_the_prompt_is_the_beginning_of_a_passage(text, prompt):
     assert nb.with_prompt(nb.Settings(prompt="mine"), text).prompt == "mine"
 
 
-def test_talk_shows_what_every_model_writes(tokenizer):
+def write(box, capsys):
+    """What a talk_box() says when its button is pressed."""
+    box.children[1].click()
+    return re.sub(r"\x1b\[2K|\r", "", capsys.readouterr().out)  # (how an area is cleared outside of a notebook)
+
+
+def test_talk_shows_what_every_model_writes(tokenizer, capsys):
     models = {name: make("gpt2", seed, vocab_size=1024) for seed, name in enumerate(("dense", "fine-tuned"))}
-    talk = nb.Talk(models, tokenizer, "The old city")
-    talk.write(new_tokens=5)
-    for name, model in models.items():
-        said = nb.sample(model, tokenizer, "The old city", new_tokens=5)
-        assert talk.areas[name].value == said.removeprefix("The old city")
-    assert any(area.value for area in talk.areas.values())
-    talk.prompt.value, talk.areas["dense"].value = "", "as it was"
-    talk.write()
-    assert talk.areas["dense"].value == "as it was"
+    box = nb.talk_box(models, tokenizer, "The old city", new_tokens=5)
+    written = write(box, capsys)
+    said = [nb.sample(model, tokenizer, "The old city", new_tokens=5) for model in models.values()]
+    wanted = [f"{name}:\n{text.removeprefix('The old city')}\n" for name, text in zip(models, said)]
+    assert written == "".join(wanted) and len(set(said)) == 2
+    box.children[0].value = ""
+    assert write(box, capsys) == "Write a prompt first.\n" * 2
 
 
-def test_a_model_that_chats_gets_a_message(tokenizer, monkeypatch):
+def test_a_model_that_chats_gets_a_message(tokenizer, monkeypatch, capsys):
     tokenizer = nb.demo_tokenizer(TEXT)
     tokenizer.chat_template = "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{% endfor %}<me>"
     asked = []
     monkeypatch.setattr(nb, "greedy", lambda model, ids, *rest, **options: asked.append(tokenizer.decode(ids[0])))
-    nb.Talk({"dense": make("gpt2")}, tokenizer, "Hello").write()
+    write(nb.talk_box({"dense": make("gpt2")}, tokenizer, "Hello"), capsys)
     assert asked == ["<user>Hello<me>"]
 
 
-def test_to_interrupt_is_to_stop_writing(tokenizer, monkeypatch):
+def test_to_interrupt_is_to_stop_writing(tokenizer, monkeypatch, capsys):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(nb, "greedy", stop)
-    talk = nb.Talk({"dense": make("gpt2")}, tokenizer, "Hello")
-    talk.write()
-    assert talk.areas["dense"].value == ""
+    assert write(nb.talk_box({"dense": make("gpt2")}, tokenizer, "Hello"), capsys) == "dense:\n"

@@ -94,10 +94,7 @@ def test_a_batch_starts_with_what_the_free_memory_has_room_for(monkeypatch, caps
     assert batches(8 * block) == {8}
     assert batches(3.5 * block) == {2}, "the largest divisor of 8 that is at most 3"
     assert batches(0) == {1}, "one block is tried in any case"
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert batches(8 * block) == {4}, "each of two processes has half of it"
     assert not nb.COMPUTING.fitted and not capsys.readouterr().out
-    assert nb.room_for(torch.device("cuda"), block) == float("inf"), "what a GPU lacks is found out by trying"
 
 
 def test_a_single_block_that_does_not_fit_says_what_to_change():

@@ -1,117 +1,231 @@
-"""Our pruning beside that of others, on the same OPT model and text, with equally many parameters removed.
+"""Our pruning beside that of others: the same model, text and blocks, equally many parameters removed from the layers.
 
-    python3 -m venv tp && tp/bin/pip install 'torch>=2.9,<2.14' torch-pruning==1.6.1 transformers==4.46.3 safetensors
-    python tests/benchmarks/others.py --torch-pruning tp/bin/python --prune both --pruning-level 0.2 OPTIONS
+    python tests/benchmarks/others.py --levels 0.1 0.2 --model MODEL --prune both OPTIONS
+    python tests/benchmarks/others.py --draw .github/assets/others.png < TABLE
 
-OPTIONS are those of PruningAndFineTuningColab.py; --model has to be a local OPT. Perplexity after pruning, after
-repair, and after fine-tuning. The user's original rule is `entropy-literal` (heads only), Michel et al.'s score is
-`gradient`. `Wanda` is weight norm x input norm (Sun et al. 2023, https://arxiv.org/abs/2306.11695), the same share in
-every layer, as theirs. Torch-Pruning chooses in a process of its own, under a time limit, because it cannot trace the
-models of transformers 5; its choice is then closed here with gates, which must give the perplexity that it measured.
+OPTIONS are those of PruningAndFineTuningColab.py. A row: perplexity after pruning, after the method's own repair (only
+FLAP's bias), after our repair, and after fine-tuning what that left. Each method is its paper's or its code's formula,
+on the same calibration text; where keys are shared every query head counts for itself, with its share of them. Theirs
+choose single neurons, ours, in wide layers, 64 at once.
+
+- Torch-Pruning 1.6.1: GroupMagnitudeImportance and GroupTaylorImportance, both over the mean of a layer, heads and
+  neurons ranked globally, each at the level (checked on OPT with the library itself: the same choice).
+- LLM-Pruner (https://arxiv.org/abs/2305.11627): element-wise Taylor, summed over a group; the same share in every layer
+  but in the first and the last ones (4 and 2 of 32), which are left alone.
+- Wanda-sp (the form of https://arxiv.org/abs/2306.11695 that FLAP compares with): |weight| x norm of the input, the
+  same share in every layer; the inputs are those of the dense model.
+- FLAP (https://arxiv.org/abs/2312.11983): variance of the input x squared weights, standardised in each layer and
+  ranked globally; the mean of what is cut becomes a bias.
+- 2SSP (https://arxiv.org/abs/2501.17771): neurons by the norm of their outputs, the same share in every layer, then
+  whole attention modules, each time the one without which perplexity is lowest.
 """
 
+import copy
 import dataclasses
-import json
-import subprocess
+import math
+import re
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 from common import begin, closed_in, head, nb, parser_for, say, scores, trained
 
 
+def sums(model, change):
+    """(layers, units) sums of change(weight) over all weights that a unit owns."""
+    changed = nb.sharing_copy(model)
+    for path, weight in list(changed.named_parameters()):
+        owner, _, name = path.rpartition(".")
+        setattr(changed.get_submodule(owner), name, torch.nn.Parameter(change(weight).detach(), False))
+    return torch.stack([
+        torch.cat([sum(part.float().flatten(1).sum(1) for part in [*nb.own_weights(units), units.output_weight])
+                   for units in layer]) for layer in nb.find_units(changed)]).cpu()  # fmt: skip
+
+
+def taylor(model, blocks):
+    """(layers, units) sums of |weight x gradient of the mean loss|."""
+    model.zero_grad()
+    for batch in blocks.split(2):
+        with nb.autocast(model.device):
+            loss = nb.nll(model(batch.to(model.device), use_cache=False).logits, batch.to(model.device)).sum()
+        (loss / len(blocks)).backward()
+    found = sums(model, lambda weight: (weight * weight.grad).abs() if weight.grad is not None else weight * 0)
+    model.zero_grad()
+    return found
+
+
 @torch.no_grad()
-def wanda(model, blocks):
-    """Weight norm x norm of what comes in, as a rank within heads and neurons of the layer: (layers, units)."""
-    powers = {}
+def inputs_seen(model, blocks):
+    """Projection -> mean, variance and squares of its inputs over tokens, and the mean norm over texts: (inputs,)."""
+    seen, tokens = {units.projection: torch.zeros(3, 1) for units in nb.all_units(model)}, blocks.numel()
 
     def add(projection, args):
-        inputs = args[0].reshape(-1, args[0].shape[-1]).float()
-        powers[projection] = powers.get(projection, 0) + inputs.square().sum(0)
+        x = args[0].float().view(-1, blocks.shape[1], args[0].shape[-1])
+        powers = x.square().sum(1)
+        seen[projection] = seen[projection] + torch.stack([x.sum((0, 1)), powers.sum(0), powers.sqrt().sum(0)])
 
-    units = nb.all_units(model)
-    with nb.hooks(part.projection.register_forward_pre_hook(add) for part in units):
-        for batch in blocks.split(4):
+    with nb.hooks(projection.register_forward_pre_hook(add) for projection in seen), nb.autocast(model.device):
+        for batch in blocks.split(2):
             model(batch.to(model.device), use_cache=False)
-    rows = []
-    for layer in nb.find_units(model):
-        parts = []
-        for part in layer:
-            norms = powers[part.projection].sqrt().view(part.number, part.size, 1)
-            scores = (part.output_weight.float().abs() * norms).flatten(1).sum(1)
-            parts.append((scores.argsort().argsort() + 0.5) / part.number)
-        rows.append(torch.cat(parts))
-    return torch.stack(rows)
+    return {projection: {"mean": total / tokens, "variance": (squares - total.square() / tokens) / (tokens - 1),
+                         "squares": squares, "norm": norms / len(blocks)}
+            for projection, (total, squares, norms) in seen.items()}  # fmt: skip
 
 
-def torch_pruning(python, limit, folder, kind, settings, model):
-    """(gates (layers, units), what it measured) or None, where it was not back in time."""
-    command = [python, str(Path(__file__).with_name("torch_pruning_opt.py")), settings.model, f"{folder}/blocks.pt"]
-    command += [kind, settings.prune, str(settings.pruning_level), f"{folder}/out.json"]
-    try:
-        subprocess.run(command, check=True, timeout=limit, stdout=sys.stderr)
-    except subprocess.TimeoutExpired:
-        return None
-    found = json.loads(Path(folder, "out.json").read_text())
-    rows = []
-    for number, layer in enumerate(nb.find_units(model)):
-        left = [found[part.kind][number] for part in layer]
-        rows.append([float(unit in kept) for part, kept in zip(layer, left) for unit in range(part.number)])
-    return torch.tensor(rows), found
+def by_inputs(model, seen, score):
+    """(layers, units) means of score(units, seen, weight (inputs, outputs)) over a unit's inputs."""
+    return torch.stack([
+        torch.cat([score(units, seen[units.projection], nb.inputs_first(units.projection).float())
+                   .view(units.number, -1).mean(1) for units in layer])
+        for layer in nb.find_units(model)]).detach()  # fmt: skip
+
+
+def over_layer_mean(importance, layout):
+    """Heads and neurons, each over their mean in the layer."""
+    parts = [part / part.mean(1, keepdim=True) for part in importance.split(sizes(importance, layout), dim=1)]
+    return torch.cat(parts, dim=1)
+
+
+def sizes(importance, layout):
+    return [size for size in (layout.heads, importance.shape[1] - layout.heads) if size]
+
+
+def ranked_by_kind(importance, level, layout):
+    """Gates: the share `level` of all heads, and of all neurons, wherever they are."""
+    return torch.cat([nb.choose_gates(part, level) for part in importance.split(sizes(importance, layout), 1)], 1)
+
+
+def alike(importance, level, layout, first=0.0, last=1.0):
+    """Gates: the same share in every layer between two, so much that it is the share `level` of all."""
+    layers = len(importance)
+    rows, gates = slice(round(first * layers), round(last * layers)), torch.ones_like(importance)
+    share = level * layers / len(gates[rows])
+    gates[rows] = nb.close_alike(importance[rows], share, layout._replace(readers=1, chunk=1))
+    return gates
+
+
+def flap(model, seen, level, layout):
+    """Gates by fluctuation, standardised in each layer (heads' squared, as in FLAP's code)."""
+
+    def score(units, inputs, weight):
+        metric = inputs["variance"] * weight.square().sum(1)
+        metric = metric.square() if units.kind == "heads" else metric
+        return (metric - metric.mean()) / metric.std()
+
+    return nb.choose_gates(by_inputs(model, seen, score), level, 1, layout._replace(readers=1, chunk=1))
+
+
+@torch.no_grad()
+def with_means(model, seen):
+    """A copy of a gated model to whose biases the mean of what is closed is added (FLAP)."""
+    fixed = nb.with_own_outputs(model)
+    for units, own in zip(nb.all_units(model), nb.all_units(fixed)):
+        closed = (own.projection.gates == 0).repeat_interleave(units.size)
+        lost = (seen[units.projection]["mean"] * closed) @ nb.inputs_first(own.projection).float()
+        bias = own.projection.bias
+        own.projection.bias = torch.nn.Parameter(lost if bias is None else bias + lost)
+    return fixed
+
+
+@torch.no_grad()
+def two_stages(model, seen, block, level, layout):
+    """Gates of 2SSP; its exponent 1.5, its second stage on one text (1, time)."""
+    importance = by_inputs(model, seen, lambda units, inputs, weight: inputs["norm"])
+    layers, neurons = len(importance), importance.shape[1] - layout.heads
+    attention, mlp = layout.heads * layout.head_cost, neurons * layout.neuron_cost
+    modules = round(layers * level ** (mlp / attention / 1.5)) if layout.heads else 0
+    gates = torch.ones_like(importance)
+    share = (level * (attention + mlp) * layers - modules * attention) / (mlp * layers)
+    gates[:, layout.heads:] = nb.close_alike(importance[:, layout.heads:], share, nb.Layout(0))
+    for _ in range(modules):
+        left = [number for number in range(layers) if gates[number, : layout.heads].any()]
+        values = {}
+        for number in left:
+            tried = gates.clone()
+            tried[number, : layout.heads] = 0
+            nb.set_gates(model, tried)
+            values[number] = nb.perplexity(model, block)
+        gates[min(values, key=values.get), : layout.heads] = 0
+    nb.set_gates(model, torch.ones_like(gates))
+    return gates
+
+
+def methods(model, blocks, settings):
+    """Name -> function that chooses gates (layers, units), with all gates open."""
+    calibration, level, layout = blocks["calibration"], settings.pruning_level, nb.layout_of(model, settings)
+
+    def ours(strategy, **more):
+        def choose():
+            now = dataclasses.replace(settings, strategy=strategy, **more)
+            return nb.gates_for(model, scores(model, blocks, now), now)
+        return choose
+
+    def wanda(units, inputs, weight):
+        return (weight.abs() * inputs["squares"].sqrt()[:, None]).mean(1)
+
+    def by_taylor(choose, *ends):
+        return lambda: choose(over_layer_mean(taylor(model, calibration), layout), level, layout, *ends)
+
+    return {
+        "learned (ours)": ours("learned"),
+        "fisher (ours)": ours("fisher"),
+        "learned, uniform (ours)": ours("learned", uniform="yes"),
+        "FLAP": lambda: flap(model, inputs_seen(model, calibration), level, layout),
+        "LLM-Pruner, Taylor": by_taylor(alike, 4 / 32, 30 / 32),
+        "Torch-Pruning, Taylor": by_taylor(ranked_by_kind),
+        "2SSP": lambda: two_stages(model, inputs_seen(model, calibration), calibration[:1], level, layout),
+        "Wanda-sp": lambda: alike(by_inputs(model, inputs_seen(model, calibration), wanda), level, layout),
+        "Torch-Pruning, magnitude": lambda: ranked_by_kind(
+            over_layer_mean(sums(model, torch.square), layout), level, layout),
+        "magnitude": ours("magnitude"),
+    }  # fmt: skip
 
 
 def main():
     parser = parser_for(__doc__)
-    parser.add_argument("--torch-pruning", required=True, help="a Python that has torch-pruning")
-    parser.add_argument("--limit", type=float, default=600, help="seconds that Torch-Pruning may take")
+    parser.add_argument("--levels", nargs="+", type=float, default=[0.1, 0.2])
+    parser.add_argument("--only", default="", help="methods, a regular expression")
+    parser.add_argument("--train", action="store_true", help="fine-tune each, and the dense model")
     chosen, rest = parser.parse_known_args()
     run, _, model, blocks = begin(rest)
-    settings, test, calibration = run.settings, blocks["tested"], blocks["calibration"]
-    open_gates, costs, versions = nb.get_gates(model), nb.unit_costs(model), ""
-    head("", "parameters of what is pruned", "heads closed", "neurons closed", "pruned", "repaired", "fine-tuned",
-         "time to choose, gradient = 1")  # fmt: skip
+    settings, test = run.settings, blocks["tested"]
+    watched = blocks | {"validation": blocks["validation"][-4:]}  # to keep the best moment by
+    dense, costs = nb.perplexity(model, test), nb.unit_costs(model)
 
-    def row(name, gates, seconds):
-        nb.set_gates(model, gates)
-        values = [nb.perplexity(model, test)]
-        fixed = nb.repair(model, blocks["repair"]) if not gates.all() else model
-        tuned = trained(run, nb.compact(fixed), blocks, settings)[0]
-        values += [nb.perplexity(fixed, test), nb.perplexity(tuned, test)]
-        share = ((costs * (gates == 0)).sum() / costs.sum()).item()
-        cells = [*closed_in(model, gates), *(f"{value:.3f}" for value in values)]
-        say(name, f"{share:.1%}", *cells, f"{seconds:.1f}")
-        return share
+    def tuned(start):
+        return [trained(run, start, watched, settings)[0]] if chosen.train else []
 
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save({"calibration": calibration, "test": test}, f"{folder}/blocks.pt")
-        start = time.perf_counter()
-        nb.get_strategy("gradient").score(model, calibration)
-        unit = time.perf_counter() - start
-        row("dense", open_gates, 0)
-        level = settings.pruning_level
-        for kind in ("magnitude", "taylor"):
-            answer = torch_pruning(chosen.torch_pruning, chosen.limit, folder, kind, settings, model)
-            if answer is None:
-                say(f"Torch-Pruning, {kind}: not back after {chosen.limit:g} s", *[""] * 7)
+    plain = nb.remove_gates(nb.sharing_copy(model))
+    control = [nb.perplexity(each, test) for each in tuned(copy.deepcopy(plain))]
+    start = time.perf_counter()
+    nb.Gradient().score(model, blocks["calibration"])
+    unit = time.perf_counter() - start
+    head("method", "level", "removed", "heads closed", "neurons closed", "parameters", "pruned", "own repair",
+         "our repair", "fine-tuned", "time to choose, gradient = 1")  # fmt: skip
+    say("dense", *[""] * 4, f"{plain.num_parameters() / 1e6:.2f} M", f"{dense:.2f}", "", "",
+        *[f"{value:.2f}" for value in control] or [""], "")  # fmt: skip
+    for level in chosen.levels:
+        for name, choose in methods(model, blocks, dataclasses.replace(settings, pruning_level=level)).items():
+            if not re.search(chosen.only, name):
                 continue
-            gates, found = answer
+            nb.set_gates(model, torch.ones_like(costs))
+            start = time.perf_counter()
+            gates = choose()
+            seconds = time.perf_counter() - start
             nb.set_gates(model, gates)
-            pruned, versions = nb.perplexity(model, test), found["versions"]
-            if abs(pruned / found["perplexity"] - 1) > 1e-3:
-                raise RuntimeError(f"Torch-Pruning measured {found['perplexity']}, gates give {pruned}")
-            level = row(f"Torch-Pruning, {kind}", gates, found["seconds"] / unit)
-    for name in ("entropy-literal", "magnitude", "gradient", "Wanda", "fisher", "learned"):
-        if name == "entropy-literal" and settings.prune != "heads":
-            continue
-        nb.set_gates(model, open_gates)
-        now = dataclasses.replace(settings, pruning_level=level, strategy="fisher" if name == "Wanda" else name)
-        start = time.perf_counter()
-        importance = wanda(model, calibration) if name == "Wanda" else scores(model, blocks, now)
-        gates = nb.gates_for(model, importance, now)
-        row(f"{name} (ours)" if name in ("fisher", "learned") else name, gates, (time.perf_counter() - start) / unit)
-    print(f"\n{nb.conditions(run.metrics)} Torch-Pruning ran with {versions}.")
+            values = [nb.perplexity(model, test), math.nan]
+            if name == "FLAP":
+                with nb.all_open(model):
+                    seen = inputs_seen(model, blocks["calibration"])
+                values[1] = nb.perplexity(with_means(model, seen), test)
+            fixed = nb.repair(model, blocks["repair"])
+            small = nb.compact(fixed)
+            values += [nb.perplexity(fixed, test), *(nb.perplexity(each, test) for each in tuned(small))]
+            share = ((costs * (gates == 0)).sum() / costs.sum()).item()
+            cells = [*closed_in(model, gates), f"{small.num_parameters() / 1e6:.2f} M"]
+            cells += ["" if math.isnan(value) else f"{value:.2f}" for value in values] + [""] * (not chosen.train)
+            say(name, f"{level:.0%}", f"{share:.1%}", *cells, f"{seconds / unit:.1f}")
+    print(f"\n{nb.conditions(run.metrics)}", file=sys.stdout)
 
 
 if __name__ == "__main__":
