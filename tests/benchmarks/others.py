@@ -1,7 +1,7 @@
 """Our pruning beside that of others: the same model, text and blocks, equally many parameters removed from the layers.
 
     python tests/benchmarks/others.py --levels 0.1 0.2 --model MODEL --prune both OPTIONS
-    python tests/benchmarks/others.py --draw .github/assets/others.png < TABLE
+    cat TABLES | python tests/benchmarks/others.py --draw .github/assets/others.png
 
 OPTIONS are those of PruningAndFineTuningColab.py. A row: perplexity after pruning, after the method's own repair (only
 FLAP's bias), after our repair, and after fine-tuning what that left. Each method is its paper's or its code's formula,
@@ -154,10 +154,14 @@ def methods(model, blocks, settings):
     """Name -> function that chooses gates (layers, units), with all gates open."""
     calibration, level, layout = blocks["calibration"], settings.pruning_level, nb.layout_of(model, settings)
 
+    known = {}
+
     def ours(strategy, **more):
         def choose():
             now = dataclasses.replace(settings, strategy=strategy, **more)
-            return nb.gates_for(model, scores(model, blocks, now), now)
+            if strategy not in known:
+                known[strategy] = scores(model, blocks, now)
+            return nb.gates_for(model, known[strategy], now)
         return choose
 
     def wanda(units, inputs, weight):
@@ -167,9 +171,6 @@ def methods(model, blocks, settings):
         return lambda: choose(over_layer_mean(taylor(model, calibration), layout), level, layout, *ends)
 
     return {
-        "learned (ours)": ours("learned"),
-        "fisher (ours)": ours("fisher"),
-        "learned, uniform (ours)": ours("learned", uniform="yes"),
         "FLAP": lambda: flap(model, inputs_seen(model, calibration), level, layout),
         "LLM-Pruner, Taylor": by_taylor(alike, 4 / 32, 30 / 32),
         "Torch-Pruning, Taylor": by_taylor(ranked_by_kind),
@@ -178,32 +179,64 @@ def methods(model, blocks, settings):
         "Torch-Pruning, magnitude": lambda: ranked_by_kind(
             over_layer_mean(sums(model, torch.square), layout), level, layout),
         "magnitude": ours("magnitude"),
+        "fisher (ours)": ours("fisher"),
+        "learned (ours)": ours("learned"),
+        "learned, uniform (ours)": ours("learned", uniform="yes"),
+        "learned, groups (ours)": ours("learned", uniform="groups"),
     }  # fmt: skip
+
+
+def number(value):
+    return "" if math.isnan(value) else f"{value:.2f}"
+
+
+def draw(path, rows):
+    """Perplexity against parameters, pruned and after our repair, a line for each method, from the tables' rows."""
+    cells = [[cell.strip() for cell in row.strip("| \n").split("|")] for row in rows if row.startswith("|")]
+    cells = [row for row in cells if row[0] not in ("method", "dense", "---")]
+    figure, points = nb.new_figure(11, 4.2), {}
+    for name, *_, parameters, pruned, _, repaired, _, _ in cells:
+        points.setdefault(name, []).append((float(parameters.split()[0]), float(pruned), float(repaired)))
+    for column, axes in enumerate(figure.subplots(1, 2)):
+        for name, found in points.items():
+            sizes, *values = zip(*sorted(found))
+            axes.plot(sizes, values[column], "o-", label=name, linewidth=3 if name.startswith("learned (") else 1)
+        axes.set(xlabel="parameters, million", ylabel="test perplexity", yscale="log",
+                 title=("pruned", "the same, after our repair")[column])  # fmt: skip
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.grid(alpha=0.3, which="both")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
+    figure.savefig(path, dpi=110)
 
 
 def main():
     parser = parser_for(__doc__)
     parser.add_argument("--levels", nargs="+", type=float, default=[0.1, 0.2])
     parser.add_argument("--only", default="", help="methods, a regular expression")
-    parser.add_argument("--train", action="store_true", help="fine-tune each, and the dense model")
+    parser.add_argument("--train", default="(?!)", help="methods to fine-tune, beside the dense model, alike")
+    parser.add_argument("--draw", help="a picture to make of tables")
     chosen, rest = parser.parse_known_args()
+    if chosen.draw:
+        return draw(chosen.draw, sys.stdin)
     run, _, model, blocks = begin(rest)
     settings, test = run.settings, blocks["tested"]
     watched = blocks | {"validation": blocks["validation"][-4:]}  # to keep the best moment by
     dense, costs = nb.perplexity(model, test), nb.unit_costs(model)
 
-    def tuned(start):
-        return [trained(run, start, watched, settings)[0]] if chosen.train else []
+    def tuned(name, start):
+        """Test perplexity after fine-tuning, where that is wanted."""
+        wanted = re.search(chosen.train, name)
+        return nb.perplexity(trained(run, start, watched, settings)[0], test) if wanted else math.nan
 
     plain = nb.remove_gates(nb.sharing_copy(model))
-    control = [nb.perplexity(each, test) for each in tuned(copy.deepcopy(plain))]
+    control = tuned("dense", copy.deepcopy(plain))
     start = time.perf_counter()
     nb.Gradient().score(model, blocks["calibration"])
     unit = time.perf_counter() - start
     head("method", "level", "removed", "heads closed", "neurons closed", "parameters", "pruned", "own repair",
          "our repair", "fine-tuned", "time to choose, gradient = 1")  # fmt: skip
-    say("dense", *[""] * 4, f"{plain.num_parameters() / 1e6:.2f} M", f"{dense:.2f}", "", "",
-        *[f"{value:.2f}" for value in control] or [""], "")  # fmt: skip
+    say("dense", *[""] * 4, f"{plain.num_parameters() / 1e6:.2f} M", f"{dense:.2f}", "", "", number(control), "")
     for level in chosen.levels:
         for name, choose in methods(model, blocks, dataclasses.replace(settings, pruning_level=level)).items():
             if not re.search(chosen.only, name):
@@ -220,11 +253,10 @@ def main():
                 values[1] = nb.perplexity(with_means(model, seen), test)
             fixed = nb.repair(model, blocks["repair"])
             small = nb.compact(fixed)
-            values += [nb.perplexity(fixed, test), *(nb.perplexity(each, test) for each in tuned(small))]
+            values += [nb.perplexity(fixed, test), tuned(name, copy.deepcopy(small))]
             share = ((costs * (gates == 0)).sum() / costs.sum()).item()
             cells = [*closed_in(model, gates), f"{small.num_parameters() / 1e6:.2f} M"]
-            cells += ["" if math.isnan(value) else f"{value:.2f}" for value in values] + [""] * (not chosen.train)
-            say(name, f"{level:.0%}", f"{share:.1%}", *cells, f"{seconds / unit:.1f}")
+            say(name, f"{level:.0%}", f"{share:.1%}", *cells, *map(number, values), f"{seconds / unit:.1f}")
     print(f"\n{nb.conditions(run.metrics)}", file=sys.stdout)
 
 
