@@ -4,56 +4,34 @@
     python tests/benchmarks/compact.py --gpt2-shapes                     speed of GPT-2-small shapes against arithmetic
 
 OPTIONS are those of PruningAndFineTuningColab.py: --model, --train-file, --strategy, --eval-blocks, ... Speeds are
-ratios of medians of nine passes in turns, in one process. 'reopened' is the perplexity of the saved folder, opened in
-a fresh process that does not know the notebook.
+ratios of medians of nine passes in turns, in one process. 'reopened' is the perplexity of the saved folder, opened
+again. (tests/test_compact.py opens such folders in a process that does not know the notebook.)
 """
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from common import begin, close, expected_ratio, gpt2_small, head, nb, parser_for, say, scores, speed_ratio
-from safetensors.torch import save_file
-
-STRANGER = """
-import math, sys, torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-total, blocks = 0.0, load_file(sys.argv[2])["blocks"]
-with torch.no_grad():
-    for batch in blocks.split(int(sys.argv[3])):
-        logits = model(batch, use_cache=False).logits[:, :-1]
-        logits, wanted = logits.flatten(0, 1).float(), batch[:, 1:].flatten()
-        total += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
-print(math.exp(total / blocks[:, 1:].numel()))
-"""
 
 
 def gpt2_shapes():
-    """GPT-2 small, random weights, half of its heads closed at random."""
+    """GPT-2 small, random weights, heads and neurons closed at random."""
     model = gpt2_small()
-    nb.set_gates(model, nb.choose_gates(nb.get_strategy("random").score(model), 0.5))
-    small = nb.compact(model)
-    head("tokens", "", "by arithmetic", "measured", "measured / arithmetic")
-    for shape in ((1, 512), (4, 128), (1, 1024)):
-        batch = torch.randint(0, 50257, shape)
-        expected = expected_ratio(model, small, batch)
-        for kind in ("forward", "training"):
-            ratio = speed_ratio(model, small, batch, kind == "training")
-            say(f"{shape[0]} x {shape[1]}", kind, f"{expected:.3f} x", f"{ratio:.3f} x", f"{ratio / expected:.2f}")
-
-
-def perplexity_of_a_stranger(saved: Path, folder: Path, batch_size: int) -> float:
-    """Of a saved folder on the blocks in `test.st`, in a process that does not know the notebook."""
-    command = [sys.executable, "-c", STRANGER, saved, folder / "test.st", str(batch_size)]
-    own = os.environ | {"HF_HOME": str(folder / "hf")}
-    return json.loads(subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, check=True, env=own).stdout)
+    head("closed", "tokens", "", "by arithmetic", "measured", "measured / arithmetic")
+    for prune, level in (("heads", 0.5), ("neurons", 0.3), ("both", 0.2)):
+        nb.prune_only(model, prune)
+        settings = nb.Settings(prune=prune, pruning_level=level)
+        close(model, nb.get_strategy("random").score(model), settings)
+        small = nb.compact(model)
+        for shape in ((1, 512), (4, 128), (1, 1024)):
+            batch = torch.randint(0, 50257, shape)
+            expected = expected_ratio(model, small, batch)
+            for kind in ("forward", "training"):
+                ratio = speed_ratio(model, small, batch, kind == "training")
+                say(f"{level:.0%} of {prune}", f"{shape[0]} x {shape[1]}", kind, f"{expected:.3f} x", f"{ratio:.3f} x",
+                    f"{ratio / expected:.2f}")  # fmt: skip
 
 
 def main():
@@ -72,20 +50,17 @@ def main():
     say("dense", f"{model.num_parameters() / 1e6:.2f}", f"{bare:.1f}", f"{nb.cache_bytes(model):,}", 1, 1,
         f"{dense:.4f}", "", "", "")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        save_file({"blocks": test}, folder / "test.st")
         for level in chosen.levels:
             close(model, importance, dataclasses.replace(settings, pruning_level=level))
-            small, saved = nb.compact(model), folder / f"{level}"
+            small, saved = nb.compact(model), Path(folder, f"{level}")
             nb.save_compact(small, tokenizer, saved)
             size = sum(file.stat().st_size for file in saved.glob("*.safetensors")) / 1e6
-            reopened = perplexity_of_a_stranger(saved, folder, settings.batch_size)
-            values = [nb.perplexity(model, test), nb.perplexity(small, test), reopened]
+            reopened = nb.reopen(saved).to(model.device)
+            values = [nb.perplexity(each, test) for each in (model, small, reopened)]
             forward, training = (speed_ratio(model, small, test[:1], kind) for kind in (False, True))
             say(f"{level:.0%}", f"{small.num_parameters() / 1e6:.2f}", f"{size:.1f}", f"{nb.cache_bytes(small):,}",
                 f"{forward:.2f} ({expected_ratio(model, small, test[:1]):.2f})", f"{training:.2f}",
-                *(f"{value:.4f}" for value in values),
-                f"{nb.largest_difference(model, small, test[:1]):.0e}")  # fmt: skip
+                *(f"{value:.4f}" for value in values), f"{nb.largest_difference(model, small, test[:1]):.0e}")
 
 
 if __name__ == "__main__":
