@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import CPU, count_flops, edit, new_run, random_blocks, saved, tiny_tokenizer
-from families import CATALOGUE, KEEP_THEIR_GATES
+from families import CATALOGUE, KEEP_THEIR_GATES, SIZES
 
 import PruningAndFineTuningColab as nb
 
@@ -134,11 +134,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 class OwnConfig(PretrainedConfig):
     model_type = "own-model"
 
-    def __init__(self, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=97, **kwargs):
-        self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
-        self.num_attention_heads, self.vocab_size = num_attention_heads, vocab_size
-        super().__init__(**kwargs)
-
 class OwnAttention(nn.Module):
     def __init__(self, size, heads):
         super().__init__()
@@ -188,7 +183,7 @@ def own(folder):
     (folder / "modeling_own.py").write_text(OWN)
     auto_map = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     config = {"model_type": "own-model", "architectures": ["OwnForCausalLM"], "auto_map": auto_map}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(SIZES | config))
     tiny_tokenizer().save_pretrained(folder)
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
     model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
