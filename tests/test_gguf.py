@@ -117,7 +117,6 @@ def test_what_is_written_are_the_logits_by_llama_cpps_formulas(name, changes, tm
         nb.load_model(str(path), "cpu")
 
 
-
 def test_a_window_limits_the_context_that_is_promised():
     for window, context in ((16, 16), (None, 64)):
         model = families.make("Mistral", sliding_window=window)
