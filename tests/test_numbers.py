@@ -94,6 +94,14 @@ def test_the_oldest_versions_are_those_of_the_requirements():
     assert done.stderr.splitlines() == [said]
 
 
+def test_a_level_out_of_reach_is_said_before_the_first_perplexity():
+    """What is said, and of sweeps too: test_neurons.py."""
+    cells = [cell for cell in SCRIPT.read_text().split("\n# %%") if "__main__" in cell]
+    (plan,) = (number for number, cell in enumerate(cells) if "plan_closing(model, settings)" in cell)
+    (dense,) = (number for number, cell in enumerate(cells) if 'measure(run, "dense"' in cell)
+    assert plan < dense
+
+
 def test_a_console_that_cannot_show_a_sign_ends_nothing(tmp_path):
     code = "import PruningAndFineTuningColab as nb, sys; sys.argv = ['x', '--model', 'demo', '--prompt', 'a\\u2192b']; "
     code += "nb.start_settings(''); print('\\u2192', 'went on')"
