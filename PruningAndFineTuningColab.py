@@ -2610,7 +2610,7 @@ class Entropy:
     @torch.no_grad()
     def score(self, model, blocks: torch.Tensor) -> torch.Tensor:
         """Importance (layers, units) on blocks (n, time). Raises UserError where a model gives no attention weights."""
-        scores = []
+        scores = {}  # a layer's path -> (batch, units); a layer that runs several times has the sum
 
         def score_unit(units, seen, stream):  # (batch, units, time), of the norm of the stream (batch, 1, time)
             if units.kind == "neurons":
@@ -2628,7 +2628,7 @@ class Entropy:
             def leave(*_):  # attention maps are large, so each layer's are reduced before the next one runs
                 stream = (seen["in"] + seen["attention"]).float().norm(dim=-1)[:, None]
                 each = [score_unit(units, seen, stream)[..., 1:].mean(-1) for units in row]
-                scores.append(torch.cat(each, dim=1))  # (batch, units)
+                scores[layer.path] = scores.get(layer.path, 0) + torch.cat(each, dim=1)
                 seen.clear()
 
             yield from watch_layer(layer, seen)
@@ -2637,7 +2637,7 @@ class Entropy:
         def per_block(batch):
             scores.clear()
             model.base_model(batch, use_cache=False)
-            return torch.stack(scores, 1)  # (batch, layers, units)
+            return torch.stack([scores[layer.path] for layer in find_heads(model)], 1)  # (batch, layers, units)
 
         watched = zip(find_heads(model), find_units(model))
         with eager_attention(model), hooks(handle for pair in watched for handle in watch(*pair)):

@@ -19,7 +19,9 @@ import tokenizers
 import torch
 import transformers
 from nbclient import NotebookClient
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.pytorch_utils import Conv1D
 
 import PruningAndFineTuningColab as nb
 
@@ -29,6 +31,7 @@ FEW = {"max_steps": 12, "eval_blocks": 7, "calibration_blocks": 7, "gate_steps":
 FIRST = "walk compact families field bad_input importance sweep_and_recovery gguf browser resume disk"
 FEW_WORDS = [word for name, value in FEW.items() for word in ("--" + name.replace("_", "-"), str(value))]
 UNEVEN = torch.tensor([[1.0, 0, 1, 1], [1, 1, 0, 0]])  # gates: the second layer loses both readers of a key
+OPEN = torch.ones(2, 4)
 
 # family -> (its name in the catalogue, path of the output projection)
 FAMILIES = {
@@ -38,18 +41,13 @@ FAMILIES = {
     "llama": ("Llama, SmolLM2", "model.layers.{}.self_attn.o_proj"),
     "mistral": ("Mistral", "model.layers.{}.self_attn.o_proj"),
     "qwen2": ("Qwen 2", "model.layers.{}.self_attn.o_proj"),
-    "qwen3": ("Qwen 3", "model.layers.{}.self_attn.o_proj"),
-    "gemma2": ("Gemma 2", "model.layers.{}.self_attn.o_proj"),
     "gemma3": ("Gemma 3", "model.layers.{}.self_attn.o_proj"),
     "phi": ("Phi", "model.layers.{}.self_attn.dense"),
     "phi3": ("Phi-3", "model.layers.{}.self_attn.o_proj"),
-    "gptj": ("GPT-J", "transformer.h.{}.attn.out_proj"),
-    "gpt_neo": ("GPT-Neo", "transformer.h.{}.attn.attention.out_proj"),
     "bloom": ("BLOOM", "transformer.h.{}.self_attention.dense"),
     "falcon": ("Falcon 40B", "transformer.h.{}.self_attention.dense"),
     "falcon_multi_query": ("Falcon 7B", "transformer.h.{}.self_attention.dense"),
     "gpt_bigcode": ("GPTBigCode", "transformer.h.{}.attn.c_proj"),
-    "biogpt": ("BioGPT", "biogpt.layers.{}.self_attn.out_proj"),
     "stablelm": ("StableLM", "model.layers.{}.self_attn.o_proj"),
 }
 
@@ -84,15 +82,19 @@ def edit(file: Path, **words) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | words))
 
 
+def change_weights(folder: Path, change) -> None:
+    """Saves what `change` makes of a folder's weights (name -> tensor)."""
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+
+
 @torch.no_grad()
-def zero_heads(model, family: str, gates: torch.Tensor):
-    """The independent reference: zeroes the closed heads' inputs in the weight of the output projection, by path."""
+def zero_units(model, path: str, gates: torch.Tensor):
+    """The independent reference: zeroes the closed units' inputs in the weight of the output projection, by path."""
     for number, row in enumerate(gates):
-        projection = model.get_submodule(FAMILIES[family][1].format(number))
-        weight = projection.weight if family == "gpt2" else projection.weight.T  # (in, out), as a Conv1D is stored
-        width = weight.shape[0] // len(row)
-        for head, gate in enumerate(row.tolist()):
-            weight[head * width : (head + 1) * width] *= gate
+        projection = model.get_submodule(path.format(number))
+        weight = projection.weight if isinstance(projection, Conv1D) else projection.weight.T  # (in, out)
+        weight *= row.repeat_interleave(len(weight) // len(row))[:, None]
     return model
 
 
@@ -124,11 +126,6 @@ def tiny_tokenizer():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
 
 
-@pytest.fixture(params=FAMILIES)
-def family(request):
-    return request.param
-
-
 @pytest.fixture
 def tokens():
     return random_blocks(2)
@@ -154,11 +151,11 @@ def new_run(folder: Path, dtype=torch.float32, **changes):
     return nb.Run(nb.Settings(output_dir=str(folder), **changes), CPU, dtype)
 
 
-def run_python(*words, cwd: Path, status: int = 0, **environment):
-    """What a Python process said, which has to end with this status."""
+def run_python(*words, cwd: Path, status: int = 0, timeout: float = 900, **environment):
+    """What a Python process said, which has to end with this status; after `timeout` seconds it is killed."""
     own = os.environ | {"PYTHONPATH": str(SCRIPT.parent)} | environment
     command = [sys.executable, *map(str, words)]
-    done = subprocess.run(command, cwd=cwd, env=own, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=cwd, env=own, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == status, done.stderr[-3000:]
     return done
 

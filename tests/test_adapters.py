@@ -5,11 +5,9 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import make
+from conftest import make, new_run
 
 import PruningAndFineTuningColab as nb
-
-GIB = 2**30
 
 
 @pytest.fixture
@@ -18,7 +16,7 @@ def run(tmp_path, monkeypatch):
 
     def begin(free: float, **settings):
         monkeypatch.setattr(nb, "memory_free", lambda device: free)
-        return nb.Run(nb.Settings(output_dir=str(tmp_path), **settings), torch.device("cpu"), torch.float32)
+        return new_run(tmp_path, **settings)
 
     return begin
 
@@ -44,8 +42,7 @@ def test_what_cannot_fit_is_refused_with_both_numbers(run, asked, advice):
 
 
 def test_adapters_do_not_go_with_heads_that_come_back(run):
-    with pytest.raises(nb.UserError, match="reopen_heads is True, but must be off"):
-        nb.Settings(train="lora", reopen_heads=True)
+    """(Those that are asked for: test_text_and_settings.py. Here, those that the memory asks for.)"""
     record = run(20e9, reopen_heads=True)
     with pytest.raises(nb.UserError, match="reopen_heads is True, but must be off"):
         nb.choose_training(record, record.settings, 10**9, torch.float32)

@@ -7,19 +7,17 @@ import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import CPU, SCRIPT, edit, make, new_run, random_blocks, run_python, saved, tiny_tokenizer
+from conftest import CPU, SCRIPT, change_weights, edit, make, new_run, random_blocks, run_python, saved, tiny_tokenizer
 from hypothesis import HealthCheck, given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
 import PruningAndFineTuningColab as nb
-
-SMALL = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
 
 
 @pytest.fixture
@@ -37,16 +35,24 @@ def config(**changes):
 
 
 def weights(change):
-    def apply(folder):
-        file = folder / "model.safetensors"
-        save_file(change(load_file(file)), file, {"format": "pt"})
-
-    return apply
+    return lambda folder: change_weights(folder, change)
 
 
 def without(word, found):
     found.pop(next(name for name in found if word in name))
     return found
+
+
+class Hostile:
+    """In a pickle it leaves a trace where it is opened."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("trace of a pickle"),)
+
+
+def pickle(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": Hostile()}, folder / "pytorch_model.bin")
 
 
 def truncate(folder):
@@ -77,7 +83,8 @@ def adapter(folder):
 
 
 def bert(folder):
-    transformers.BertLMHeadModel(transformers.BertConfig(**SMALL)).save_pretrained(folder)
+    small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    transformers.BertLMHeadModel(transformers.BertConfig(vocab_size=97, **small)).save_pretrained(folder)
 
 
 def t5(folder):
@@ -93,6 +100,7 @@ SPOILT = {
     "weights cut short": (truncate, "cannot be used.*a file is cut short or broken: download or copy it again"),
     "weights are noise": (spoil("model.safetensors", b"\xff" * 1000), "cannot be used"),
     "weights claim a huge header": (spoil("model.safetensors", struct.pack("<Q", 2**60) + b"{}"), "cannot be used"),
+    "weights are a pickle": (pickle, "cannot be used"),
     "a weight is missing": (weights(lambda found: without("c_proj.weight", found)), "lacks 1 of .*download it"),
     "all have a prefix": (
         weights(lambda found: {f"_orig_mod.{name}": value for name, value in found.items()}),
@@ -127,26 +135,25 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("name", SPOILT)
-def test_a_spoilt_model_is_refused_by_name(name, folder):
+def test_a_spoilt_model_is_refused_by_name_and_nothing_in_it_is_run(name, folder, tmp_path, monkeypatch):
     change, message = SPOILT[name]
     change(folder)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(nb.UserError, match=message) as error:
         nb.load_model(str(folder), CPU)
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == [folder], "a pickle was opened"
 
 
 GGUF = [b"", b"GGUF", b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60), b"GGUF" + b"\xff" * 200, b"\x00" * 500]
+NOT_THERE = [("nobody/nothing", None), ("missing.gguf", None)]
 
 
-@pytest.mark.parametrize("content", GGUF)
-def test_a_spoilt_gguf_is_refused(content, tmp_path):
-    (tmp_path / "model.gguf").write_bytes(content)
-    with pytest.raises(nb.UserError, match="model.gguf' cannot be used"):
-        nb.load_model(str(tmp_path / "model.gguf"), CPU)
-
-
-@pytest.mark.parametrize("name", ["nobody/nothing", "missing.gguf"])
-def test_a_model_that_is_not_there_is_named(name):
+@pytest.mark.parametrize("name, content", [*NOT_THERE, *(("model.gguf", content) for content in GGUF)])
+def test_a_model_that_is_not_there_and_a_spoilt_gguf_are_named(name, content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
     with pytest.raises(nb.UserError, match=f"model '{name}' cannot be used"):
         nb.load_model(name, CPU)
 
@@ -155,6 +162,7 @@ def test_a_model_that_is_not_there_is_named(name):
     ({"vocab_size": 1}, dict(prompt="a a", block_length=4), "has a token 1 .in the train., but the model"),
     ({}, dict(prompt="a " * 30, block_length=4), "prompt has 30 tokens, but must have 1 to 24: write a shorter one"),
     ({}, dict(prompt="a", block_length=65), "block_length is 65, but the model reads at most 64 tokens"),
+    ({"max_seq_len": 20}, dict(prompt="a", block_length=30), "block_length is 30, but the model reads at most 20 tok"),
     ({}, dict(prompt="a", block_length=5), "the train text has fewer than 5 tokens, but one block is needed"),
 ])  # fmt: skip
 def test_tokens_and_prompts_that_the_model_cannot_read_are_refused(changes, words, message):

@@ -37,38 +37,26 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "-l", place], check=True)
 
 
-def fill_and_go_on(mount, tmp_path, size):
-    """Runs into a full disk of so many megabytes; then there is room, and the same command ends. (said, metrics)"""
-    place = mount(size)
+MANY = [pytest.param(size, marks=pytest.mark.slow) for size in (1, 2, 4, 6, 8, 16, 20, 24)]  # five minutes
+
+
+@pytest.mark.parametrize("size", [12, *MANY])
+def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(size, home, small_disk, tmp_path):
+    """A disk of so many megabytes: pytest -m slow -s tests/test_disk.py. The run of all tests had the same settings."""
+    place = small_disk(size)
     failed = run_script(tmp_path, place, status=1).stderr
     (said,) = (line for line in failed.splitlines() if line.startswith("failed: "))
+    print(f"full at {size} MB: {said}")
     assert "No space left on device" in said and "Traceback" not in failed
     assert "the same command goes on from it" in said
     assert not list(place.rglob("*.part")), "nothing half written"
     for file in place.rglob("metrics.json"):
         json.loads(file.read_text())
-    mount(200)
+    small_disk(200)
     assert "Going on with" in run_script(tmp_path, place).stdout
     folder, metrics = results_in(place)
     assert Path(f"{folder}.zip").exists()
-    return said, metrics
-
-
-def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(home, small_disk, tmp_path):
-    """The run of all tests had the same settings."""
-    assert fill_and_go_on(small_disk, tmp_path, 12)[1]["perplexity"] == results_in(home / "results")[1]["perplexity"]
-
-
-@pytest.mark.slow
-def test_disks_that_are_full_at_many_moments(home, small_disk, tmp_path):
-    """About five minutes: pytest -m slow -s tests/test_disk.py"""
-    wanted = results_in(home / "results")[1]
-    for size in (1, 2, 4, 6, 8, 12, 16, 20, 24):
-        for path in (tmp_path / "disk").iterdir():
-            subprocess.run(["rm", "-r", path], check=True)
-        said, metrics = fill_and_go_on(small_disk, tmp_path, size)
-        assert metrics["perplexity"] == wanted["perplexity"]
-        print(f"full at {size} MB: {said}")
+    assert metrics["perplexity"] == results_in(home / "results")[1]["perplexity"]
 
 
 def test_a_read_only_disk_is_said_at_once(small_disk, tmp_path):

@@ -8,30 +8,38 @@ import pytest
 import torch
 import transformers
 from conftest import CPU, count_flops, edit, new_run, random_blocks, saved, tiny_tokenizer
-from families import CATALOGUE, KEEP_THEIR_GATES
+from families import CATALOGUE, KEEP_THEIR_GATES, SIZES
 
 import PruningAndFineTuningColab as nb
 
 BLOCKS = random_blocks(3, most=80)
 HEADS = [name for name in CATALOGUE if name != "Mamba"]
-REOPENED = ["OLMo 2", "Cohere, queries and keys normalised", "GPT-OSS", "Falcon 40B", "GPT", "Qwen 3 Next",
-            "Gemma 3, with images", "Qwen 2 VL"]
 
 
-def gated(name):
+WITH_NEURONS = ["GPT-2", "OPT", "GPT-NeoX, Pythia", "Llama, SmolLM2"]
+BOTH = [(name, "both") for name in (*WITH_NEURONS, "Gemma 2", "Phi-3", "GPT-J", "StarCoder2", "GLM-4", "XGLM")]
+NEURONS = [(name, "neurons") for name in (*WITH_NEURONS, "BLOOM", "MPT", "Falcon RW")]  # the last three keep heads
+SAVED = ["OLMo 2", "Cohere, queries and keys normalised", "GPT-OSS", "Falcon 40B", "GPT", "Qwen 3 Next",
+         "Gemma 3, with images", "Qwen 2 VL"]  # fmt: skip
+
+
+def gated(name, prunes):
+    """A model with closed units: a head of the first layer and two of the last, and a third of the neurons."""
     model = families.make(name)
-    layers = nb.find_heads(model)
-    gates = torch.ones(len(layers), layers[0].number)
-    gates[0, 1] = gates[-1, 0] = gates[-1, -1] = 0
+    nb.prune_only(model, prunes)
+    gates, heads = torch.ones_like(nb.get_gates(model)), nb.number_of_heads(model)
+    if prunes != "neurons":
+        gates[0, 1] = gates[-1, 0] = gates[-1, heads - 1] = 0
+    gates[:, heads:] = torch.rand(gates[:, heads:].shape).gt(0.3).float()
     nb.set_gates(model, gates)
     return model, gates
 
 
-@pytest.mark.parametrize("name", HEADS)
-def test_heads_are_cut_out_where_it_is_proven_and_the_arithmetic_agrees(name):
-    model, gates = gated(name)
+@pytest.mark.parametrize("name, prunes", [*((name, "heads") for name in HEADS), *BOTH, *NEURONS])
+def test_what_is_closed_is_cut_out_where_it_is_proven_and_the_arithmetic_agrees(name, prunes):
+    model, gates = gated(name, prunes)
     assert nb.is_causal(model)
-    if name in KEEP_THEIR_GATES:
+    if prunes == "heads" and name in KEEP_THEIR_GATES:
         assert KEEP_THEIR_GATES[name] in nb.why_not_compact(model)
         with pytest.raises(nb.UserError, match=f"heads of {type(model).__name__} cannot be cut out .*keep its gates"):
             nb.compact(model)
@@ -41,26 +49,35 @@ def test_heads_are_cut_out_where_it_is_proven_and_the_arithmetic_agrees(name):
     assert nb.largest_difference(model, small, BLOCKS) < 1e-5
     wanted = nb.written_logits(model)
     assert (nb.written_logits(small) - wanted).abs().max() < 1e-5 * wanted.abs().max(), "with a cache, and padded"
-    assert nb.predict_cost(model, gates, 16)["parameters"] == small.num_parameters() < model.num_parameters()
-    assert 0 < count_flops(small, BLOCKS[:1]) < count_flops(model, BLOCKS[:1])
-    assert nb.cache_bytes(small) <= nb.cache_bytes(model)
-    gates[-1] = 0  # a layer without heads: one stays, and writes zeros
+    predicted, counted = nb.predict_cost(model, gates, 16), count_flops(small, BLOCKS[:1])
+    assert predicted["parameters"] == small.num_parameters() < model.num_parameters()
+    assert 0 < counted < count_flops(model, BLOCKS[:1]) and nb.cache_bytes(small) <= nb.cache_bytes(model)
+    assert prunes == "heads" or counted == pytest.approx(predicted["flops_per_token"], rel=0.01)
+    gates[-1] = 0  # a layer without heads or neurons: one stays, and writes zeros
     nb.set_gates(model, gates)
     small = nb.compact(model)
     assert small.kept[-1].any() and nb.largest_difference(model, small, BLOCKS) < 1e-5
 
 
-def test_so_many_families_are_cut():
-    assert len(HEADS) - len(KEEP_THEIR_GATES) == 61 and len(CATALOGUE) == 72
-
-
-@pytest.mark.parametrize("name", REOPENED)
-def test_what_is_cut_opens_again(name, tmp_path):
-    model, _ = gated(name)
+@pytest.mark.parametrize("name, prunes", [*((name, "heads") for name in SAVED), *BOTH, *NEURONS])
+def test_what_is_cut_and_what_is_zeroed_open_again(name, prunes, tmp_path):
+    model, gates = gated(name, prunes)
+    gates[0, -1] = 0.5  # gates need not be 0 or 1
+    nb.set_gates(model, gates)
     small = nb.compact(model)
     nb.save_compact(small, tiny_tokenizer(), tmp_path / "small")
-    assert nb.largest_difference(small, nb.reopen(tmp_path / "small"), BLOCKS) < 1e-6
-    assert nb.largest_difference(model, nb.expand(small, model), BLOCKS) < 1e-6
+    nb.save_gated(model, tiny_tokenizer(), tmp_path / "gated")
+    assert torch.equal(nb.get_gates(model), gates), "saving does not change the model"
+    _, again = nb.load_gated(tmp_path / "gated")
+    assert again.prunes == prunes and torch.equal(nb.get_gates(again), gates)
+    for other in (nb.expand(small, model), nb.reopen(tmp_path / "small"), nb.reopen(tmp_path / "gated"), again):
+        assert nb.largest_difference(model, other, BLOCKS) < 1e-5
+    nb.set_gates(again, torch.ones_like(gates))
+    assert nb.largest_difference(families.make(name), again, BLOCKS) < 1e-6, "all of it can be opened again"
+
+
+def test_so_many_families_are_cut():
+    assert len(HEADS) - len(KEEP_THEIR_GATES) == 61 and len(CATALOGUE) == 72
 
 
 @pytest.mark.parametrize("name", ["Granite", "Cohere", "Gemma 2", "Helium"])
@@ -117,11 +134,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 class OwnConfig(PretrainedConfig):
     model_type = "own-model"
 
-    def __init__(self, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=97, **kwargs):
-        self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
-        self.num_attention_heads, self.vocab_size = num_attention_heads, vocab_size
-        super().__init__(**kwargs)
-
 class OwnAttention(nn.Module):
     def __init__(self, size, heads):
         super().__init__()
@@ -171,7 +183,7 @@ def own(folder):
     (folder / "modeling_own.py").write_text(OWN)
     auto_map = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     config = {"model_type": "own-model", "architectures": ["OwnForCausalLM"], "auto_map": auto_map}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(SIZES | config))
     tiny_tokenizer().save_pretrained(folder)
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
     model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)

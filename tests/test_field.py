@@ -1,23 +1,15 @@
 """Situations from public bug reports: files that hold what they do not say, chats, folders, families and tools."""
 
-import json
 import shutil
 
 import families
 import pytest
 import torch
 import transformers
-from conftest import CPU, SCRIPT, edit, gated, make, run_python, saved, tiny_tokenizer
+from conftest import CPU, SCRIPT, change_weights, edit, gated, make, run_python, saved, tiny_tokenizer
 from families import SIZES, WIDE
-from safetensors.torch import load_file, save_file
 
 import PruningAndFineTuningColab as nb
-
-
-def weights(folder, change):
-    file = folder / "model.safetensors"
-    save_file(change(load_file(file)), file, {"format": "pt"})
-
 
 # --- what the file holds
 
@@ -34,7 +26,7 @@ def test_a_head_of_its_own_is_kept_whatever_the_configuration_says(tmp_path, tok
 @pytest.mark.parametrize("said", [None, "float32"])
 def test_the_format_is_that_of_the_file(said, tmp_path):
     folder = saved(tmp_path / "model", "gpt2")
-    weights(folder, lambda found: {name: value.bfloat16() for name, value in found.items()})
+    change_weights(folder, lambda found: {name: value.bfloat16() for name, value in found.items()})
     edit(folder / "config.json", dtype=said)
     model = nb.load_model(str(folder), CPU)[1]
     assert model.came_in == torch.bfloat16 and model.dtype == torch.float32
@@ -42,7 +34,7 @@ def test_the_format_is_that_of_the_file(said, tmp_path):
 
 def test_weights_without_a_place_are_named(tmp_path, capsys):
     folder = saved(tmp_path / "model")
-    weights(folder, lambda found: found | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)})
+    change_weights(folder, lambda found: found | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)})
     nb.load_model(str(folder), CPU)
     said = capsys.readouterr().out
     assert "1 weights have no place in a LlamaForCausalLM" in said and "q_proj.bias first" in said
@@ -54,36 +46,6 @@ def test_a_folder_of_the_hub_cache_is_opened_and_named_by_its_model(tmp_path):
     shutil.move(saved(tmp_path / "model"), place / "0123")
     assert nb.load_model(str(place.parent), CPU)[1].num_parameters() == make("llama").num_parameters()
     assert nb.bare_name(str(place / "0123")) == nb.bare_name(str(place.parent)) == "Some/Model"
-
-
-# --- chats
-
-TEMPLATE = (
-    "{% if tools %}TOOLS {{ tools }}\n{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}CALL {{ c.function.name }} {{ c.function.arguments }}{% endfor %}{% endfor %}"
-)
-CALL = {"type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Rome", "hot": true}'}}
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_chats_reach_the_template_whole_and_as_json(kind, tmp_path):
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tools = json.dumps([{"type": "function", "function": {"name": "get_weather"}}])
-    parts = [{"type": "text", "text": "How "}, {"type": "text", "text": "hot?"}]
-    turns = [{"role": "user", "content": parts if kind == "jsonl" else "How hot?"},
-             {"role": "assistant", "content": None, "tool_calls": [CALL]}]  # fmt: skip
-    rows = [{"messages": turns, "tools": tools}, {"messages": [], "tools": tools}]
-    file = tmp_path / f"a.{kind}"
-    if kind == "jsonl":
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        nb.pandas.DataFrame(rows).to_parquet(file)
-    text = nb.read_file(file, lambda: tokenizer)
-    assert text == (
-        'TOOLS [{"type": "function", "function": {"name": "get_weather"}}]\n<user>How hot?'
-        '<assistant>CALL get_weather {"city": "Rome", "hot": true}'
-    )
 
 
 # --- generation, ways of running
@@ -115,14 +77,6 @@ space["save_config"](space["compact"](model), space["Path"]({str(tmp_path)!r}), 
 """
     run_python("-c", code, cwd=tmp_path)
     assert (tmp_path / "modeling_pruned.py").exists()
-
-
-def test_the_smallest_of_several_longest_texts_counts():
-    model = make("llama")
-    model.config.max_seq_len = 20
-    text = dict.fromkeys(nb.SPLITS, "a " * 60)
-    with pytest.raises(nb.UserError, match="block_length is 30, but the model reads at most 20 tokens"):
-        nb.pack_all(text, tiny_tokenizer(), model, nb.Settings(block_length=30))
 
 
 def test_a_home_that_cannot_be_written_to_is_none_of_our_business(tmp_path):

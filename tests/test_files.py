@@ -11,11 +11,13 @@ from conftest import CPU, edit, make, new_run, saved, tiny_tokenizer
 
 import PruningAndFineTuningColab as nb
 
+BROKEN = b"neither gzip nor text"
+
 
 def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     content = content if isinstance(content, bytes) else content.encode()
-    path.write_bytes(gzip.compress(content) if path.suffix.lower() == ".gz" else content)
+    path.write_bytes(gzip.compress(content) if path.suffix.lower() == ".gz" and content != BROKEN else content)
     return str(path)
 
 
@@ -97,20 +99,17 @@ def test_another_column_is_taken_where_it_alone_is_filled_and_said(rows, column,
     ("a.jsonl", lines({"text": "one"}, {"text": ["two"]}), "column 'text', but row 2 holds no text in it"),
     ("a.jsonl", lines({"text": 5}), "column 'text', but row 1 holds no text in it"),
     ("a.csv", 'text\n"one', "cannot be used .line 2: unexpected end of data"),
-    ("a.txt.gz", None, "cannot be used .Not a gzipped file"),
+    ("a.txt.gz", BROKEN, "cannot be used .Not a gzipped file"),
     ("a.parquet", b"PAR1 or not", "cannot be used"),
     ("a.txt", b"abc\xff\xfe", "cannot be used .*can't decode byte 0xff in position 3.*convert it"),
     ("a.txt", b"abc\x00def", "cannot be used .it has a NUL at character 3"),
     ("a.csv", "id,text\n1,one\n2,two, and more\n", "row 3 has 3 columns, but the first one 2"),
 ])  # fmt: skip
 def test_what_cannot_be_read_is_said_in_one_sentence(name, content, message, tmp_path):
-    path = tmp_path / name
-    write(path, content or "")
-    if content is None:
-        path.write_bytes(b"no gzip")
+    path = write(tmp_path / name, content)
     with pytest.raises(nb.UserError, match=message) as error:
         nb.read_file(path)
-    assert "\n" not in str(error.value) and str(path) in str(error.value)
+    assert "\n" not in str(error.value) and path in str(error.value)
 
 
 def test_a_folder_and_a_pattern_are_several_files(tmp_path):
@@ -144,20 +143,32 @@ def test_splits_of_a_folder_and_of_a_saved_dataset_are_kept_apart(tmp_path):
     assert "book" in whole_text(tmp_path / "named")
 
 
-CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-SHARED = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+TEMPLATE = (
+    "{% if tools %}TOOLS {{ tools }}\n{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}CALL {{ c.function.name }} {{ c.function.arguments }}{% endfor %}{% endfor %}"
+)
+TOOLS = json.dumps([{"type": "function", "function": {"name": "weather"}}])
+CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome", "hot": true}'}}
+TURNS = [{"role": "user", "content": "How hot?"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+PARTS = [{"type": "text", "text": "How "}, {"type": "text", "text": "hot?"}]
+CHATS = [  # rows, and what the template makes of them
+    ([{"messages": [{"role": "user", "content": "a"}], "id": "x"}] * 2, "<user>a\n\n<user>a"),
+    ([{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}], "<user>a<assistant>b"),
+    ([{"messages": [{"role": "user", "content": PARTS}]}], "<user>How hot?"),
+    ([{"messages": TURNS, "tools": TOOLS}, {"messages": [], "tools": TOOLS}],
+     f'TOOLS {TOOLS}\n<user>How hot?<assistant>CALL weather {{"city": "Rome", "hot": true}}'),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("column, turns", [("messages", CHAT), ("conversations", SHARED)])
-def test_chats_are_written_out_by_the_chat_template(column, turns, tmp_path):
-    tokenizer = tiny_tokenizer()
-    path = write(tmp_path / "a.jsonl", lines({column: turns, "id": "x"}, {column: turns}))
+@pytest.mark.parametrize("rows, written", CHATS)
+def test_chats_are_written_out_by_the_chat_template(rows, written, tmp_path):
+    tokenizer, table = tiny_tokenizer(), tmp_path / "a.parquet"
+    path = write(tmp_path / "a.jsonl", lines(*rows))
+    pandas.DataFrame(rows).to_parquet(table)
     with pytest.raises(nb.UserError, match="holds chats, but the model has no chat template"):
         nb.read_file(path, lambda: tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    pandas.read_json(path, lines=True).to_parquet(tmp_path / "a.parquet")
-    for file in (path, tmp_path / "a.parquet"):
-        assert nb.read_file(file, lambda: tokenizer) == "<user>a<assistant>b\n\n<user>a<assistant>b"
+    tokenizer.chat_template = TEMPLATE
+    assert nb.read_file(path, lambda: tokenizer) == nb.read_file(table, lambda: tokenizer) == written
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(nb.UserError, match="a chat of .* cannot be used .roles must alternate"):
         nb.read_file(path, lambda: tokenizer)
@@ -171,9 +182,8 @@ def test_a_part_is_cut_near_its_place_also_where_lines_are_long():
 
 
 def test_an_empty_text_is_found_before_anything_is_made_of_it(tmp_path):
-    settings = nb.Settings(model="demo", train_file=write(tmp_path / "empty.txt", ""))
-    with pytest.raises(nb.UserError, match="train text has 0 bytes, but one block of 512 tokens is needed"):
-        nb.load_text(settings)
+    with pytest.raises(nb.UserError, match="train text has 0 bytes, but one block of 2 tokens is needed"):
+        whole_text(write(tmp_path / "empty.txt", ""))
 
 
 # --- models

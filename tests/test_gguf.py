@@ -29,19 +29,21 @@ def in_llama_cpp(test):
     return pytest.mark.slow(pytest.mark.skipif(bool(NO_LLAMA_CPP), reason=NO_LLAMA_CPP)(test))
 
 
-def with_norms(model):
-    """The model, with norms that are not all ones: equal ones would hide a wrong one."""
+def llama(seed=0, **changes):
+    """A Llama whose norms are not all ones: equal ones would hide a wrong one."""
+    torch.manual_seed(seed)
+    shape = dict(vocab_size=400, hidden_size=96, intermediate_size=128, num_hidden_layers=3, num_attention_heads=6)
+    shape |= dict(num_key_value_heads=2, head_dim=16, max_position_embeddings=256, bos_token_id=0, eos_token_id=0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape | changes))
     for parameter in model.parameters():
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, 1, 0.3)
     return model.eval()
 
 
-def llama(seed=0, **changes):
-    torch.manual_seed(seed)
-    shape = dict(vocab_size=400, hidden_size=96, intermediate_size=128, num_hidden_layers=3, num_attention_heads=6)
-    shape |= dict(num_key_value_heads=2, head_dim=16, max_position_embeddings=256, bos_token_id=0, eos_token_id=0)
-    return with_norms(transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape | changes)))
+def of_family(name):
+    """A model of the catalogue; Qwen 3 with tied embeddings, as its small ones have them."""
+    return families.make(name.removesuffix(", tied"), tie_word_embeddings=name.endswith(", tied"))
 
 
 def tokenizer(steps=None, vocabulary=400):
@@ -77,22 +79,31 @@ def write(small, path, bits="f32", source=None, name="tiny"):
     return path
 
 
-def fields_of(path):
-    return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
+def fields_of(path, start=""):
+    """What a file says, by name; or those names that start so."""
+    fields = gguf.GGUFReader(path).fields.items()
+    return {name: field.contents() for name, field in fields if name.startswith(start)}
 
 
 MASKS = {
     "a layer without heads": [[0] * 6, [1, 1, 1, 0, 1, 0], [1, 0, 0, 1, 1, 1]],  # one stays, and writes zeros
     "uneven readers": [[1, 1, 1, 1, 0, 0], [1, 1, 0, 1, 1, 0], [1, 0, 0, 0, 1, 1]],
 }
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32}
 
 
+@pytest.mark.parametrize("changes", [
+    dict(tie_word_embeddings=True, mlp_bias=True), dict(attention_bias=True),
+    dict(rope_parameters=LINEAR), dict(rope_parameters=LLAMA3),
+])  # fmt: skip
 @pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("tied", [True, False])
-def test_what_is_written_are_the_logits_by_llama_cpps_formulas(name, tied, tmp_path):
-    model = llama(tie_word_embeddings=tied, attention_bias=name == "uneven readers", mlp_bias=tied)
-    small = cut(model, "heads", torch.tensor(MASKS[name]).float())
+def test_what_is_written_are_the_logits_by_llama_cpps_formulas(name, changes, tmp_path):
+    small = cut(llama(**changes), "heads", torch.tensor(MASKS[name]).float())
     tensors, numbers = nb.in_words_of_llama_cpp(small)
+    assert ("rope_freqs.weight" in tensors) == ("rope_parameters" in changes)
     assert difference_by_formulas(small, tensors, numbers, IDS) < 1e-5
     assert all(heads % shared == 0 for heads, shared in zip(numbers["heads"], numbers["key_value_heads"]))
     path = write(small, tmp_path / "m.gguf")
@@ -102,18 +113,8 @@ def test_what_is_written_are_the_logits_by_llama_cpps_formulas(name, tied, tmp_p
     assert fields["general.architecture"] == "deci" and fields["general.base_model.0.name"] == "a model"
     assert fields["deci.attention.head_count"] == numbers["heads"]
     assert fields["deci.attention.head_count_kv"] == numbers["key_value_heads"]
-
-
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 64}  # fmt: skip
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32}
-
-
-@pytest.mark.parametrize("rope", [{"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}, LLAMA3])
-def test_other_rotations_of_positions_are_written(rope):
-    small = cut(llama(rope_parameters=rope))
-    tensors, numbers = nb.in_words_of_llama_cpp(small)
-    assert "rope_freqs.weight" in tensors and difference_by_formulas(small, tensors, numbers, IDS) < 1e-5
+    with pytest.raises(nb.UserError, match="m.gguf' cannot be used .*deci"):  # given as a model to prune
+        nb.load_model(str(path), "cpu")
 
 
 def test_a_window_limits_the_context_that_is_promised():
@@ -122,18 +123,13 @@ def test_a_window_limits_the_context_that_is_promised():
         assert nb.in_words_of_llama_cpp(cut(model))[1]["context"] == context
 
 
-def family(name):
-    """A model of the catalogue; Qwen 3 with tied embeddings, as its small ones have them."""
-    return with_norms(families.make(name.removesuffix(", tied"), tie_word_embeddings=name.endswith(", tied")))
-
-
 FIT = ("Llama, SmolLM2", "Qwen 3, tied", "Mistral", "Ministral", "Qwen 2", "Phi-3", "Seed-OSS")
 DO_NOT_FIT = ("GPT-2", "Qwen 3", "Gemma", "Gemma 3", "OLMo 2", "Granite", "GLM", "Mixtral", "SmolLM3", "BitNet")
 
 
 @pytest.mark.parametrize("name", [*FIT, *DO_NOT_FIT])
 def test_which_families_fit(name):
-    model = family(name)
+    model = of_family(name)
     nb.add_gates(model)
     assert (nb.why_not_gguf(model) == "") == (name in FIT), nb.why_not_gguf(model)
     if name in FIT:
@@ -155,12 +151,6 @@ def test_what_does_not_fit_is_said_before_the_run():
             nb.check_gguf(model, own, settings)
     nb.check_gguf(model, tokenizer(), settings)
     nb.check_gguf(families.make("GPT-2"), None, nb.Settings())  # not asked for
-
-
-def test_a_pruned_file_given_again_is_said(tmp_path):
-    path = write(cut(llama()), tmp_path / "m.gguf")
-    with pytest.raises(nb.UserError, match="m.gguf' cannot be used .*deci"):
-        nb.load_model(str(path), "cpu")
 
 
 def test_an_even_one_is_an_ordinary_llama_file_which_can_be_pruned_again(tmp_path):
@@ -185,17 +175,14 @@ def test_the_tokenizer_of_a_file_is_copied(tmp_path):
     write(small, first, source=own)
     words = {"format": "f16", "name": "tiny", "base": "a model", "description": ""}
     nb.write_gguf(tmp_path / "second.gguf", small, None, str(first), words)
-    one, other = (
-        {name: value for name, value in fields_of(path).items() if name.startswith("tokenizer.")}
-        for path in (first, tmp_path / "second.gguf")
-    )
-    assert one == other and one["tokenizer.ggml.pre"] == "gpt-2"
-    assert one["tokenizer.chat_template"] == own.chat_template
+    fields = fields_of(first, "tokenizer.")
+    assert fields == fields_of(tmp_path / "second.gguf", "tokenizer.")
+    assert fields["tokenizer.ggml.pre"] == "gpt-2" and fields["tokenizer.chat_template"] == own.chat_template
 
 
-def steps(*first, use_regex=True):
+def steps(first, use_regex=False):
     last = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
-    return tokenizers.pre_tokenizers.Sequence([*first, last]) if first else last
+    return tokenizers.pre_tokenizers.Sequence([first, last])
 
 
 def letters(digits):
@@ -203,10 +190,10 @@ def letters(digits):
 
 
 STEPS = {
-    "gpt-2": steps(),
-    "smollm": steps(tokenizers.pre_tokenizers.Digits(individual_digits=True)),
-    "llama-bpe": steps(letters("{1,3}"), use_regex=False),
-    "qwen2": steps(letters(""), use_regex=False),
+    "gpt-2": None,
+    "smollm": steps(tokenizers.pre_tokenizers.Digits(individual_digits=True), use_regex=True),
+    "llama-bpe": steps(letters("{1,3}")),
+    "qwen2": steps(letters("")),
 }
 
 
@@ -223,7 +210,7 @@ CASES += [(name, "f32", "gpt-2", 1e-5) for name in FIT] + [("neurons, too", "f32
 @in_llama_cpp
 @pytest.mark.parametrize("name, bits, steps, limit", CASES)
 def test_llama_cpp_opens_it_with_the_same_logits_and_tokens(name, bits, steps, limit, tmp_path):
-    model = family(name) if name in FIT else llama(attention_bias=name == "uneven readers")
+    model = of_family(name) if name in FIT else llama(attention_bias=name == "uneven readers")
     model.resize_token_embeddings(400)  # a byte-level tokenizer has more tokens than the models of the catalogue
     gates = torch.tensor(MASKS[name]).float() if name in MASKS else None
     own, small = tokenizer(STEPS[steps]), cut(model, "both" if gates is None else "heads", gates)
@@ -274,9 +261,9 @@ def test_what_is_worth_least_for_its_cost_goes_first_a_head_of_every_key_or_a_ke
         assert nb.choose_gates(torch.tensor([scores]), level, 1, layout).tolist() == [expected]
 
 
-def test_a_run_hands_over_a_gguf_file(tmp_path):
-    run = new_run(tmp_path, save_model="gguf", pruning_level=0.4)
-    model, gates = llama(), torch.tensor(MASKS["uneven readers"]).float()
+def test_a_run_hands_over_a_gguf_file_and_where_layers_are_alike_a_folder_without_code(tmp_path):
+    run = new_run(tmp_path, save_model="compact gguf", pruning_level=0.5)
+    model, gates = llama(), torch.tensor([[1.0, 1, 1, 0, 0, 0]] * 3)
     nb.set_gates(model, gates)
     small = nb.compact(model)
     run.metrics |= {
@@ -290,6 +277,8 @@ def test_a_run_hands_over_a_gguf_file(tmp_path):
     (file,) = (run.folder / "model-gguf").glob("*.gguf")
     numbers = nb.in_words_of_llama_cpp(small)[1]
     assert 0 < difference_by_formulas(small, read_gguf(file), numbers, real()) < 1e-2, "in 16 bits"
-    assert run.metrics["file_bytes"] == {"gguf": file.stat().st_size}
+    assert run.metrics["file_bytes"]["gguf"] == file.stat().st_size
     card = (run.folder / "model-gguf" / "README.md").read_text()
     assert f"llama-cli -m {file.name}" in card and "from_pretrained" not in card
+    card = (run.folder / "model-compact" / "README.md").read_text()
+    assert "from_pretrained" in card and "trust_remote_code" not in card and "9 of 18 heads removed" in card

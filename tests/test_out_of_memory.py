@@ -13,14 +13,15 @@ GATES = torch.tensor([[1.0, 0, 1, 1], [1, 1, 0, 1]])
 
 
 def short_of_memory(model, most):
-    """The model, as if memory were too small for more than `most` blocks at once."""
+    """The model, as if from its second pass on memory were too small for more than `most` blocks at once."""
+    passes = []
 
-    def check(module, args, kwargs):
-        ids = args[0] if args else kwargs["input_ids"]
-        if len(ids) > most:
+    def check(module, args):
+        passes.append(len(args[0]))
+        if passes[-1] > most and len(passes) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
-    model.base_model.register_forward_pre_hook(check, with_kwargs=True)
+    model.model.layers[1].mlp.register_forward_pre_hook(check)
     return model
 
 
@@ -39,9 +40,6 @@ def test_the_batch_becomes_the_next_smaller_divisor(capsys):
 
     assert nb.fit_batch_size(function, 12, "a step") == 3 and tried == [12, 6, 4, 3]
     assert "a step runs out of memory: trying 6 blocks" in capsys.readouterr().out
-    assert nb.fit_batch_size(function, 8, "another") == 2 and nb.fit_batch_size(function, 8, "another") == 2
-    assert tried[4:] == [8, 4, 2, 2], "what fits is remembered"
-    assert capsys.readouterr().out.count("another runs out of memory: trying 2 blocks at once") == 1
     with pytest.raises(ValueError):  # any other failure is not swallowed
         nb.fit_batch_size(lambda size: int("x"), 4, "a step")
 
@@ -80,9 +78,7 @@ def test_fine_tuning_keeps_its_effective_batch(tmp_path, capsys):
 
 def test_a_batch_starts_with_what_the_free_memory_has_room_for(monkeypatch, capsys):
     seen, model = [], llama()
-    model.base_model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(len(args[0] if args else kwargs["input_ids"])), with_kwargs=True
-    )
+    model.model.layers[1].mlp.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
 
     def batches(free):
         monkeypatch.setattr(nb.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=free))

@@ -1,8 +1,6 @@
 """Nothing that was computed is lost: a run that was killed goes on, and ends with the numbers of one that was not."""
 
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -11,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from conftest import FEW_WORDS, SCRIPT, gated, make, new_run, random_blocks, results_in, run_python
+from conftest import FEW_WORDS, OPEN, SCRIPT, gated, make, new_run, random_blocks, results_in, run_python
 
 import PruningAndFineTuningColab as nb
 
@@ -40,8 +38,7 @@ def test_a_product_is_computed_once_for_what_it_depends_on(tmp_path):
 
 
 def test_a_fingerprint_sees_every_weight_and_gate(gates):
-    model = make("gpt2")
-    nb.add_gates(model)
+    model = gated("gpt2", OPEN)
     before = nb.fingerprint(model)
     assert nb.fingerprint(make("gpt2")) != before and nb.fingerprint(nb.copy.deepcopy(model)) == before
     nb.set_gates(model, gates)
@@ -87,17 +84,13 @@ def test_a_run_that_another_process_computes_is_left_alone(tmp_path):
 
 
 def test_what_was_kept_keeps_its_time_and_what_is_computed_anew_gets_its_own(tmp_path):
-    run = new_run(tmp_path, **FEW)
-    for depends, seconds in ((1, 5.0), (1, 5.0), (2, 0.0)):
+    run, seconds = new_run(tmp_path, **FEW), []
+    for depends in (1, 1, 2, 1):
         with run.step("score"):
             run.cached("score", (depends,), lambda: {})
-        if depends == 1:
-            run.metrics["seconds"]["score"] = seconds  # as if it had taken so long
-        else:
-            assert run.metrics["seconds"]["score"] < 5
-    with run.step("score"):
-        run.cached("score", (1,), lambda: 1 / 0)
-    assert run.metrics["seconds"]["score"] < 5
+        seconds.append(run.metrics["seconds"]["score"])
+        run.metrics["seconds"]["score"] = 5.0 if depends == 1 else seconds[-1]  # as if it had taken so long
+    assert seconds[1] == 5 and max(seconds[0], *seconds[2:]) < 5
 
 
 # --- training
@@ -117,20 +110,6 @@ def interrupt_at(monkeypatch, step):
     return steps
 
 
-def interrupt_while_writing(monkeypatch, number):
-    """The so-manieth file is half written when all ends."""
-    original, files = torch.save, []
-
-    def die(thing, file):
-        files.append(file)
-        if len(files) == number:
-            file.write(b"half")
-            raise KeyboardInterrupt
-        return original(thing, file)
-
-    monkeypatch.setattr(torch, "save", die)
-
-
 BLOCKS = dict.fromkeys(nb.SPLITS, random_blocks(40, seed=2))
 
 
@@ -138,91 +117,49 @@ def same_weights(model, other):
     return all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("how", [1, 13, 14, "while measurement 7 is written"])
-def test_fine_tuning_goes_on_bit_for_bit(how, tmp_path, monkeypatch):
-    """Before the first measurement, after one, at one, in one; with dropout, so that the random numbers count."""
-    model = gated("gpt2", resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
+@pytest.mark.parametrize("reopen, step, kept_steps", [
+    (False, 1, 0), (False, 13, 12), (False, 14, 14),  # before the first measurement, after one, while one is written
+    (True, 5, 5), (True, 15, 15),  # before and after the moment, half-way, when heads are chosen again
+])  # fmt: skip
+def test_fine_tuning_goes_on_bit_for_bit(reopen, step, kept_steps, tmp_path, monkeypatch):
+    """With dropout, so that the random numbers count."""
+    closed = torch.tensor([[1.0, 0, 1, 1], [1, 0, 1, 0]])
 
     def work(name):
-        run = new_run(tmp_path / name, learning_rate=1e-3, **FEW)
-        tuned = nb.fine_tuned(run, "fine_tuned", nb.compact(model), BLOCKS, run.settings)
-        return run, tuned, run.metrics["training"]["fine_tuned"]
+        model = gated("gpt2", closed, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
+        more = {"learning_rate": 1e-3, "reopen_heads": reopen, "pruning_level": 0.375, "strategy": "gradient"}
+        run = new_run(tmp_path / name, **FEW, **more)
+        run.metrics |= {"heads": {"closed": 3}, "model": {"saved_in": "float32"}}
+        tuned = nb.fine_tune_pruned(run, model, nb.copy.deepcopy(model), BLOCKS)
+        assert same_weights(model, make("gpt2")) and torch.equal(nb.get_gates(model), closed), "it is untouched"
+        return run, tuned
 
-    _, whole, record = work("whole")
-    assert [step for step, _ in record["history"]["perplexity"]] == list(range(2, 21, 2))
-
-    if isinstance(how, int):
-        interrupt_at(monkeypatch, how)
-    else:
-        interrupt_while_writing(monkeypatch, 7)
+    run, whole = work("whole")
+    assert torch.equal(whole.kept, closed) != reopen and whole.kept.sum() == 5
+    interrupt_at(monkeypatch, step)
     with pytest.raises(KeyboardInterrupt):
         work("broken")
     monkeypatch.undo()
     kept = sorted(tmp_path.glob("broken/*.state/training-*"))
-    assert [file.suffix for file in kept] == [".pt"] * (how != 1), "one file, and it is whole"
-    if how == 14:  # killed, there was no time to remove what is half written
+    assert [file.suffix for file in kept] == [".pt"] * (kept_steps > 0), "one file, and it is whole"
+    if step == 14:  # killed, there was no time to remove what is half written
         kept[0].with_name(kept[0].name + ".part").write_bytes(b"half")
     torch.manual_seed(99)
     steps = interrupt_at(monkeypatch, 100)
-    run, tuned, again = work("broken")
-    assert same_weights(tuned, whole)
-    assert again["history"] == record["history"] and again["kept_step"] == record["kept_step"]
-    assert len(steps) == 20 - {1: 0, 13: 12, 14: 14}.get(how, 12), "it goes on from the last measurement"
-    assert not list(run.state.glob("training-*.safetensors")), "which is not kept for longer than it is needed"
-
-
-@pytest.mark.parametrize("step", [5, 15])
-def test_heads_that_are_chosen_again_go_on_bit_for_bit(step, tmp_path, monkeypatch):
-    """Before and after the moment, half-way, when they are chosen."""
-    closed, results = torch.tensor([[1.0, 0, 1, 1], [1, 0, 1, 0]]), []
-
-    def work(folder):
-        model = gated("gpt2", closed)
-        more = {"learning_rate": 1e-3, "reopen_heads": True, "pruning_level": 0.375, "strategy": "gradient"}
-        run = new_run(folder, **FEW, **more)
-        run.metrics |= {"heads": {"closed": 3}, "model": {"saved_in": "float32"}}
-        tuned = nb.fine_tune_pruned(run, model, nb.copy.deepcopy(model), BLOCKS)
-        assert same_weights(model, make("gpt2")) and torch.equal(nb.get_gates(model), closed), "it is untouched"
-        results.append((tuned, run.metrics["heads_after_fine_tuning"]))
-
-    work(tmp_path / "whole")
-    interrupt_at(monkeypatch, step)
-    with pytest.raises(KeyboardInterrupt):
-        work(tmp_path / "broken")
-    monkeypatch.undo()
-    name = "first_half" if step < 10 else "fine_tuned"
-    assert len(list(tmp_path.glob(f"broken/*.state/training-{name}-*.pt"))) == 1
-    work(tmp_path / "broken")
-    (whole, heads), (tuned, others) = results
-    assert heads == others and heads["closed"] == 3 and torch.equal(whole.kept, tuned.kept)
-    assert ((closed == 0) & (whole.kept != 0)).any(), "no head came back"
-    assert same_weights(whole, tuned)
+    again, tuned = work("broken")
+    assert same_weights(tuned, whole) and torch.equal(tuned.kept, whole.kept)
+    assert again.metrics.get("heads_after_fine_tuning") == run.metrics.get("heads_after_fine_tuning")
+    for name, record in run.metrics["training"].items():
+        kept = again.metrics["training"][name]
+        assert kept["history"] == record["history"] and kept["kept_step"] == record["kept_step"]
+        assert len(record["history"]["perplexity"]) == 10, "measurements in each training"
+    assert len(steps) == 20 - kept_steps, "it goes on from the last measurement"
+    assert not list(again.state.glob("training-*.safetensors")), "which is not kept for longer than it is needed"
 
 
 # --- the script
 
-
-def start_script(cwd):
-    return subprocess.Popen(
-        [sys.executable, SCRIPT, "--model", "demo", *FEW_WORDS], cwd=cwd, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )
-
-
-def kill(process):
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-
-
-def run_script(cwd, kill_after=None):
-    """What it said, or None where it was killed before its end."""
-    process = start_script(cwd)
-    try:
-        said, _ = process.communicate(timeout=kill_after)
-    except subprocess.TimeoutExpired:
-        return kill(process)
-    assert process.returncode == 0, said[-3000:]
-    return said
+WORDS = [SCRIPT, "--model", "demo", *FEW_WORDS]
 
 
 def outcome(cwd):
@@ -235,14 +172,15 @@ def outcome(cwd):
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(home, tmp_path):
     """The run of all tests was not killed, and had the same settings."""
-    process = start_script(tmp_path)
+    process = subprocess.Popen([sys.executable, *WORDS], cwd=tmp_path, stdout=subprocess.DEVNULL)
     for _ in range(2400):  # into the fine-tuning of the control
         if list(tmp_path.glob("results/*.state/training-dense_fine_tuned-*.pt")):
             break
         assert process.poll() is None
         time.sleep(0.05)
-    kill(process)
-    said = run_script(tmp_path)
+    process.kill()
+    process.wait()
+    said = run_python(*WORDS, cwd=tmp_path).stdout
     assert "Going on with" in said and "dense + fine-tuned: step " in said
     assert "dense + fine-tuned: step 1 of 12" not in said, "it goes on after the first measurement"
     for name in ("importance", "repair", "fine_tuned", "measure_dense"):
@@ -256,16 +194,17 @@ def test_twenty_kills_at_random_moments_lose_nothing(home, tmp_path):
     nb.make_demo(nb.load_text(nb.Settings(dataset="python-docs"))["train"])  # not while the whole run is timed
     (tmp_path / "whole").mkdir()
     start = time.monotonic()
-    run_script(tmp_path / "whole")
+    run_python(*WORDS, cwd=tmp_path / "whole")
     seconds, wanted = time.monotonic() - start, outcome(tmp_path / "whole")
     chance, kills, runs = random.Random(0), 0, 0
     while kills < 20:
         folder = tmp_path / f"run{runs}"
         folder.mkdir()
         runs += 1
-        while run_script(folder, kill_after=chance.uniform(3, 0.9 * seconds)) is None:
-            if list(folder.glob("results/*.zip")):
-                break  # all was done, and only Python had not yet ended
-            kills += 1
+        while not list(folder.glob("results/*.zip")):
+            try:
+                run_python(*WORDS, cwd=folder, timeout=chance.uniform(3, 0.9 * seconds))
+            except subprocess.TimeoutExpired:  # it was killed
+                kills += 1
         assert outcome(folder) == wanted
     print(f"{kills} kills in {runs} runs, each ended with the numbers of the uninterrupted run ({seconds:.0f} s)")

@@ -8,7 +8,7 @@ import families
 import pandas
 import pytest
 import torch
-from conftest import gated, make, new_run, random_blocks
+from conftest import OPEN, gated, logits, make, new_run, random_blocks
 
 import PruningAndFineTuningColab as nb
 
@@ -70,8 +70,7 @@ def test_a_sweep_goes_on_where_it_was_interrupted(at, kept, run, blocks, monkeyp
 
 
 def test_the_points_of_a_sweep_are_right_for_all_kinds_of_units(run, blocks, capsys):
-    model = make("llama")
-    nb.add_gates(model)
+    model = gated("llama", OPEN)
     dense = nb.perplexity(model, blocks["test"])
     run.metrics |= {"perplexity": {"dense": dense}, "blocks": {"train": 12, "validation": 6, "test": 6, "tested": 6}}
     run.settings = nb.dataclasses.replace(run.settings, sweep="gradient random 0 0.25 0.5")
@@ -116,8 +115,7 @@ def test_what_cannot_be_pruned_is_left_out_of_a_sweep(run, blocks, capsys):
 @pytest.mark.parametrize("loss, found, tried", [(0.1, 0.421875, 6), (1e-9, 0.0625, 6), (100, 0.8125, 3)])
 def test_the_level_that_is_found_is_the_largest_within_the_loss(loss, found, tried, run, blocks, monkeypatch):
     """Perplexity is made to rise by a quarter of what is closed; beyond 6 of 8 heads nothing can be closed."""
-    model = make("gpt2")
-    nb.add_gates(model)
+    model = gated("gpt2", OPEN)
     run.settings = nb.dataclasses.replace(run.settings, max_loss=loss, repair=0)
     monkeypatch.setattr(nb, "perplexity", lambda model, _: 10 * (1 + float((nb.get_gates(model) == 0).sum()) / 32))
     result = nb.find_level(run, model, torch.arange(8.0).view(2, 4), (blocks["train"], blocks["validation"]), 10.0)
@@ -183,8 +181,7 @@ def test_the_best_weights_are_kept_and_training_stops(run, blocks):
 
 def test_distillation_pulls_to_the_teacher(run, blocks, monkeypatch):
     monkeypatch.setattr(nb, "PATIENCE", 100)
-    teacher = make("opt")
-    nb.add_gates(teacher)
+    teacher, texts = gated("opt", OPEN), blocks["train"]
     settings = nb.dataclasses.replace(run.settings, distillation=1.0, learning_rate=1e-3)
 
     def trained(name, model, **changes):
@@ -196,16 +193,11 @@ def test_distillation_pulls_to_the_teacher(run, blocks, monkeypatch):
         # the divergence from itself is zero, so is its gradient; AdamW only decays a little
         torch.testing.assert_close(value, teacher.state_dict()[name], rtol=1e-2, atol=2e-2)
 
-    def log_probabilities(model):
-        with torch.no_grad():
-            return model(blocks["train"]).logits.log_softmax(-1)
-
-    dense, gates = log_probabilities(teacher), torch.tensor([[1.0, 0, 1, 0], [0, 0, 1, 1]])
-    pruned = copy.deepcopy(teacher)
-    nb.set_gates(pruned, gates)
+    pruned, dense = gated("opt", CLOSED), logits(teacher, texts).log_softmax(-1)
     taught, alone = trained("taught", pruned), trained("alone", pruned, distillation=0.0)
-    before, after, without = (torch.dist(log_probabilities(model), dense) for model in (pruned, taught, alone))
-    assert torch.equal(nb.get_gates(taught), gates) and after < before and after < without
+    models = (pruned, taught, alone)
+    before, after, without = (torch.dist(logits(model, texts).log_softmax(-1), dense) for model in models)
+    assert torch.equal(nb.get_gates(taught), CLOSED) and after < before and after < without
 
 
 def test_a_model_that_was_trained_in_16_bits_computes_in_32_again(run, blocks):

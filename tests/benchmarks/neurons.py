@@ -2,7 +2,6 @@
 
     python tests/benchmarks/neurons.py --model opt-bytes --train-file $D/valid.txt --test-file $D/test.raw.txt \
         --block-length 256 --batch-size 8 --eval-blocks 60 --steps 100
-    python tests/benchmarks/neurons.py --speed        # GPT-2-small shapes: measured speed beside the arithmetic
 
 Takes the options of the notebook, --shares (of the parameters of all layers), --kinds and --steps. The last column has
 the heads and the neurons that are left, layer by layer. Heads and neurons are pruned to the level that removes as many
@@ -14,7 +13,6 @@ import copy
 import dataclasses
 
 import common
-import torch
 from common import close, nb, say, scores, speed_ratio
 
 
@@ -29,32 +27,13 @@ def total_cost(model, kind):
     return nb.unit_costs(told(model, kind)).sum().item()
 
 
-def speed():
-    """20 % of the parameters of GPT-2's layers, at random, cut out: speed in turns."""
-    plain = common.gpt2_small()
-    nb.add_gates(plain)
-    common.head("kind", "tokens", "by arithmetic", "measured", "measured / arithmetic")
-    for kind in ("heads", "neurons", "both"):
-        model, level = told(plain, kind), min(0.2 * total_cost(plain, "both") / total_cost(plain, kind), 0.9)
-        settings = nb.Settings(prune=kind, pruning_level=level)
-        close(model, nb.get_strategy("random").score(model), settings)
-        small = nb.compact(model)
-        for shape in ((1, 512), (4, 256)):
-            batch = torch.randint(0, 50257, shape)
-            wanted, ratio = common.expected_ratio(plain, small, batch), speed_ratio(plain, small, batch, rounds=7)
-            say(kind, f"{shape[0]} x {shape[1]}", f"{wanted:.3f}", f"{ratio:.3f}", f"{ratio / wanted:.1%}")
-
-
 def main():
     parser = common.parser_for(__doc__)
     parser.add_argument("--shares", nargs="+", type=float, default=[0.05, 0.1, 0.2])
     parser.add_argument("--kinds", nargs="+", default=["heads", "neurons", "both"])
     parser.add_argument("--steps", nargs="*", type=int, default=[100], help="of fine-tuning, for each its own columns")
     parser.add_argument("--same-time", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--speed", action="store_true")
     own, rest = parser.parse_known_args()
-    if own.speed:
-        return speed()
     run, _, dense, blocks = common.begin(rest)
     settings, test = run.settings, blocks["tested"]
     costs = {kind: total_cost(dense, kind) for kind in ("heads", "neurons", "both")}
