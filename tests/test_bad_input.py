@@ -195,6 +195,12 @@ def test_the_script_says_it_in_one_sentence_and_leaves_nothing(words, said, fold
     assert not list(tmp_path.glob("out/*"))
 
 
+def test_a_run_in_several_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(nb.UserError, match="WORLD_SIZE is 2, but a run is one process: start it without torchrun"):
+        nb.find_device("cpu")
+
+
 def test_ctrl_c_stops_with_status_130_and_says_what_is_there(folder, tmp_path):
     (tmp_path / "text.txt").write_text("a " * 3000)
     words = f"--model {folder} --train-file text.txt --block-length 16 --prompt a --max-steps 100000 --gate-steps 1"

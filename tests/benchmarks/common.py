@@ -7,11 +7,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 import transformers
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-from conftest import count_flops, tiny_tokenizer
+from conftest import tiny_tokenizer
 
 import PruningAndFineTuningColab as nb
 
@@ -82,23 +81,11 @@ def trained(run, model, blocks, settings, teacher=None):
     return model, record
 
 
-def gpt2_small():
-    """GPT-2 small without dropout, with random weights."""
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-    return transformers.GPT2LMHeadModel(config).eval()
-
-
 def speed_ratio(model, small, batch, training=False, rounds=9):
     """How much faster a compact model is than the gated one, without its gates."""
     models = {"dense": nb.remove_gates(nb.sharing_copy(model)), "compact": small}
     speeds = nb.tokens_per_second(models, batch, training, rounds)
     return speeds["compact"] / speeds["dense"]
-
-
-def expected_ratio(model, small, batch):
-    """The same by the floating-point operations of the matrix products."""
-    return count_flops(model, batch) / count_flops(small, batch)
 
 
 def cut_and_opened_again(model, folder):
