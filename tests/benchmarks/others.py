@@ -193,17 +193,17 @@ def number(value):
 
 def draw(path, rows):
     """Perplexity against parameters, pruned and after our repair, a line for each method, from the tables' rows."""
-    cells = [[cell.strip() for cell in row.strip("| \n").split("|")] for row in rows if row.startswith("|")]
-    cells = [row for row in cells if row[0] not in ("method", "dense", "---")]
-    figure, points = nb.new_figure(11, 4.2), {}
-    for name, *_, parameters, pruned, _, repaired, _, _ in cells:
-        points.setdefault(name, []).append((float(parameters.split()[0]), float(pruned), float(repaired)))
+    cells = [[cell.strip() for cell in row.strip()[1:-1].split("|")] for row in rows if row.startswith("|")]
+    figure, points = nb.new_figure(11, 4.4), {}
+    for name, *_, parameters, pruned, _, repaired, _, _ in (row for row in cells if row[0] not in ("method", "---")):
+        points.setdefault(name, []).append((float(parameters.split()[0]), float(pruned), float(repaired or pruned)))
+    (dense,) = points.pop("dense")
     for column, axes in enumerate(figure.subplots(1, 2)):
         for name, found in points.items():
-            sizes, *values = zip(*sorted(found))
-            axes.plot(sizes, values[column], "o-", label=name, linewidth=3 if name.startswith("learned (") else 1)
-        axes.set(xlabel="parameters, million", ylabel="test perplexity", yscale="log",
-                 title=("pruned", "the same, after our repair")[column])  # fmt: skip
+            sizes, *values = zip(*sorted([dense, *found]))
+            axes.plot(sizes, values[column], "o-" if "(ours)" in name else "o:", label=name)
+        axes.set(xlabel="parameters, million", ylabel="test perplexity", title=("pruned", "after our repair")[column],
+                 yscale="log", ylim=(0.96 * dense[1], 3.2 * dense[1]))  # fmt: skip
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.grid(alpha=0.3, which="both")
