@@ -31,7 +31,7 @@
 # training, cuts the closed heads out, fine-tunes the smaller model, and says what it cost. You get a folder that
 # `from_pretrained` opens, and, if you like, a file for llama.cpp.
 #
-# The outputs below are of one real run, which took 53 minutes on two processor cores; the form keeps its defaults:
+# The outputs below are of one real run of 53 minutes on two processor cores, before section 11 chose its own ridge:
 # `python PruningAndFineTuningColab.py --model SmolLM2-135M-Instruct.Q4_1.gguf --train-file wikitext-2/valid.txt
 # --test-file wikitext-2/test.raw.txt --prune both --pruning-level 0.1 --eval-blocks 24 --batch-size 2 --max-steps 100
 # --precision bf16 --control`
