@@ -2267,11 +2267,20 @@ def weakest_first(scores: list[float], layout: Layout) -> tuple[list[list[int]],
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title The same in every layer (uniform)
 def close_alike(importance: torch.Tensor, level: float, layout: Layout) -> torch.Tensor:
-    """Gates (layers, units): in every layer the share `level` of groups of heads and of chunks of neurons is 0."""
-    gates = torch.ones_like(importance)
+    """Gates (layers, units): in every layer as many groups of heads and chunks of neurons are 0, `level` of all cost.
+
+    Where both are pruned neurons make up for what whole groups of heads leave.
+    """
+    gates, neurons = torch.ones_like(importance), importance.shape[1] - layout.heads
+    budget = level * (layout.heads * layout.head_cost + neurons * layout.neuron_cost)
     for row, scores in zip(gates, importance.tolist()):
-        for parts in weakest_first(scores, layout):
-            row[[unit for part in parts[:round(level * len(parts))] for unit in part]] = 0
+        groups, chunks = weakest_first(scores, layout)
+        closed = groups[:int(level * len(groups)) if chunks else round(level * len(groups))]
+        left = (budget - len(closed) * layout.readers * layout.head_cost) / layout.neuron_cost
+        for part in chunks[:-1]:
+            if len(part) / 2 <= left:
+                closed, left = [*closed, part], left - len(part)
+        row[[unit for part in closed for unit in part]] = 0
     return gates
 
 def check_uniform(model, settings: Settings) -> None:

@@ -101,7 +101,9 @@ def alike(importance, level, layout, first=0.0, last=1.0):
     layers = len(importance)
     rows, gates = slice(round(first * layers), round(last * layers)), torch.ones_like(importance)
     share = level * layers / len(gates[rows])
-    gates[rows] = nb.close_alike(importance[rows], share, layout._replace(readers=1, chunk=1))
+    heads = [layout.heads] if layout.heads else []
+    parts = zip(importance[rows].split(sizes(importance, layout), 1), [*map(nb.Layout, heads), nb.Layout(0)])
+    gates[rows] = torch.cat([nb.close_alike(part, share, own) for part, own in parts], 1)
     return gates
 
 
