@@ -31,7 +31,7 @@
 # training, cuts the closed heads out, fine-tunes the smaller model, and says what it cost. You get a folder that
 # `from_pretrained` opens, and, if you like, a file for llama.cpp.
 #
-# The outputs below are of one real run of 53 minutes on two processor cores, before section 11 chose its own ridge:
+# The outputs below are of one real run of 53 minutes on two processor cores (section 11 has changed since then):
 # `python PruningAndFineTuningColab.py --model SmolLM2-135M-Instruct.Q4_1.gguf --train-file wikitext-2/valid.txt
 # --test-file wikitext-2/test.raw.txt --prune both --pruning-level 0.1 --eval-blocks 24 --batch-size 2 --max-steps 100
 # --precision bf16 --control`
@@ -2619,7 +2619,7 @@ class Entropy:
     @torch.no_grad()
     def score(self, model, blocks: torch.Tensor) -> torch.Tensor:
         """Importance (layers, units) on blocks (n, time). Raises UserError where a model gives no attention weights."""
-        scores = {}  # a layer's path -> (batch, units); a layer that runs several times has the sum
+        layers, scores = find_heads(model), {}  # a path -> (batch, units), the sum where a layer runs several times
 
         def score_unit(units, seen, stream):  # (batch, units, time), of the norm of the stream (batch, 1, time)
             if units.kind == "neurons":
@@ -2646,9 +2646,9 @@ class Entropy:
         def per_block(batch):
             scores.clear()
             model.base_model(batch, use_cache=False)
-            return torch.stack([scores[layer.path] for layer in find_heads(model)], 1)  # (batch, layers, units)
+            return torch.stack([scores[layer.path] for layer in layers], 1)  # (batch, layers, units)
 
-        watched = zip(find_heads(model), find_units(model))
+        watched = zip(layers, find_units(model))
         with eager_attention(model), hooks(handle for pair in watched for handle in watch(*pair)):
             scored = over_blocks(model, blocks, per_block, "scoring by entropy")
         return scored.mean(0).cpu() / relative_costs(model)
@@ -3132,6 +3132,8 @@ def attention_maps(model, ids: torch.Tensor) -> list[torch.Tensor]:
 def draw_attention(model, tokenizer, sentence: str, importance: torch.Tensor, places: list[tuple[int, int]]) -> Figure:
     """The maps of heads at places (layer, head): rows read, columns are read from; importance is (layers, heads)."""
     ids = tokenizer(sentence, return_tensors="pt")["input_ids"][:, :40]
+    if ids.shape[1] < 2:
+        raise UserError(f"the sentence {sentence!r} has {ids.shape[1]} tokens, but two are needed: write a few words.")
     names = [tokenizer.decode([token]).replace("$", r"\$").strip() or "␣" for token in ids[0].tolist()]
     maps, size = attention_maps(model, ids), max(4.2, 0.17 * len(names) + 1.2)
     figure = new_figure(size * len(places), size + 0.5)
@@ -3177,8 +3179,8 @@ if __name__ == "__main__":
 #
 # It is solved layer by layer from the bottom, on what the *pruned* model computes: $Y$ is what the stream
 # has to receive to match the dense model's, so a layer also corrects what was lost below it. The
-# MLP's output projection is refitted too. A small $\lambda$ believes the text, a large one the weights: for each
-# projection the one is taken that does best on a quarter of the tokens, which is held out. (Relatives:
+# MLP's output projection is refitted too. A small $\lambda$ trusts the text, a large one the old weights. For each
+# projection, five values are tried on a quarter of the tokens, which is held out, and the best is taken. (Relatives:
 # [FLAP](https://arxiv.org/abs/2312.11983), [SlimGPT](https://arxiv.org/abs/2412.18110).)
 
 # %%
@@ -3794,9 +3796,10 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # **Talk to it.** The dense, the pruned and the fine-tuned model side by side, each with its most likely words; a chat
-# model gets your text as a message. To stop them, interrupt the kernel. In a script, `--prompt` starts the samples.
+# model gets your text as a message. Interrupt the kernel to stop the one that writes.
 
-# %%
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Talk to it: a prompt, and what each model writes
 def talk_box(models: dict, tokenizer, prompt: str, new_tokens: int = 100) -> widgets.VBox:
     """A prompt, a button, and what models (by name) write then, word by word, side by side."""
     box, button = widgets.Textarea(prompt, layout=widgets.Layout(width="98%")), widgets.Button(description="Write")
@@ -3819,6 +3822,7 @@ def talk_box(models: dict, tokenizer, prompt: str, new_tokens: int = 100) -> wid
     button.on_click(write)
     return widgets.VBox([box, button, widgets.HBox(columns)])
 
+# %%
 def show_talk(run: Run, model, pruned, tuned, tokenizer) -> None:
     """talk_box(), in a notebook: the dense model, the pruned one, repaired if it was, and the fine-tuned one."""
     if in_notebook():

@@ -138,6 +138,8 @@ def test_maps_of_chosen_heads_and_of_the_most_and_least_important_are_drawn(expl
     heads = [title.partition(" by")[0] for title in drawn if title]
     assert heads == ["layer 0, head 1: number 1 of 8", "layer 0, head 0: number 8 of 8",
                      "layer 1, head 2: number 3 of 8"]  # fmt: skip
-    monkeypatch.setattr(nb, "maps_in", lambda *_: None)
     nb.show_attention(run, explorer.original, tiny_tokenizer(), "a")
+    assert "has 1 tokens, but two are needed" in capsys.readouterr().out
+    monkeypatch.setattr(nb, "maps_in", lambda *_: None)
+    nb.show_attention(run, explorer.original, tiny_tokenizer(), "a a")
     assert "does not give its attention weights" in capsys.readouterr().out
