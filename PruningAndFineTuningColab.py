@@ -80,8 +80,8 @@ MORE = ""  # @param {type: "string"}
 # <a name="2.-Workshop"></a>
 # ## 2. Workshop
 #
-# The machinery that the story below uses: packages, all settings, devices, memory, the record of a
-# run. Nothing here is about pruning. [Go on with section 3](#3.-Start).
+# The machinery that the story below uses: packages, settings, devices and memory, the record of a run, reading
+# text, opening models. Nothing here is about pruning. [Go on with section 3](#3.-Start).
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Packages (what Colab lacks is installed, the rest stays as it is) and imports
@@ -691,30 +691,6 @@ def start_run(settings: Settings) -> Run:
         print("This runtime has no GPU or TPU; Runtime → Change runtime type gives you one, and all is much faster.")
     return run
 
-# %% [markdown]
-# <a name="3.-Start"></a>
-# ## 3. Start
-#
-# The settings are checked, so that a typo is found now and not after ten minutes of computing. The fastest device
-# is found. A folder for the results is made, or an interrupted run with the same settings goes on.
-
-# %%
-if __name__ == "__main__":
-    settings = start_settings(MORE)
-
-# %%
-if __name__ == "__main__":
-    run = start_run(settings)
-
-# %% [markdown]
-# <a name="4.-Text"></a>
-# ## 4. Text
-#
-# Three texts are kept apart: the model is fine-tuned on *train*, heads are scored and progress is
-# watched on *validation*, and *test* is used for the reported perplexities only. A text without splits
-# of its own is cut into contiguous parts, 80 / 10 / 10. Rows of a dataset are joined by a blank line, as
-# SparseGPT and Wanda do, so that perplexities can be compared with published ones.
-
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Which files a setting means
 KINDS = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")  # all but the last also with .gz behind it
@@ -771,57 +747,6 @@ def read_files(settings: Settings, tokenizer) -> dict[str, str]:
         if path:
             text |= parts if split == "train" else {split: "\n\n".join(parts.values())}
     return text
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Names of models, tokenizers, and remedies for what does not load
-@contextlib.contextmanager
-def saying_cannot_be_used(what: str, remedy: str):
-    """Within it whatever goes wrong becomes a UserError; a broken file fails in every way there is."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        said = f"{type(error).__name__}: {error}"
-        remedy = next((better for found, better in REMEDIES.items() if re.search(rf"\b({found})", said)), remedy)
-        raise UserError(f"{what} cannot be used ({first_sentence(error)}): {remedy}.") from error
-
-REMEDIES = {  # what a library says -> what to do
-    "ImportError|ModuleNotFound": "install that package",
-    "untagged enum|does not recognize this architecture|Unrecognized configuration|is not a valid .*Config": (
-        "it was made by a newer version: pip install -U transformers tokenizers"),
-    "[Hh]eader ?[Tt]oo|[Ii]nvalid ?[Hh]eader|[Ii]ncomplete|[Tt]runcated|unexpected end|EOF|not a valid|corrupt": (
-        "a file is cut short or broken: download or copy it again"),
-    "gated repo|restricted|40[13] Client": "ask for access on its page, and log in with `hf auth login`",
-    "No such file|FileNotFound|no file named|not appear to have": "a file is missing: download or copy all of them",
-    "Permission denied": "make its files readable", "No space left": "make room on the disk",
-    "timed out|ConnectionError|MaxRetry|offline mode": "check the network, or give a local folder",
-}
-
-def place_of(name: str, trust_remote_code: bool = False) -> tuple[str, dict]:
-    """What from_pretrained() takes for a model's name: a folder or hub id, and options."""
-    if name.endswith(".gguf"):
-        return str(Path(name).parent), {"gguf_file": Path(name).name}
-    if snapshots := list(Path(name, "snapshots").glob("*")):  # a folder of the hub's cache
-        return str(max(snapshots, key=os.path.getmtime)), {"trust_remote_code": trust_remote_code}
-    path, _, revision = name.partition("@") if not Path(name).exists() else (name, "", "")
-    return path, {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-
-def load_tokenizer(name: str, trust_remote_code: bool = False):
-    """A model's tokenizer. Raises UserError where it cannot be loaded, or has no tokens."""
-    remedy = "check the name and the network, or copy the tokenizer's files into the folder"
-    with saying_cannot_be_used(f"the tokenizer of model {name!r}", remedy):
-        path, options = place_of(name, trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        if not tokenizer("a b", add_special_tokens=False)["input_ids"]:
-            raise OSError("it knows no tokens")
-    return tokenizer
-
-def python_docs() -> str:
-    """Python's own reference manual, about half a million characters, from the standard library."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Reading text (1): chats, and the column of a table that holds the text
@@ -940,239 +865,56 @@ def with_prompt(settings: Settings, text: str) -> Settings:
     beginning = " ".join(passage[:8])[:80]
     return dataclasses.replace(settings, prompt=beginning if settings.prompt == "auto" else settings.prompt)
 
-# %%
-def cut_tail(text: str, share: float) -> tuple[str, str]:
-    """Cuts a text in two at `1 - share` of its length, or at a line break (else a space) soon after that place."""
-    middle = round(len(text) * (1 - share))
-    soon = middle + round(0.1 * (len(text) - middle))
-    cut = next((place for sign in "\n " if (place := text.find(sign, middle, soon) + 1)), middle)
-    return text[:cut], text[cut:]
-
-def load_text(settings: Settings) -> dict[str, str]:
-    """Split -> text. Splits that do not exist are cut off the end of train, a tenth of the whole each."""
-    tokenizer = functools.cache(lambda: None if settings.model == "demo" else load_tokenizer(
-        settings.model, settings.trust_remote_code))
-    if settings.train_file:
-        text = read_files(settings, tokenizer)
-    elif settings.dataset == "python-docs":
-        text = {"train": python_docs()}
-    else:
-        text = read_dataset(settings.dataset, tokenizer)
-    missing = [split for split in SPLITS if split not in text]
-    for number, split in enumerate(reversed(missing)):
-        text["train"], text[split] = cut_tail(text["train"], 0.1 / (1 - 0.1 * number))
-    for split in SPLITS:
-        if (size := len(text[split].encode())) < settings.block_length:  # no token is shorter than a byte
-            raise UserError(f"the {split} text has {size} bytes, but one block of {settings.block_length} tokens is "
-                            "needed: take a longer text or a smaller --block-length.")
-    return {split: text[split] for split in SPLITS}
-
-if __name__ == "__main__":
-    with run.step("text"):
-        text = load_text(settings)
-    settings = with_prompt(settings, text["validation"])
-    print(f"{settings.train_file or settings.dataset}: {', '.join(f'{name} {len(text[name]):,}' for name in SPLITS)} "
-          "characters")
-    print(in_lines(text["validation"][:300]))
-
-# %% [markdown]
-# <a name="5.-Model"></a>
-# ## 5. Model
-#
-# Any causal language model: a hub id, a local folder, or a `.gguf` file. It is trained to predict the next
-# token, and judged by how well it does: the loss is the mean negative log-likelihood of the tokens,
-# perplexity its exponential (section 7).
-
-# %%
-def nll(logits: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
-    """Mean negative log-likelihood of each block of ids (n, time) but for its first token: (n,).
-
-    `logits` are (n, time, vocabulary), or (n, time - 1, vocabulary) without those after the last token.
-    """
-    logits, wanted = logits[:, : batch.shape[1] - 1].flatten(0, 1).float(), batch[:, 1:]
-    losses = torch.nn.functional.cross_entropy(logits, wanted.flatten(), reduction="none")
-    return losses.view_as(wanted).mean(1)
-
-@torch.no_grad()
-def perplexity(model, blocks: torch.Tensor) -> float:
-    """exp(mean negative log-likelihood per token) of token ids (n, time)."""
-    def per_block(batch):
-        return nll(model(batch, use_cache=False).logits, batch)
-
-    return over_blocks(model, blocks, per_block, "perplexity").cpu().double().mean().exp().item()
-
-def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Mean Kullback-Leibler divergence per token, (batch,), from wanted ones; both are logits (batch, time, n)."""
-    given, wanted = logits.float().log_softmax(-1), wanted.float().log_softmax(-1)  # (XLA does not vouch for kl_div)
-    return (wanted.exp() * (wanted - given)).sum(-1).mean(1)
-
-# %% [markdown] id="loop" jp-MarkdownHeadingCollapsed=true
-# ### The training loop
-#
-# This is the only training loop in this notebook: AdamW, a short warmup, then a cosine decay. A
-# step is `batch_size` blocks, however many fit at once. After every tenth of the steps the model is measured on
-# validation text. The best weights are kept, and training stops early after three measurements in a
-# row without improvement. You need the loop in section 14; it is here because it also trains the demo model.
-# [Go on with the model](#The-model).
-
-# %%
-WARMUP, WEIGHT_DECAY, PATIENCE, MEASUREMENTS = 0.1, 0.01, 3, 10
-
-def rate_at(step: int, steps: int) -> float:
-    """The learning rate of a step as a share of its peak."""
-    warm = max(1, round(WARMUP * steps))
-    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
-
-def loss_of(model, batch: torch.Tensor, teacher, share: float) -> torch.Tensor:
-    """The loss of each block of ids (n, time): (n,); a share of it asks for the teacher's predictions."""
-    logits = model(batch, use_cache=False).logits
-    if teacher is None or not share:
-        return nll(logits, batch)
-    with torch.no_grad():
-        wanted = teacher.eval()(batch, use_cache=False).logits
-    return (1 - share) * nll(logits, batch) + share * divergence(logits[:, :-1], wanted[:, :-1])
-
-def train(run: Run, name: str, model, blocks: dict[str, torch.Tensor], settings: Settings, teacher=None) -> dict:
-    """Trains a model in place for settings.max_steps on blocks (n, time); it ends with the weights of its best moment.
-
-    What is random in a step follows from the step's number, and every measurement is kept: so a training that was
-    interrupted goes on to the same weights, bit for bit. Returns its record. Raises RunError for a loss of no number.
-    """
-    text, seen, steps = blocks["train"], blocks["validation"][:16], settings.max_steps
-    accelerator, optimizer = accelerated(model, settings)
-    file = f"training-{name}-{fingerprint(model, text, seen, training_options(settings))}"
-    kept = run.kept(file) or {"done": {"step": 0, "seconds": 0.0, "history": {"loss": [], "perplexity": []}}}
-    put_training(kept, model, accelerator, optimizer)
-    done = kept["done"]
-    order = draw(len(text), settings.batch_size, steps, torch.Generator().manual_seed(settings.seed))
-    loss, start, history, live = 0.0, time.perf_counter() - done["seconds"], done["history"], None
-    for step in long_loop(range(done["step"], steps), name, model.device):
-        if measurements_since_the_best(history) >= PATIENCE:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * rate_at(step, steps)
-        each = functools.partial(loss_of, model, teacher=teacher, share=settings.distillation)
-        loss += backward(accelerator, model, text[order[step]], each, settings.seed + step)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if (step + 1) % max(1, steps // MEASUREMENTS) == 0 or step + 1 == steps:
-            loss = loss.item() / (step + 1 - done["step"])
-            history["loss"].append([step + 1, loss])
-            history["perplexity"].append([step + 1, perplexity(model, seen) if math.isfinite(loss) else loss])
-            if not math.isfinite(history["perplexity"][-1][1]):
-                raise RunError(f"the loss is {loss} at step {step + 1} of {steps}: take a lower --learning-rate, or "
-                               "--precision fp32")
-            done |= {"step": step + 1, "seconds": time.perf_counter() - start}
-            kept = training_to_keep(kept, model, accelerator, optimizer)
-            run.keep(file, kept)
-            live, loss = show_training(run, name, done, settings, live), 0.0
-            model.train()
-    show_training(run, name, done, settings, live, last=True)
-    return end_training(kept, model, settings)
-
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title What the loop stands on (1): batches, mixed precision, gradients that fit
-def training_options(settings: Settings) -> list:
-    names = ("max_steps", "learning_rate", "batch_size", "distillation", "seed", "train")
-    return [getattr(settings, name) for name in names]
+# @title Names of models, tokenizers, and remedies for what does not load
+@contextlib.contextmanager
+def saying_cannot_be_used(what: str, remedy: str):
+    """Within it whatever goes wrong becomes a UserError; a broken file fails in every way there is."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        remedy = next((better for found, better in REMEDIES.items() if re.search(rf"\b({found})", said)), remedy)
+        raise UserError(f"{what} cannot be used ({first_sentence(error)}): {remedy}.") from error
 
-def measurements_since_the_best(history: dict[str, list]) -> int:
-    values = [value for _, value in history["perplexity"]]
-    return len(values) - 1 - values.index(min(values)) if values else 0
+REMEDIES = {  # what a library says -> what to do
+    "ImportError|ModuleNotFound": "install that package",
+    "untagged enum|does not recognize this architecture|Unrecognized configuration|is not a valid .*Config": (
+        "it was made by a newer version: pip install -U transformers tokenizers"),
+    "[Hh]eader ?[Tt]oo|[Ii]nvalid ?[Hh]eader|[Ii]ncomplete|[Tt]runcated|unexpected end|EOF|not a valid|corrupt": (
+        "a file is cut short or broken: download or copy it again"),
+    "gated repo|restricted|40[13] Client": "ask for access on its page, and log in with `hf auth login`",
+    "No such file|FileNotFound|no file named|not appear to have": "a file is missing: download or copy all of them",
+    "Permission denied": "make its files readable", "No space left": "make room on the disk",
+    "timed out|ConnectionError|MaxRetry|offline mode": "check the network, or give a local folder",
+}
 
-def draw(number: int, per_step: int, steps: int, generator: torch.Generator) -> list[torch.Tensor]:
-    """For each step the numbers of the blocks that it learns from, of `number` blocks in random order: (per_step,)."""
-    order = [torch.randperm(number, generator=generator) for _ in range(math.ceil(steps * per_step / number))]
-    return torch.cat(order).split(per_step)[:steps]
+def place_of(name: str, trust_remote_code: bool = False) -> tuple[str, dict]:
+    """What from_pretrained() takes for a model's name: a folder or hub id, and options."""
+    if name.endswith(".gguf"):
+        return str(Path(name).parent), {"gguf_file": Path(name).name}
+    if snapshots := list(Path(name, "snapshots").glob("*")):  # a folder of the hub's cache
+        return str(max(snapshots, key=os.path.getmtime)), {"trust_remote_code": trust_remote_code}
+    path, _, revision = name.partition("@") if not Path(name).exists() else (name, "", "")
+    return path, {"revision": revision or "main", "trust_remote_code": trust_remote_code}
 
-def trained(model) -> dict[str, torch.nn.Parameter]:
-    """The parameters that learn, by name: all of them, or those of adapters."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+def load_tokenizer(name: str, trust_remote_code: bool = False):
+    """A model's tokenizer. Raises UserError where it cannot be loaded, or has no tokens."""
+    remedy = "check the name and the network, or copy the tokenizer's files into the folder"
+    with saying_cannot_be_used(f"the tokenizer of model {name!r}", remedy):
+        path, options = place_of(name, trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        if not tokenizer("a b", add_special_tokens=False)["input_ids"]:
+            raise OSError("it knows no tokens")
+    return tokenizer
 
-def accelerated(model, settings: Settings):
-    """accelerate's Accelerator for the model's device and COMPUTING.dtype, and AdamW; the model is ready to train."""
-    accelerate.state.AcceleratorState._reset_state()  # the notebook may be run again in another number format
-    kind = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(COMPUTING.dtype, "no")
-    accelerator = accelerate.Accelerator(mixed_precision=kind, cpu=model.device.type == "cpu")
-    optimizer = torch.optim.AdamW(trained(model).values(), lr=settings.learning_rate, weight_decay=WEIGHT_DECAY,
-                                  fused=model.device.type in ("cpu", "cuda"))
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    return accelerator, accelerator.prepare(optimizer)  # (the model itself is not wrapped: it stays what it is)
+def python_docs() -> str:
+    """Python's own reference manual, about half a million characters, from the standard library."""
+    from pydoc_data.topics import topics
 
-def backward(accelerator, model, batch: torch.Tensor, loss_of, seed: int) -> torch.Tensor:
-    """Gradients of the mean loss of ids (batch, time), computed in parts that fit into memory; the loss."""
-    def attempt(size: int) -> torch.Tensor:
-        model.zero_grad()
-        torch.manual_seed(seed)
-        loss = torch.zeros((), device=model.device)
-        for part in batch.split(size):
-            with accelerator.autocast():
-                share = loss_of(part.to(model.device)).sum() / len(batch)
-            accelerator.backward(share)
-            loss += share.detach()
-        return loss
-
-    # About a thousand tokens at a time are fastest on a processor: more logits are too large for its caches.
-    largest = max(1, min(len(batch), 1024 // batch.shape[1] if model.device.type == "cpu" else len(batch)))
-    return fit_batch_size(attempt, largest, "fine-tuning")
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title What the loop stands on (2): what it goes on from, and its live picture
-def put_weights(model, weights: dict[str, torch.Tensor]) -> None:
-    """Gives a model weights by their names, some of its state_dict; others stay."""
-    model.load_state_dict(weights, strict=False)
-
-def training_to_keep(kept: dict, model, accelerator, optimizer) -> dict:
-    """All that a training goes on from: weights, the best ones so far (from `kept`, if not these), AdamW's state."""
-    weights, is_best = trained(model), measurements_since_the_best(kept["done"]["history"]) == 0
-    best = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()} if is_best else kept["best"]
-    return {"done": kept["done"], "weights": weights, "best": best, "optimizer": optimizer.state_dict(),
-            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
-
-def put_training(kept: dict, model, accelerator, optimizer) -> None:
-    """Puts what was kept back where it was, if anything was."""
-    if "weights" in kept:
-        put_weights(model, kept["weights"])
-        optimizer.load_state_dict(kept["optimizer"])
-        if kept["scaler"]:
-            accelerator.scaler.load_state_dict(kept["scaler"])
-
-def end_training(kept: dict, model, settings: Settings) -> dict:
-    """Gives the model the best weights that were kept and ends its training mode; returns the record."""
-    put_weights(model, kept["best"])
-    model.zero_grad()
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_disable()
-    model.eval()
-    done = kept["done"]
-    best = min(done["history"]["perplexity"], key=lambda point: point[1])[0]
-    tokens = settings.batch_size * settings.block_length
-    return {"steps": done["step"], "planned_steps": settings.max_steps, "kept_step": best, "tokens_per_step": tokens,
-            "train_tokens_per_second": round(tokens * done["step"] / done["seconds"], 1), "history": done["history"]}
-
-def show_training(run: Run, name: str, done: dict, settings: Settings, live, last: bool = False):
-    """Loss and validation perplexity so far, as a picture in the place of `live`; a script draws the last one only."""
-    steps, seconds, history = done["step"], done["seconds"], done["history"]
-    minutes, rest = divmod(seconds / steps * (settings.max_steps - steps), 60)
-    words = (f"{STAGES.get(name, name)}: step {steps} of {settings.max_steps} · loss {history['loss'][-1][1]:.3f} · "
-             f"validation perplexity {history['perplexity'][-1][1]:.2f} · "
-             f"{settings.batch_size * settings.block_length * steps / seconds:,.0f} tokens/s · "
-             f"{minutes:.0f} min {rest:02.0f} s left")
-    if not in_notebook() and not last:
-        return print(words)
-    figure = new_figure(8, 2.8)
-    figure.suptitle(words, fontsize=9)
-    for axes, (title, points) in zip(figure.subplots(1, 2), history.items()):
-        axes.plot(*zip(*points), color="#0072B2", marker="o", markersize=3)
-        axes.set(title=f"{'training' if title == 'loss' else 'validation'} {title}", xlabel="step")
-        axes.grid(alpha=0.3)
-    if run.dense_validation:
-        axes.axhline(run.dense_validation, color="#D55E00", linestyle="--", label="dense, untouched")
-        axes.legend(fontsize=8)
-    return run.show(figure, f"{name}.png", live=live)
+    return "\n\n".join(topics[name] for name in sorted(topics))
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Opening a model (1): its configuration
@@ -1285,99 +1027,6 @@ def choose_training(run: Run, settings: Settings, parameters: int, came_in: torc
     return settings
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title The demo: byte-level BPE of 1,024 tokens, 4 layers of 8 heads, 128 numbers wide, trained by the loop above
-def demo_tokenizer(text: str):
-    """A byte-level BPE tokenizer of 1,024 tokens."""
-    bpe, end = tokenizers.Tokenizer(tokenizers.models.BPE()), "<|endoftext|>"
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    bpe.train_from_iterator(text.splitlines(keepends=True), tokenizers.trainers.BpeTrainer(
-        vocab_size=1024, special_tokens=[end], show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, bos_token=end)
-
-def make_demo(text: str, device: torch.device = torch.device("cpu")) -> str:  # noqa: B008 (a constant)
-    """Trains the demo model, once, on a text; the folder that holds it."""
-    # No dropout: on a processor it makes attention several times slower.
-    config = transformers.GPT2Config(vocab_size=1024, n_positions=512, n_embd=128, n_layer=4, n_head=8, resid_pdrop=0.0,
-                                     embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
-    settings = {"max_steps": 600, "learning_rate": 3e-3, "batch_size": 16, "block_length": 128}
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "PruningAndFineTuningColab")
-    folder = cache / f"demo-{fingerprint(text, config.to_json_string(), settings)}"
-    if folder.exists():
-        return str(folder)
-    print("Training the demo model, once: a minute or two.")
-    tokenizer, before = demo_tokenizer(text), dict(vars(COMPUTING))
-    blocks = pack(text, tokenizer, settings["block_length"])
-    with tempfile.TemporaryDirectory() as place:
-        run = Run(Settings(model="demo", output_dir=place, **settings), device, torch.float32)
-        model = transformers.GPT2LMHeadModel(config).to(device)
-        train(run, "demo", model, {"train": blocks[:-16], "validation": blocks[-16:]}, run.settings)
-        vars(COMPUTING).update(before)
-        part = folder.with_name(f"{folder.name}.{os.getpid()}")
-        move(model, "cpu").save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        part.rename(folder)
-        run.lock.release(force=True)
-    return str(folder)
-
-def open_model(run: Run, settings: Settings, text: str) -> tuple:
-    """(settings with `train` resolved, tokenizer, model); the demo is trained on the text. Raises UserError."""
-    name, remote_code = settings.model, settings.trust_remote_code
-    if name == "demo":
-        name = make_demo(text, run.device)
-    settings = choose_training(run, settings, *look_at_model(name, remote_code)[1:])
-    return settings, *load_model(name, run.device, remote_code, COMPUTING.weights)
-
-# %% [markdown]
-# <a name="The-model"></a>
-# ### The model
-#
-# The model reads tokens, not letters. They are packed into full blocks: no padding, so nothing is wasted
-# and no loss is counted on padding. What is the model, how large is it, what does it write, how well does it predict?
-
-# %%
-def pack(text: str, tokenizer, block_length: int) -> torch.Tensor:
-    """Token ids (blocks, block_length): the whole text, in order, but for a tail shorter than one block."""
-    size = 2_000_000  # characters at once: a tokenizer needs some 250 bytes for every token that it makes
-    pieces = [text[start: start + size] for start in range(0, len(text), size)]
-    ids = torch.cat([torch.tensor(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"],
-                                  dtype=torch.long) for piece in pieces or [text]])
-    return ids[: len(ids) // block_length * block_length].view(-1, block_length)
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Writing: always the most likely token
-def greedy(model, ids: torch.Tensor, streamer=None, **options):
-    """generate() for ids (texts, time), always the most likely token, whatever generation_config.json asks for."""
-    before, ends = model.generation_config, model.generation_config.eos_token_id
-    mask = options.pop("attention_mask", torch.ones_like(ids))
-    options |= {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, "eos_token_id": ends}
-    model.generation_config = transformers.GenerationConfig(**{"pad_token_id": 0} | options)
-    try:
-        return model.eval().generate(ids, attention_mask=mask, streamer=streamer)
-    finally:
-        model.generation_config = before
-
-def that_writes(model):
-    """The model, or on a TPU, which would compile it anew for every length of a text, a copy on the processor."""
-    return move(copy.deepcopy(model), "cpu") if model.device.type == "xla" else model
-
-@torch.no_grad()
-def sample(model, tokenizer, prompt: str, new_tokens: int = 40) -> str:
-    """The prompt and the model's most likely continuation, the same every time."""
-    model, ids = that_writes(model), tokenizer(prompt, return_tensors="pt")["input_ids"]
-    options = {"max_new_tokens": new_tokens, "pad_token_id": tokenizer.eos_token_id}
-    output = fit_batch_size(lambda _: greedy(model, ids.to(model.device), **options), 1, "writing a sample")
-    return tokenizer.decode(output.sequences[0], skip_special_tokens=True)
-
-def first_look(model, tokenizer, blocks: torch.Tensor, prompt: str) -> str:
-    """What a model is, weighs and writes, and its perplexity on blocks (n, time)."""
-    number = model.num_parameters()
-    return (f"{type(model).__name__}: {number / 1e6:,.1f} M parameters, {number * model.saved_in.itemsize / 1e6:,.0f} "
-            f"MB as saved; perplexity {perplexity(model, blocks):.2f} on {len(blocks)} blocks of validation text\n"
-            + in_lines(sample(model, tokenizer, prompt)))
-
-# %% cellView="form" jupyter={"source_hidden": true}
 # @title Do text, tokenizer, model and number formats fit together?
 def evenly_spaced(blocks: torch.Tensor, number: int) -> torch.Tensor:
     """So many blocks (number, time), evenly spaced over all of them (n, time)."""
@@ -1437,6 +1086,355 @@ def try_float16(run: Run, model, block: torch.Tensor) -> None:
         COMPUTING.dtype, run.metrics["precision"] = torch.float32, "float32"
         print(f"float16 is too narrow for this model ({place}): all is computed in float32.")
 
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Writing: always the most likely token
+def greedy(model, ids: torch.Tensor, streamer=None, **options):
+    """generate() for ids (texts, time), always the most likely token, whatever generation_config.json asks for."""
+    before, ends = model.generation_config, model.generation_config.eos_token_id
+    mask = options.pop("attention_mask", torch.ones_like(ids))
+    options |= {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, "eos_token_id": ends}
+    model.generation_config = transformers.GenerationConfig(**{"pad_token_id": 0} | options)
+    try:
+        return model.eval().generate(ids, attention_mask=mask, streamer=streamer)
+    finally:
+        model.generation_config = before
+
+def that_writes(model):
+    """The model, or on a TPU, which would compile it anew for every length of a text, a copy on the processor."""
+    return move(copy.deepcopy(model), "cpu") if model.device.type == "xla" else model
+
+@torch.no_grad()
+def sample(model, tokenizer, prompt: str, new_tokens: int = 40) -> str:
+    """The prompt and the model's most likely continuation, the same every time."""
+    model, ids = that_writes(model), tokenizer(prompt, return_tensors="pt")["input_ids"]
+    options = {"max_new_tokens": new_tokens, "pad_token_id": tokenizer.eos_token_id}
+    output = fit_batch_size(lambda _: greedy(model, ids.to(model.device), **options), 1, "writing a sample")
+    return tokenizer.decode(output.sequences[0], skip_special_tokens=True)
+
+def first_look(model, tokenizer, blocks: torch.Tensor, prompt: str) -> str:
+    """What a model is, weighs and writes, and its perplexity on blocks (n, time)."""
+    number = model.num_parameters()
+    return (f"{type(model).__name__}: {number / 1e6:,.1f} M parameters, {number * model.saved_in.itemsize / 1e6:,.0f} "
+            f"MB as saved; perplexity {perplexity(model, blocks):.2f} on {len(blocks)} blocks of validation text\n"
+            + in_lines(sample(model, tokenizer, prompt)))
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title What the loop stands on (1): batches, mixed precision, gradients that fit
+def training_options(settings: Settings) -> list:
+    names = ("max_steps", "learning_rate", "batch_size", "distillation", "seed", "train")
+    return [getattr(settings, name) for name in names]
+
+def measurements_since_the_best(history: dict[str, list]) -> int:
+    values = [value for _, value in history["perplexity"]]
+    return len(values) - 1 - values.index(min(values)) if values else 0
+
+def draw(number: int, per_step: int, steps: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """For each step the numbers of the blocks that it learns from, of `number` blocks in random order: (per_step,)."""
+    order = [torch.randperm(number, generator=generator) for _ in range(math.ceil(steps * per_step / number))]
+    return torch.cat(order).split(per_step)[:steps]
+
+def trained(model) -> dict[str, torch.nn.Parameter]:
+    """The parameters that learn, by name: all of them, or those of adapters."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+def accelerated(model, settings: Settings):
+    """accelerate's Accelerator for the model's device and COMPUTING.dtype, and AdamW; the model is ready to train."""
+    accelerate.state.AcceleratorState._reset_state()  # the notebook may be run again in another number format
+    kind = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(COMPUTING.dtype, "no")
+    accelerator = accelerate.Accelerator(mixed_precision=kind, cpu=model.device.type == "cpu")
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=settings.learning_rate, weight_decay=WEIGHT_DECAY,
+                                  fused=model.device.type in ("cpu", "cuda"))
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    return accelerator, accelerator.prepare(optimizer)  # (the model itself is not wrapped: it stays what it is)
+
+def backward(accelerator, model, batch: torch.Tensor, loss_of, seed: int) -> torch.Tensor:
+    """Gradients of the mean loss of ids (batch, time), computed in parts that fit into memory; the loss."""
+    def attempt(size: int) -> torch.Tensor:
+        model.zero_grad()
+        torch.manual_seed(seed)
+        loss = torch.zeros((), device=model.device)
+        for part in batch.split(size):
+            with accelerator.autocast():
+                share = loss_of(part.to(model.device)).sum() / len(batch)
+            accelerator.backward(share)
+            loss += share.detach()
+        return loss
+
+    # About a thousand tokens at a time are fastest on a processor: more logits are too large for its caches.
+    largest = max(1, min(len(batch), 1024 // batch.shape[1] if model.device.type == "cpu" else len(batch)))
+    return fit_batch_size(attempt, largest, "fine-tuning")
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title What the loop stands on (2): what it goes on from, and its live picture
+def put_weights(model, weights: dict[str, torch.Tensor]) -> None:
+    """Gives a model weights by their names, some of its state_dict; others stay."""
+    model.load_state_dict(weights, strict=False)
+
+def training_to_keep(kept: dict, model, accelerator, optimizer) -> dict:
+    """All that a training goes on from: weights, the best ones so far (from `kept`, if not these), AdamW's state."""
+    weights, is_best = trained(model), measurements_since_the_best(kept["done"]["history"]) == 0
+    best = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()} if is_best else kept["best"]
+    return {"done": kept["done"], "weights": weights, "best": best, "optimizer": optimizer.state_dict(),
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
+
+def put_training(kept: dict, model, accelerator, optimizer) -> None:
+    """Puts what was kept back where it was, if anything was."""
+    if "weights" in kept:
+        put_weights(model, kept["weights"])
+        optimizer.load_state_dict(kept["optimizer"])
+        if kept["scaler"]:
+            accelerator.scaler.load_state_dict(kept["scaler"])
+
+def end_training(kept: dict, model, settings: Settings) -> dict:
+    """Gives the model the best weights that were kept and ends its training mode; returns the record."""
+    put_weights(model, kept["best"])
+    model.zero_grad()
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    model.eval()
+    done = kept["done"]
+    best = min(done["history"]["perplexity"], key=lambda point: point[1])[0]
+    tokens = settings.batch_size * settings.block_length
+    return {"steps": done["step"], "planned_steps": settings.max_steps, "kept_step": best, "tokens_per_step": tokens,
+            "train_tokens_per_second": round(tokens * done["step"] / done["seconds"], 1), "history": done["history"]}
+
+def show_training(run: Run, name: str, done: dict, settings: Settings, live, last: bool = False):
+    """Loss and validation perplexity so far, as a picture in the place of `live`; a script draws the last one only."""
+    steps, seconds, history = done["step"], done["seconds"], done["history"]
+    minutes, rest = divmod(seconds / steps * (settings.max_steps - steps), 60)
+    words = (f"{STAGES.get(name, name)}: step {steps} of {settings.max_steps} · loss {history['loss'][-1][1]:.3f} · "
+             f"validation perplexity {history['perplexity'][-1][1]:.2f} · "
+             f"{settings.batch_size * settings.block_length * steps / seconds:,.0f} tokens/s · "
+             f"{minutes:.0f} min {rest:02.0f} s left")
+    if not in_notebook() and not last:
+        return print(words)
+    figure = new_figure(8, 2.8)
+    figure.suptitle(words, fontsize=9)
+    for axes, (title, points) in zip(figure.subplots(1, 2), history.items()):
+        axes.plot(*zip(*points), color="#0072B2", marker="o", markersize=3)
+        axes.set(title=f"{'training' if title == 'loss' else 'validation'} {title}", xlabel="step")
+        axes.grid(alpha=0.3)
+    if run.dense_validation:
+        axes.axhline(run.dense_validation, color="#D55E00", linestyle="--", label="dense, untouched")
+        axes.legend(fontsize=8)
+    return run.show(figure, f"{name}.png", live=live)
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title The demo: byte-level BPE of 1,024 tokens, 4 layers of 8 heads, 128 numbers wide, trained by the loop above
+def demo_tokenizer(text: str):
+    """A byte-level BPE tokenizer of 1,024 tokens."""
+    bpe, end = tokenizers.Tokenizer(tokenizers.models.BPE()), "<|endoftext|>"
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.train_from_iterator(text.splitlines(keepends=True), tokenizers.trainers.BpeTrainer(
+        vocab_size=1024, special_tokens=[end], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, bos_token=end)
+
+def make_demo(text: str, device: torch.device = torch.device("cpu")) -> str:  # noqa: B008 (a constant)
+    """Trains the demo model, once, on a text; the folder that holds it."""
+    # No dropout: on a processor it makes attention several times slower.
+    config = transformers.GPT2Config(vocab_size=1024, n_positions=512, n_embd=128, n_layer=4, n_head=8, resid_pdrop=0.0,
+                                     embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
+    settings = {"max_steps": 600, "learning_rate": 3e-3, "batch_size": 16, "block_length": 128}
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "PruningAndFineTuningColab")
+    folder = cache / f"demo-{fingerprint(text, config.to_json_string(), settings)}"
+    if folder.exists():
+        return str(folder)
+    print("Training the demo model, once: a minute or two.")
+    tokenizer, before = demo_tokenizer(text), dict(vars(COMPUTING))
+    blocks = pack(text, tokenizer, settings["block_length"])
+    with tempfile.TemporaryDirectory() as place:
+        run = Run(Settings(model="demo", output_dir=place, **settings), device, torch.float32)
+        model = transformers.GPT2LMHeadModel(config).to(device)
+        train(run, "demo", model, {"train": blocks[:-16], "validation": blocks[-16:]}, run.settings)
+        vars(COMPUTING).update(before)
+        part = folder.with_name(f"{folder.name}.{os.getpid()}")
+        move(model, "cpu").save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        part.rename(folder)
+        run.lock.release(force=True)
+    return str(folder)
+
+def open_model(run: Run, settings: Settings, text: str) -> tuple:
+    """(settings with `train` resolved, tokenizer, model); the demo is trained on the text. Raises UserError."""
+    name, remote_code = settings.model, settings.trust_remote_code
+    if name == "demo":
+        name = make_demo(text, run.device)
+    settings = choose_training(run, settings, *look_at_model(name, remote_code)[1:])
+    return settings, *load_model(name, run.device, remote_code, COMPUTING.weights)
+
+# %% [markdown]
+# <a name="3.-Start"></a>
+# ## 3. Start
+#
+# The settings are checked, so that a typo is found now and not after ten minutes of computing. The fastest device
+# is found. A folder for the results is made, or an interrupted run with the same settings goes on.
+
+# %%
+if __name__ == "__main__":
+    settings = start_settings(MORE)
+
+# %%
+if __name__ == "__main__":
+    run = start_run(settings)
+
+# %% [markdown]
+# <a name="4.-Text"></a>
+# ## 4. Text
+#
+# Three texts are kept apart: the model is fine-tuned on *train*, heads are scored and progress is
+# watched on *validation*, and *test* is used for the reported perplexities only. A text without splits
+# of its own is cut into contiguous parts, 80 / 10 / 10. Rows of a dataset are joined by a blank line, as
+# SparseGPT and Wanda do, so that perplexities can be compared with published ones.
+
+# %%
+def cut_tail(text: str, share: float) -> tuple[str, str]:
+    """Cuts a text in two at `1 - share` of its length, or at a line break (else a space) soon after that place."""
+    middle = round(len(text) * (1 - share))
+    soon = middle + round(0.1 * (len(text) - middle))
+    cut = next((place for sign in "\n " if (place := text.find(sign, middle, soon) + 1)), middle)
+    return text[:cut], text[cut:]
+
+def load_text(settings: Settings) -> dict[str, str]:
+    """Split -> text. Splits that do not exist are cut off the end of train, a tenth of the whole each."""
+    tokenizer = functools.cache(lambda: None if settings.model == "demo" else load_tokenizer(
+        settings.model, settings.trust_remote_code))
+    if settings.train_file:
+        text = read_files(settings, tokenizer)
+    elif settings.dataset == "python-docs":
+        text = {"train": python_docs()}
+    else:
+        text = read_dataset(settings.dataset, tokenizer)
+    missing = [split for split in SPLITS if split not in text]
+    for number, split in enumerate(reversed(missing)):
+        text["train"], text[split] = cut_tail(text["train"], 0.1 / (1 - 0.1 * number))
+    for split in SPLITS:
+        if (size := len(text[split].encode())) < settings.block_length:  # no token is shorter than a byte
+            raise UserError(f"the {split} text has {size} bytes, but one block of {settings.block_length} tokens is "
+                            "needed: take a longer text or a smaller --block-length.")
+    return {split: text[split] for split in SPLITS}
+
+if __name__ == "__main__":
+    with run.step("text"):
+        text = load_text(settings)
+    settings = with_prompt(settings, text["validation"])
+    print(f"{settings.train_file or settings.dataset}: {', '.join(f'{name} {len(text[name]):,}' for name in SPLITS)} "
+          "characters")
+    print(in_lines(text["validation"][:300]))
+
+# %% [markdown]
+# <a name="5.-Model"></a>
+# ## 5. Model
+#
+# Any causal language model: a hub id, a local folder, or a `.gguf` file. It is trained to predict the next token, and
+# judged by that: the loss is the mean negative log-likelihood of the tokens, perplexity its exponential (section 7).
+
+# %%
+def nll(logits: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood of each block of ids (n, time) but for its first token: (n,).
+
+    `logits` are (n, time, vocabulary), or (n, time - 1, vocabulary) without those after the last token.
+    """
+    logits, wanted = logits[:, : batch.shape[1] - 1].flatten(0, 1).float(), batch[:, 1:]
+    losses = torch.nn.functional.cross_entropy(logits, wanted.flatten(), reduction="none")
+    return losses.view_as(wanted).mean(1)
+
+@torch.no_grad()
+def perplexity(model, blocks: torch.Tensor) -> float:
+    """exp(mean negative log-likelihood per token) of token ids (n, time)."""
+    def per_block(batch):
+        return nll(model(batch, use_cache=False).logits, batch)
+
+    return over_blocks(model, blocks, per_block, "perplexity").cpu().double().mean().exp().item()
+
+def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Mean Kullback-Leibler divergence per token, (batch,), from wanted ones; both are logits (batch, time, n)."""
+    given, wanted = logits.float().log_softmax(-1), wanted.float().log_softmax(-1)  # (XLA does not vouch for kl_div)
+    return (wanted.exp() * (wanted - given)).sum(-1).mean(1)
+
+# %% [markdown] id="loop" jp-MarkdownHeadingCollapsed=true
+# ### The training loop
+#
+# This is the only training loop in this notebook: AdamW, a short warmup, then a cosine decay. A step is `batch_size`
+# blocks, however many fit at once. After every tenth of the steps the model is measured on validation text. The best
+# weights are kept, and training stops early after three measurements in a row without improvement. You need the loop in
+# section 14; it is here because it also trains the demo model. [Go on with the model](#The-model).
+
+# %%
+WARMUP, WEIGHT_DECAY, PATIENCE, MEASUREMENTS = 0.1, 0.01, 3, 10
+
+def rate_at(step: int, steps: int) -> float:
+    """The learning rate of a step as a share of its peak."""
+    warm = max(1, round(WARMUP * steps))
+    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+
+def loss_of(model, batch: torch.Tensor, teacher, share: float) -> torch.Tensor:
+    """The loss of each block of ids (n, time): (n,); a share of it asks for the teacher's predictions."""
+    logits = model(batch, use_cache=False).logits
+    if teacher is None or not share:
+        return nll(logits, batch)
+    with torch.no_grad():
+        wanted = teacher.eval()(batch, use_cache=False).logits
+    return (1 - share) * nll(logits, batch) + share * divergence(logits[:, :-1], wanted[:, :-1])
+
+def train(run: Run, name: str, model, blocks: dict[str, torch.Tensor], settings: Settings, teacher=None) -> dict:
+    """Trains a model in place for settings.max_steps on blocks (n, time); it ends with the weights of its best moment.
+
+    What is random in a step follows from the step's number, and every measurement is kept: so a training that was
+    interrupted goes on to the same weights, bit for bit. Returns its record. Raises RunError for a loss of no number.
+    """
+    text, seen, steps = blocks["train"], blocks["validation"][:16], settings.max_steps
+    accelerator, optimizer = accelerated(model, settings)
+    file = f"training-{name}-{fingerprint(model, text, seen, training_options(settings))}"
+    kept = run.kept(file) or {"done": {"step": 0, "seconds": 0.0, "history": {"loss": [], "perplexity": []}}}
+    put_training(kept, model, accelerator, optimizer)
+    done = kept["done"]
+    order = draw(len(text), settings.batch_size, steps, torch.Generator().manual_seed(settings.seed))
+    loss, start, history, live = 0.0, time.perf_counter() - done["seconds"], done["history"], None
+    for step in long_loop(range(done["step"], steps), name, model.device):
+        if measurements_since_the_best(history) >= PATIENCE:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * rate_at(step, steps)
+        each = functools.partial(loss_of, model, teacher=teacher, share=settings.distillation)
+        loss += backward(accelerator, model, text[order[step]], each, settings.seed + step)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % max(1, steps // MEASUREMENTS) == 0 or step + 1 == steps:
+            loss = loss.item() / (step + 1 - done["step"])
+            history["loss"].append([step + 1, loss])
+            history["perplexity"].append([step + 1, perplexity(model, seen) if math.isfinite(loss) else loss])
+            if not math.isfinite(history["perplexity"][-1][1]):
+                raise RunError(f"the loss is {loss} at step {step + 1} of {steps}: take a lower --learning-rate, or "
+                               "--precision fp32")
+            done |= {"step": step + 1, "seconds": time.perf_counter() - start}
+            kept = training_to_keep(kept, model, accelerator, optimizer)
+            run.keep(file, kept)
+            live, loss = show_training(run, name, done, settings, live), 0.0
+            model.train()
+    show_training(run, name, done, settings, live, last=True)
+    return end_training(kept, model, settings)
+
+# %% [markdown]
+# <a name="The-model"></a>
+# ### The model
+#
+# The model reads tokens, not letters. They are packed into full blocks: no padding, so nothing is wasted
+# and no loss is counted on padding. What is the model, how large is it, what does it write, how well does it predict?
+
+# %%
+def pack(text: str, tokenizer, block_length: int) -> torch.Tensor:
+    """Token ids (blocks, block_length): the whole text, in order, but for a tail shorter than one block."""
+    size = 2_000_000  # characters at once: a tokenizer needs some 250 bytes for every token that it makes
+    pieces = [text[start: start + size] for start in range(0, len(text), size)]
+    ids = torch.cat([torch.tensor(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"],
+                                  dtype=torch.long) for piece in pieces or [text]])
+    return ids[: len(ids) // block_length * block_length].view(-1, block_length)
+
 # %%
 if __name__ == "__main__":
     with run.step("load model"):
@@ -1493,6 +1491,7 @@ class Units:
     def output_weight(self) -> torch.Tensor:
         """The projection's weight as (units, size, hidden), a view."""
         return inputs_first(self.projection).unflatten(0, (self.number, -1))
+
 OUTPUTS = ("c_proj", "out_proj", "o_proj", "dense")  # names of attention output projections
 
 def find_heads(model) -> list[Units]:
@@ -2717,14 +2716,15 @@ def soft_gates(scores: torch.Tensor, budget: float, temperature: float, costs: t
     moves = (slope * scores.flatten(-2)).sum(-1, keepdim=True) / slope.sum(-1, keepdim=True).clamp_min(1e-12)
     return torch.sigmoid((scores.flatten(-2) - low - (moves - moves.detach())) / temperature).view_as(scores)
 
-if __name__ == "__main__":
-    print("scores 2, 1, 0, -1, of which two may be open; gates while the temperature falls:",
-          *(soft_gates(torch.tensor([[2.0, 1, 0, -1]]), 2, t)[0].numpy().round(2) for t in (1.0, 0.3, 0.1)))
 def cut_shorter(blocks: torch.Tensor, longest: int = 128) -> torch.Tensor:
     """Blocks (n, time) cut into equal parts of at most `longest` tokens: (more, shorter time)."""
     parts = math.ceil(blocks.shape[1] / longest)
     length = blocks.shape[1] // parts
     return blocks[:, : parts * length].reshape(-1, length)
+
+if __name__ == "__main__":
+    print("scores 2, 1, 0, -1, of which two may be open; gates while the temperature falls:",
+          *(soft_gates(torch.tensor([[2.0, 1, 0, -1]]), 2, t)[0].numpy().round(2) for t in (1.0, 0.3, 0.1)))
 
 # %%
 @dataclasses.dataclass
@@ -2804,10 +2804,10 @@ def options_for(settings: Settings) -> dict:
     """What the chosen strategy takes from the settings."""
     learned = {"level": settings.pruning_level, "steps": settings.gate_steps, "seed": settings.seed}
     return {"learned": learned, "random": {"seed": settings.seed}}.get(settings.strategy, {})
+
 def scores_of(run: Run, model, blocks: torch.Tensor, settings: Settings) -> torch.Tensor:
     """Importance (layers, units) by the chosen strategy on blocks (n, time), all gates open, kept with the run."""
     options = options_for(settings)
-
     with all_open(model):
         return run.cached("importance", (model, blocks, settings.strategy, options),
                           lambda: get_strategy(settings.strategy, **options).score(model, blocks))
