@@ -4028,8 +4028,8 @@ def save_gguf(run: Run, small, tokenizer, folder: Path) -> None:
 # @title The model card
 NOTES = {
     "code": "`trust_remote_code=True` runs `modeling_pruned.py`, which is in this folder: read it first. Such folders "
-            "were tried with lm-evaluation-harness, peft, trl and `torch.compile`. Tools without remote code want a "
-            "folder made with `--uniform`, or the zeroed form.",
+            "were tried with lm-evaluation-harness, peft, trl, mergekit, ONNX and `torch.compile`. llama.cpp's "
+            "converter and continuous batching want a folder made with `--uniform`, or the zeroed form.",
     "zeroed": "What is closed has output weights of zero: a training that does not know it fills them again.",
 }
 
