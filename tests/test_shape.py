@@ -45,6 +45,12 @@ def test_the_whole_is_no_longer_than_it_was_and_the_story_comes_soon():
     assert lines_of(STORY) <= 1600
 
 
+def test_nothing_is_folded_between_the_start_and_the_heads():
+    start, heads = (next(n for n, cell in enumerate(CELLS) if f"\n## {title}" in cell.source)
+                    for title in ("3. Start", "6. Heads"))  # fmt: skip
+    assert not [cell.source[:80] for cell in CELLS[start:heads] if cell in HIDDEN]
+
+
 def test_a_head_is_closed_before_anything_is_said_of_cutting():
     cutting = (n for n, cell in enumerate(CELLS) if re.search(r"Cutting|def cut(_heads|_neurons)?\(", cell.source))
     assert place_in_story("print(try_head(") < next(cutting)
