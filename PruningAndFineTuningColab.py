@@ -3485,9 +3485,8 @@ if __name__ == "__main__":
 # head with the last head that reads it. What is left is the same function with fewer numbers. The cell below checks
 # that the logits agree, counts what was saved, and measures the speed, alternating with the dense model.
 #
-# No configuration file can say "layer 3 has 7 heads", which is why pruned models usually cannot be opened
-# again. Here the shapes that are left stand in the configuration, and a short file gives them to the model when it
-# is opened (section 16).
+# No configuration file can say "layer 3 has 7 heads", so pruned models usually cannot be opened again. Here the shapes
+# that are left stand in the configuration, and a short file gives them to the model when it is opened (section 16).
 
 # %%
 def compact(model):
@@ -3612,7 +3611,8 @@ def fine_tune_pruned(run: Run, model, pruned, blocks: dict[str, torch.Tensor]):
             half = dataclasses.replace(settings, max_steps=max(1, settings.max_steps // 2))
             pruned = fine_tuned(run, "first_half", copy.deepcopy(pruned), blocks, half, model)
             reopen_heads(run, pruned, blocks["validation"][: settings.calibration_blocks])
-            settings = dataclasses.replace(settings, max_steps=max(1, settings.max_steps - half.max_steps))
+            rest, seed = max(1, settings.max_steps - half.max_steps), (settings.seed + 1) % 2**32  # for other blocks
+            settings = dataclasses.replace(settings, max_steps=rest, seed=seed)
         start = compact(pruned) if can_compact(model) else copy.deepcopy(pruned)
         with waiting_in_ram(*([] if settings.distillation else [model, pruned])):
             tuned = fine_tuned(run, "fine_tuned", start, blocks, settings, model)
