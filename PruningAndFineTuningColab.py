@@ -2496,6 +2496,7 @@ def conditions(metrics: dict) -> str:
     """One paragraph: everything that the numbers depend on."""
     s, blocks = metrics["settings"], metrics["blocks"]
     always = "prune pruning_level strategy calibration_blocks repair block_length seed".split()
+    always += [name for name in ("train_file", "max_steps") if s[name]]  # (their defaults are what the form says)
     never = "model dataset eval_blocks precision device prompt output_dir save_model sweep".split()
     named = [f"{field.name} {bare_name(str(s[field.name]))}" for field in dataclasses.fields(Settings)
              if field.name in always or (field.name not in never and s[field.name] != field.default)]
@@ -3742,11 +3743,10 @@ def comparison(metrics: dict) -> str:
     rows = []
     for stage, value in metrics["perplexity"].items():
         parameters = metrics["parameters"][stage]
-        size = (stage == "dense" and metrics["model"]["file_bytes"]) or parameters * bits
         others = [words_for_ability(name, metrics[name].get(stage)) for name in ABILITIES]
-        rows.append([STAGES[stage], f"{parameters / 1e6:,.2f} M", f"{size / 1e6:,.1f}", f"{value:.2f}",
+        rows.append([STAGES[stage], f"{parameters / 1e6:,.2f} M", f"{parameters * bits / 1e6:,.1f}", f"{value:.2f}",
                      f"{value / dense - 1:+.1%}", *others])
-    head = ["model", "parameters", "file, MB", "test perplexity", "against dense", *ABILITIES.values()]
+    head = ["model", "parameters", "MB as saved", "test perplexity", "against dense", *ABILITIES.values()]
     before = metrics["repetition"].get("dense")
     more = [STAGES[stage] for stage, share in metrics["repetition"].items() if before and share > before + 0.1]
     warning = f"\n\nRepeats itself clearly more than the dense model: {', '.join(more)}." if more else ""

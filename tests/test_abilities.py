@@ -1,5 +1,6 @@
 """What a model can still do: last words of sentences, repetition, bits per byte; and the box to talk to it."""
 
+import dataclasses
 import math
 import re
 
@@ -92,9 +93,20 @@ def test_the_table_says_where_a_stage_repeats_more():
     metrics = {"perplexity": dict.fromkeys(stages, 10.0), "parameters": dict.fromkeys(stages, 10**6),
                "bits_per_byte": dict.fromkeys(stages, 1.0), "last_words": dict.fromkeys(stages),
                "repetition": {"dense": 0.3, "pruned": 0.45, "repaired": 0.35},
-               "model": {"saved_in": "float32", "file_bytes": None}}  # fmt: skip
+               "model": {"saved_in": "float32"}}  # fmt: skip
     said = nb.comparison(metrics)
     assert "more than the dense model: pruned." in said and "| 45% |" in said and "| - |" in said
+
+
+def test_the_conditions_name_what_the_form_says(monkeypatch):
+    """In a notebook the form's values are the defaults."""
+    chosen = {"train_file": "my.txt", "max_steps": 100}
+    for field in dataclasses.fields(nb.Settings):
+        monkeypatch.setattr(field, "default", chosen.get(field.name, field.default))
+    settings = dataclasses.asdict(nb.Settings()) | chosen
+    metrics = {"settings": settings, "blocks": {"test": 9, "tested": 7}, "precision": "float32", "device": "CPU"}
+    said = nb.conditions(metrics | {"versions": {"torch": "2.13"}})
+    assert "; train_file my.txt;" in said and "; max_steps 100;" in said and "tested on 7 of 9 test blocks" in said
 
 
 @pytest.mark.parametrize("text, prompt", [
