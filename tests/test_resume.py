@@ -117,6 +117,20 @@ def same_weights(model, other):
     return all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+def test_the_second_half_of_fine_tuning_reads_other_blocks(tmp_path, monkeypatch):
+    seeds = {}
+
+    def train(run, name, model, blocks, settings, teacher):
+        seeds[name] = settings.seed
+        return {}
+
+    monkeypatch.setattr(nb, "train_all_or_adapters", train)
+    model, run = gated("gpt2", OPEN), new_run(tmp_path, **FEW, reopen_heads=True, strategy="random", seed=2**32 - 1)
+    run.metrics |= {"heads": {"closed": 0}, "model": {"saved_in": "float32"}}
+    nb.fine_tune_pruned(run, model, model, BLOCKS)
+    assert seeds == {"first_half": 2**32 - 1, "fine_tuned": 0}
+
+
 @pytest.mark.parametrize("reopen, step, kept_steps", [
     (False, 1, 0), (False, 13, 12), (False, 14, 14),  # before the first measurement, after one, while one is written
     (True, 5, 5), (True, 15, 15),  # before and after the moment, half-way, when heads are chosen again
