@@ -31,7 +31,7 @@
 # training, cuts the closed heads out, fine-tunes the smaller model, and says what it cost. You get a folder that
 # `from_pretrained` opens, and, if you like, a file for llama.cpp.
 #
-# The outputs below are of one real run of 28 minutes on two processor cores:
+# The outputs below are of one real run of 31 minutes on two processor cores:
 # `python PruningAndFineTuningColab.py --model SmolLM2-135M-Instruct.Q4_1.gguf --train-file wikitext-2/valid.txt
 # --test-file wikitext-2/test.raw.txt --prune both --pruning-level 0.1 --eval-blocks 24 --batch-size 2 --max-steps 100
 # --precision bf16 --control`
@@ -39,9 +39,9 @@
 # | SmolLM2-135M-Instruct, WikiText-2 | parameters | test perplexity | last words right |
 # | --- | --- | --- | --- |
 # | as it came | 134.5 M | 33.3 | 19 % |
-# | pruned: 254 of 270 heads, 89 % of the neurons | 124.3 M | 39.1 | 19 % |
-# | + repaired, nothing trained | 124.3 M | 37.0 | 19 % |
-# | + fine-tuned, 100 steps | 124.3 M | 25.4 | 19 % |
+# | pruned: 258 of 270 heads, 88 % of the neurons | 124.2 M | 38.4 | 19 % |
+# | + repaired, nothing trained | 124.2 M | 36.6 | 18 % |
+# | + fine-tuned, 100 steps | 124.2 M | 25.3 | 20 % |
 # | not pruned, fine-tuned with the same steps | 134.5 M | 22.8 | 23 % |
 #
 # Choose *Run all*, or run the cells one by one. Every cell can be run again: the loaded model is never changed.
@@ -109,18 +109,18 @@ if torch.cuda.is_available():
     os.environ.setdefault("USE_TORCH_XLA", "0")  # where both are installed accelerate would leave the GPU idle
 
 import argparse, contextlib, copy, csv, dataclasses, datetime, difflib, functools, glob, gzip, hashlib, html
-import json, math, platform, re, shlex, shutil, statistics, tempfile, textwrap, time, types
-import typing, urllib
+import json, math, platform, re, shlex, shutil, statistics, string, tempfile, textwrap, time, types, typing
 import urllib.parse, urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import accelerate, datasets, filelock, gguf, huggingface_hub, matplotlib, numpy, pandas, psutil, tokenizers
+import accelerate, datasets, filelock, gguf, huggingface_hub, matplotlib, numpy, pandas, psutil
 import ipywidgets as widgets
 import transformers
 from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from IPython.display import HTML, Image, Markdown, display
 from matplotlib.colors import PowerNorm, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
@@ -209,10 +209,10 @@ class Settings:
     reopen_heads: bool = setting(False, "half-way through fine-tuning score again, and choose again")
     dataset: str = setting(DATASET, "hub dataset (id, or id:configuration), 'python-docs' (no network), or 'auto'")
     train_file: str = setting(TRAIN_FILE, "file, folder or pattern instead of a dataset; alone it is split 80/10/10")
-    validation_file: str = setting("", "text for scoring and validation")
+    validation_file: str = setting("", "text that progress is watched on")
     test_file: str = setting("", "text that only the reported perplexities see")
     block_length: int = setting(512, "tokens in a block", at_least(2))
-    calibration_blocks: int = setting(64, "validation blocks that units are scored on", at_least(1))
+    calibration_blocks: int = setting(256, "training blocks that units are scored on", at_least(1))
     eval_blocks: int = setting(64, "test blocks that perplexity is measured on, 0 = all", at_least(0))
     prompt: str = setting("auto", "start of the samples; auto: the beginning of a passage of the validation text",
                           Rule("some words", str.strip))
@@ -307,17 +307,13 @@ def bare_name(name: str) -> str:
 
 def hub_is_reachable(timeout: float = 2.0) -> bool:
     """Asks the hub once, instead of letting every download find out for itself."""
-    try:
+    with contextlib.suppress(OSError):
         urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=timeout).close()
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 def choose_sources(settings: Settings) -> Settings:
-    """Settings with 'auto' in model and dataset resolved; the hub libraries are told whether there is a network.
-
-    A model that was named never turns into another one.
-    """
+    """Settings with 'auto' in model and dataset resolved; a model that was named never turns into another one."""
     model, dataset = settings.model, settings.dataset
     local = model == "demo" or Path(model).exists(), settings.train_file or dataset == "python-docs" or model == "demo"
     offline = huggingface_hub.constants.HF_HUB_OFFLINE or not (all(local) or hub_is_reachable())
@@ -391,15 +387,15 @@ class Computing:
 
 COMPUTING = Computing()
 
-def autocast(device: torch.device):
-    """Context in which a model computes in COMPUTING.dtype."""
-    exact = COMPUTING.dtype == torch.float32
-    return contextlib.nullcontext() if exact else torch.autocast(device.type, dtype=COMPUTING.dtype)
+def number_format(device: torch.device, dtype: torch.dtype | None = None):
+    """Within it products are computed in COMPUTING.dtype, or in `dtype`; weights are cast once, and may not change."""
+    dtype = dtype or COMPUTING.dtype
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 def fit_batch_size(function, largest: int, what: str, room: float = math.inf):
-    """`function(batch_size)`, with `largest` or, where memory runs out or has no room, the next smaller divisor.
+    """`function(batch_size)`, with the largest divisor of `largest` for which there is memory, remembered by `what`.
 
-    What fits is remembered under `what`. Raises RunError where not even a single block fits.
+    Raises RunError where not even a single block fits.
     """
     room = min(COMPUTING.fitted.get(what, largest), room)
     for size in [size for size in range(largest, 0, -1) if largest % size == 0 and size <= room] or [1]:
@@ -428,7 +424,7 @@ def first_not_finite(model, block: torch.Tensor) -> str:
         if isinstance(part := first_of(output), torch.Tensor) and not part.isfinite().all():
             found.append(names[module] or type(module).__name__)
 
-    with hooks(module.register_forward_hook(look) for module in names), autocast(model.device):
+    with hooks(module.register_forward_hook(look) for module in names), number_format(model.device):
         model.eval()(block.to(model.device), use_cache=False)
     return f"first in {found[0]}" if found else ""
 
@@ -464,7 +460,7 @@ def over_blocks(model, blocks, function, what: str, backward: bool = False) -> t
     def attempt(size: int) -> torch.Tensor:
         batches, parts = list(zip(*(tensor.split(size) for tensor in tensors))), []
         for batch in long_loop(batches, what if len(batches) > 1 else "", model.device):
-            with autocast(model.device):
+            with number_format(model.device):
                 parts.append(function(*(part.to(model.device) for part in batch)))
         return torch.cat(parts).to(model.device)
 
@@ -514,9 +510,8 @@ def open_folder(settings: Settings, key: str) -> tuple[Path, filelock.FileLock]:
         lock = filelock.FileLock(folder.with_name(folder.name + ".state") / "lock", timeout=0, is_singleton=True)
         try:
             if not folder.with_name(folder.name + ".zip").exists():
-                for made in (folder, Path(lock.lock_file).parent):
-                    made.mkdir(parents=True, exist_ok=True)
-                lock.acquire()
+                lock.acquire()  # makes the folder that it is in
+                folder.mkdir(parents=True, exist_ok=True)
                 return folder, lock
         except filelock.Timeout:
             continue
@@ -589,13 +584,12 @@ class Run(Record):
         clear_device_cache(garbage_collection=True)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        start, self.reused, empty = time.perf_counter(), False, False
+        start, self.reused = time.perf_counter(), False
         try:
             yield
-        except UserError:
-            empty = not self.metrics["perplexity"]
-            raise
         finally:
+            error = sys.exc_info()[1]
+            empty = isinstance(error, UserError) and not self.metrics["perplexity"]
             used, seconds, noted = memory_used(self.device), time.perf_counter() - start, self.metrics["seconds"]
             if not (self.reused and name in noted):  # else what was noted then stays
                 noted[name], self.metrics["peak_memory_bytes"][name] = round(seconds, 2), used
@@ -604,7 +598,7 @@ class Run(Record):
                 shutil.rmtree(self.state, ignore_errors=True)
             else:
                 self.save()
-            failed = sys.exc_info()[0] is not None and not empty and in_notebook()
+            failed = error is not None and not empty and in_notebook()
             kept = f" What is there is in {self.folder}: run all cells again, and it goes on." if failed else ""
             memory = ", ".join(f"{kind} {size / 2**30:.2f} GiB" for kind, size in used.items())
             print(f"[{name}: {seconds:.1f} s, {memory}]{kept}")
@@ -614,8 +608,6 @@ class Run(Record):
         figure.savefig(self.folder / name, dpi=150, bbox_inches="tight")
         if not in_notebook():
             return print(f"picture: {self.folder / name}")
-        from IPython.display import Image, display
-
         picture = Image(self.folder / name, width=width)
         return display(picture, display_id=True) if live is None else live.update(picture) or live
 
@@ -630,7 +622,7 @@ class Run(Record):
         return archive
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title What the story shows
+# @title What the story shows, and how a run starts
 VERSIONS = {"python": platform.python_version()} | {
     package.__name__: package.__version__ for package in (torch, transformers, datasets, accelerate)}
 STAGES = {"dense": "dense, untouched", "pruned": "pruned", "repaired": "pruned + repaired",
@@ -647,8 +639,6 @@ def show_markdown(text: str) -> None:
     """Shows Markdown: rendered in a notebook, as plain text in a terminal."""
     if not in_notebook():
         return print(text)
-    from IPython.display import Markdown, display
-
     display(Markdown(text))
 
 @contextlib.contextmanager
@@ -659,8 +649,6 @@ def hooks(handles):
             stack.enter_context(handle)  # leaving it removes the hook
         yield
 
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title How a run starts
 def start_settings(more: str) -> Settings:
     """The settings, from the form and `more` in a notebook, from the command line in a script. Raises UserError."""
     if not in_notebook():
@@ -696,16 +684,14 @@ def start_run(settings: Settings) -> Run:
 KINDS = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")  # all but the last also with .gz behind it
 NOT_TEXT = re.compile(r"/\.|/__MACOSX/|/\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_")  # what is hidden, and results of ours
 SPLIT_WORDS = {"train": "train|training", "validation": "validation|valid|val|dev", "test": "test|testing"}
+SPLITS = tuple(SPLIT_WORDS)
 
 def kind_of(path: Path) -> str:
     """The suffix that says how a file is read, in small letters and without .gz."""
     return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
 
 def find_files(name: str, path: str) -> list[Path]:
-    """The files that a setting means: one that is called so, all of KINDS in a folder, or those that fit a pattern.
-
-    Raises UserError where there is none, or one of another kind.
-    """
+    """The files that a setting means: one, those of KINDS in a folder, or those of a pattern. Raises UserError."""
     place, found = Path(path), []
     if place.is_dir():
         found = [file for file in place.rglob("*") if kind_of(file) in KINDS
@@ -732,8 +718,6 @@ def files_of_splits(files: list[Path], path: str) -> dict[str, list[Path]]:
 
 def is_saved(path: str) -> bool:
     return any(Path(path, name).exists() for name in ("dataset_dict.json", "state.json"))
-
-SPLITS = ("train", "validation", "test")
 
 def read_files(settings: Settings, tokenizer) -> dict[str, str]:
     """Split -> text of the files that the settings name; those of train_file may be named after splits."""
@@ -847,10 +831,7 @@ def read_file(path: str | Path, tokenizer=lambda: None) -> str:
     return join_rows(table, str(path), tokenizer)
 
 def read_dataset(name: str, tokenizer=lambda: None) -> dict[str, str]:
-    """Split -> text of a hub dataset, `id` or `id:configuration`, or of a folder that `save_to_disk` wrote.
-
-    Raises UserError where it cannot be loaded.
-    """
+    """Split -> text of a hub dataset, `id` or `id:configuration`, or a folder of `save_to_disk`. Raises UserError."""
     with saying_cannot_be_used(f"dataset {name!r}", "check the name, the configuration and the network, or take "
                               "--train-file or --dataset python-docs"):
         data = datasets.load_from_disk(name) if is_saved(name) else datasets.load_dataset(*name.split(":"))
@@ -917,7 +898,7 @@ def python_docs() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Opening a model (1): its configuration
+# @title Opening a model (1): its configuration, and its size
 def open_config(name: str, trust_remote_code: bool):
     """A model's configuration. Raises UserError for one whose weights cannot be cut."""
     path, options = place_of(name, trust_remote_code)
@@ -940,21 +921,8 @@ def opener_for(config):
     kind, (causal, images) = type(config), (AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
     return images if kind not in causal._model_mapping and kind in images._model_mapping else causal
 
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Opening a model (2), or saying in one sentence why it cannot be used
-@torch.no_grad()
-def is_causal(model) -> bool:
-    """True where no token's prediction depends on a later token."""
-    ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
-    other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)  # another last token
-    first, second = (model(tokens, use_cache=False).logits[:, :-1].float() for tokens in (ids, other))
-    return torch.allclose(first, second, rtol=1e-3, atol=1e-3 * first.abs().max().item())
-
 def look_at_model(name: str, trust_remote_code: bool = False) -> tuple:
-    """(configuration, or None for a .gguf file; parameters; number format) of a model whose weights are not read yet.
-
-    Raises UserError where the model cannot be opened.
-    """
+    """(configuration, or None for .gguf; parameters; number format) of a model, not its weights. Raises UserError."""
     path, options = place_of(name, trust_remote_code)
     remedy = ("it must be a causal language model on the hub (with a network), a local folder, a .gguf file, or 'demo'"
               + ("" if trust_remote_code else "; one with code of its own needs --trust-remote-code"))
@@ -967,6 +935,43 @@ def look_at_model(name: str, trust_remote_code: bool = False) -> tuple:
         shapes = opener_for(config).from_pretrained(path, **options, config=bare, dtype="auto", device_map="meta")
     return config, shapes.num_parameters(), shapes.dtype
 
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title What fits into memory: all weights in float32, or adapters on weights in 16 bits
+BYTES_EACH = {"all": {"cuda": 18, "cpu": 26}, "lora": {"cuda": 6, "cpu": 8}}  # a parameter (tests/benchmarks/memory.py)
+
+def choose_training(run: Run, settings: Settings, parameters: int, came_in: torch.dtype) -> Settings:
+    """Settings with `train` resolved for a model of so many parameters; COMPUTING is told what weights are held in.
+
+    Raises UserError where it cannot fit.
+    """
+    free, kind = memory_free(run.device), "cuda" if run.device.type == "cuda" else "cpu"
+    needed = {way: 2**30 + parameters * each[kind] for way, each in BYTES_EACH.items()}  # (a GiB for what is computed)
+    way = settings.train if settings.train != "auto" else "all" if needed["all"] <= free else "lora"
+    if needed[way] > free:
+        smaller = "--train lora, " if way == "all" and needed["lora"] <= free else ""
+        raise UserError(f"train is {settings.train!r}, which takes about {needed[way] / 1e9:.1f} GB for this model of "
+                        f"{parameters / 1e6:,.0f} M parameters, but {free / 1e9:.1f} GB are free: take {smaller}a "
+                        "smaller model, or a machine with more memory.")
+    settings = run.settings = dataclasses.replace(settings, train=way)
+    if way == "lora" and settings.precision != "fp32":
+        half = came_in == torch.float16 and kind == "cuda"
+        COMPUTING.dtype = COMPUTING.weights = torch.bfloat16 if has_bf16(run.device) and not half else torch.float16
+        run.metrics["precision"] = str(COMPUTING.dtype).removeprefix("torch.")
+    how = "all weights are trained, in float32" if way == "all" else f"adapters, on {run.metrics['precision']} weights"
+    print(f"{parameters / 1e6:,.1f} M parameters; training takes up to {needed['all'] / 1e9:.1f} GB with all weights, "
+          f"{needed['lora'] / 1e9:.1f} GB with adapters, and {free / 1e9:.1f} GB are free: {how}")
+    return settings
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Opening a model (2), or saying in one sentence why it cannot be used
+@torch.no_grad()
+def is_causal(model) -> bool:
+    """True where no token's prediction depends on a later token."""
+    ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)  # another last token
+    first, second = (model(tokens, use_cache=False).logits[:, :-1].float() for tokens in (ids, other))
+    return torch.allclose(first, second, rtol=1e-3, atol=1e-3 * first.abs().max().item())
+
 def load_model(name: str, device: torch.device, trust_remote_code: bool = False, weights=torch.float32):
     """Tokenizer and model in evaluation mode. Raises UserError where the model cannot be loaded or used.
 
@@ -974,6 +979,8 @@ def load_model(name: str, device: torch.device, trust_remote_code: bool = False,
     """
     (path, options), (config, _, came_in) = place_of(name, trust_remote_code), look_at_model(name, trust_remote_code)
     tokenizer = load_tokenizer(name, trust_remote_code)
+    if config is None and hasattr(transformers, "GgufConfig"):  # else new versions may leave weights in 4 bits on a GPU
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with saying_cannot_be_used(f"model {name!r}", "download it again"):
         model, found = opener_for(config).from_pretrained(path, **options, config=config, dtype=weights,
                                                           output_loading_info=True)
@@ -998,33 +1005,6 @@ def load_model(name: str, device: torch.device, trust_remote_code: bool = False,
         raise UserError(f"model {name!r} is a {type(model).__name__} whose tokens see those after them: take a causal "
                         "language model.")
     return tokenizer, model
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title What fits into memory: all weights in float32, or adapters on weights in 16 bits
-BYTES_EACH = {"all": {"cuda": 18, "cpu": 26}, "lora": {"cuda": 6, "cpu": 8}}  # a parameter, at worst
-
-def choose_training(run: Run, settings: Settings, parameters: int, came_in: torch.dtype) -> Settings:
-    """Settings with `train` resolved for a model of so many parameters; COMPUTING is told what weights are held in.
-
-    The bytes of a processor are those of tests/benchmarks/memory.py. Raises UserError where it cannot fit.
-    """
-    free, kind = memory_free(run.device), "cuda" if run.device.type == "cuda" else "cpu"
-    needed = {way: 2**30 + parameters * each[kind] for way, each in BYTES_EACH.items()}  # (a GiB for what is computed)
-    way = settings.train if settings.train != "auto" else "all" if needed["all"] <= free else "lora"
-    if needed[way] > free:
-        smaller = "--train lora, " if way == "all" and needed["lora"] <= free else ""
-        raise UserError(f"train is {settings.train!r}, which takes about {needed[way] / 1e9:.1f} GB for this model of "
-                        f"{parameters / 1e6:,.0f} M parameters, but {free / 1e9:.1f} GB are free: take {smaller}a "
-                        "smaller model, or a machine with more memory.")
-    settings = run.settings = dataclasses.replace(settings, train=way)
-    if way == "lora" and settings.precision != "fp32":
-        half = came_in == torch.float16 and kind == "cuda"
-        COMPUTING.dtype = COMPUTING.weights = torch.bfloat16 if has_bf16(run.device) and not half else torch.float16
-        run.metrics["precision"] = str(COMPUTING.dtype).removeprefix("torch.")
-    how = "all weights are trained, in float32" if way == "all" else f"adapters, on {run.metrics['precision']} weights"
-    print(f"{parameters / 1e6:,.1f} M parameters; training takes up to {needed['all'] / 1e9:.1f} GB with all weights, "
-          f"{needed['lora'] / 1e9:.1f} GB with adapters, and {free / 1e9:.1f} GB are free: {how}")
-    return settings
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Do text, tokenizer, model and number formats fit together?
@@ -1168,10 +1148,6 @@ def backward(accelerator, model, batch: torch.Tensor, loss_of, seed: int) -> tor
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title What the loop stands on (2): what it goes on from, and its live picture
-def put_weights(model, weights: dict[str, torch.Tensor]) -> None:
-    """Gives a model weights by their names, some of its state_dict; others stay."""
-    model.load_state_dict(weights, strict=False)
-
 def training_to_keep(kept: dict, model, accelerator, optimizer) -> dict:
     """All that a training goes on from: weights, the best ones so far (from `kept`, if not these), AdamW's state."""
     weights, is_best = trained(model), measurements_since_the_best(kept["done"]["history"]) == 0
@@ -1182,15 +1158,14 @@ def training_to_keep(kept: dict, model, accelerator, optimizer) -> dict:
 def put_training(kept: dict, model, accelerator, optimizer) -> None:
     """Puts what was kept back where it was, if anything was."""
     if "weights" in kept:
-        put_weights(model, kept["weights"])
+        model.load_state_dict(kept["weights"], strict=False)  # (those that do not learn stay)
         optimizer.load_state_dict(kept["optimizer"])
         if kept["scaler"]:
             accelerator.scaler.load_state_dict(kept["scaler"])
 
 def end_training(kept: dict, model, settings: Settings) -> dict:
     """Gives the model the best weights that were kept and ends its training mode; returns the record."""
-    put_weights(model, kept["best"])
-    model.zero_grad()
+    model.load_state_dict(kept["best"], strict=False)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_disable()
     model.eval()
@@ -1225,13 +1200,8 @@ def show_training(run: Run, name: str, done: dict, settings: Settings, live, las
 # @title The demo: byte-level BPE of 1,024 tokens, 4 layers of 8 heads, 128 numbers wide, trained by the loop above
 def demo_tokenizer(text: str):
     """A byte-level BPE tokenizer of 1,024 tokens."""
-    bpe, end = tokenizers.Tokenizer(tokenizers.models.BPE()), "<|endoftext|>"
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    bpe.train_from_iterator(text.splitlines(keepends=True), tokenizers.trainers.BpeTrainer(
-        vocab_size=1024, special_tokens=[end], show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, bos_token=end)
+    lines = text.splitlines(keepends=True)
+    return transformers.GPT2Tokenizer().train_new_from_iterator(lines, vocab_size=1024, show_progress=False)
 
 def make_demo(text: str, device: torch.device = torch.device("cpu")) -> str:  # noqa: B008 (a constant)
     """Trains the demo model, once, on a text; the folder that holds it."""
@@ -1260,11 +1230,9 @@ def make_demo(text: str, device: torch.device = torch.device("cpu")) -> str:  # 
 
 def open_model(run: Run, settings: Settings, text: str) -> tuple:
     """(settings with `train` resolved, tokenizer, model); the demo is trained on the text. Raises UserError."""
-    name, remote_code = settings.model, settings.trust_remote_code
-    if name == "demo":
-        name = make_demo(text, run.device)
-    settings = choose_training(run, settings, *look_at_model(name, remote_code)[1:])
-    return settings, *load_model(name, run.device, remote_code, COMPUTING.weights)
+    name = make_demo(text, run.device) if settings.model == "demo" else settings.model
+    settings = choose_training(run, settings, *look_at_model(name, settings.trust_remote_code)[1:])
+    return settings, *load_model(name, run.device, settings.trust_remote_code, COMPUTING.weights)
 
 # %% [markdown]
 # <a name="3.-Start"></a>
@@ -1285,7 +1253,7 @@ if __name__ == "__main__":
 # <a name="4.-Text"></a>
 # ## 4. Text
 #
-# Three texts are kept apart: the model is fine-tuned on *train*, heads are scored and progress is
+# Three texts are kept apart: heads are scored and the model is repaired and fine-tuned on *train*, progress is
 # watched on *validation*, and *test* is used for the reported perplexities only. A text without splits
 # of its own is cut into contiguous parts, 80 / 10 / 10. Rows of a dataset are joined by a blank line, as
 # SparseGPT and Wanda do, so that perplexities can be compared with published ones.
@@ -1832,7 +1800,7 @@ def cut_heads(layer: Units, row: torch.Tensor) -> tuple[list[int], dict | None]:
     return kept, None if len(readers) > 1 else words
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Cutting (4): neurons, and the whole model
+# @title Cutting (4): neurons, the whole model, and whether its configuration has words for what is left
 def cut_neurons(layer: Units, row: torch.Tensor) -> tuple[list[int], dict]:
     """Cuts an MLP in place to the neurons that gates (neurons,) leave open, at least one; these, and words for it."""
     rows = row.nonzero().flatten() if row.any() else torch.zeros(1, dtype=torch.long)
@@ -1844,10 +1812,10 @@ def cut_neurons(layer: Units, row: torch.Tensor) -> tuple[list[int], dict]:
     return rows.tolist(), dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim"), len(rows))
 
 @torch.no_grad()
-def cut(model, gates: torch.Tensor, fold: bool = True):
+def cut(model, gates: torch.Tensor):
     """A model without gates, cut in place to the units that gates (layers, units) leave open.
 
-    Gates that are neither 0 nor 1 are multiplied into the weights (`fold`). `model.kept` says which units stay,
+    Gates that are neither 0 nor 1 are multiplied into the weights. `model.kept` says which units stay,
     `model.words` what each layer has left, in the words of configurations.
     """
     model.kept, model.words = torch.zeros_like(gates), []
@@ -1857,42 +1825,33 @@ def cut(model, gates: torch.Tensor, fold: bool = True):
             kept, named = (cut_heads if units.kind == "heads" else cut_neurons)(units, part)
             stay[kept] = 1
             words = None if words is None or named is None else words | named
-            if fold:
-                weight = inputs_first(units.projection)
-                weight.mul_(part[kept].to(weight).repeat_interleave(len(weight) // len(kept))[:, None])
+            weight = inputs_first(units.projection)
+            weight.mul_(part[kept].to(weight).repeat_interleave(len(weight) // len(kept))[:, None])
         model.words.append(words)
     return model
 
 def without_weights(model):
     """A copy of a model without gates whose weights are only shapes: it takes no memory, and computes nothing."""
-    shapes = {id(t): t.to("meta") for t in [*model.parameters(), *model.buffers()]}
-    shapes |= {id(p): torch.nn.Parameter(shapes[id(p)]) for p in model.parameters()}
-    return remove_gates(copy.deepcopy(model, shapes))
+    return remove_gates(move(sharing_copy(model), "meta"))
 
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Whether the family's own configuration can say what is left, tried without weights
 def native_config(small):
     """A cut model's configuration in the words of its family alone, or None where they do not suffice.
 
     Its class is built from it, without weights, and must have the same shapes. What LlamaConfig refuses, MistralConfig
     can say: with its own head_dim and without a window it is the same model.
     """
-    words, text, own = small.words[0], small.config.get_text_config(), type(small)
+    words, own, llama = small.words[0], type(small), transformers.LlamaForCausalLM
     wanted = {name: part.shape for name, part in small.named_parameters()}
     if words is None or any(layer != words for layer in small.words):
         return None
-    for kind in [own] + [transformers.MistralForCausalLM] * (own is transformers.LlamaForCausalLM):
-        said = text.to_dict() | {word: n for word, n in words.items() if word == "head_dim" or hasattr(text, word)}
-        config = copy.deepcopy(small.config)
+    for kind in [own] + [transformers.MistralForCausalLM] * (own is llama):
+        config, other = copy.deepcopy(small.config), {"sliding_window": None, "model_type": "mistral"}
+        text = config.get_text_config()
         try:
-            if kind is not own:
-                said |= {"sliding_window": None, "model_type": "mistral"}
-                config = kind.config_class.from_dict(said)
-            elif text is small.config:
-                config = type(text).from_dict(said)
-            else:
-                name = next(key for key in config.sub_configs if getattr(small.config, key) is text)
-                setattr(config, name, type(text).from_dict(said))
+            for word, number in words.items():
+                if word == "head_dim" or hasattr(text, word):
+                    setattr(text, word, number)
+            config = kind.config_class.from_dict(config.to_dict() | (other if kind is not own else {}))
             config.architectures = [kind.__name__]
             with torch.device("meta"):
                 built = kind(copy.deepcopy(config))
@@ -1904,7 +1863,7 @@ def native_config(small):
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title modeling_pruned.py, but for the hooks above
-CODE = '''"""{model} with some of its heads or neurons removed: `pruned` in config.json says what is left.
+CODE = '''"""$model with some of its heads or neurons removed: `pruned` in config.json says what is left.
 
 Written by PruningAndFineTuningColab. Needs torch and transformers, nothing else.
 """
@@ -1916,7 +1875,7 @@ import transformers
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 
-class PrunedConfig(transformers.{config}):
+class PrunedConfig(transformers.$config):
     """The family's, but for its name in config.json: so whoever allows no code is told that it is needed."""
 
     _auto_class = "AutoConfig"  # so that save_pretrained takes this file along
@@ -1924,10 +1883,10 @@ class PrunedConfig(transformers.{config}):
     @classmethod
     def get_config_dict(cls, *place, **options):
         words, rest = super().get_config_dict(*place, **options)
-        return words | {"model_type": "{kind}"}, rest
+        return words | {"model_type": "$kind"}, rest
 
     def to_diff_dict(self):
-        return super().to_diff_dict() | {"model_type": "pruned_{kind}"}
+        return super().to_diff_dict() | {"model_type": "pruned_$kind"}
 
 
 class Pruned:
@@ -1946,11 +1905,11 @@ class Pruned:
             add_hooks(module)
 
 
-for auto, name in {classes}.items():
+for auto, name in $classes.items():
     words = {"_auto_class": auto, "config_class": PrunedConfig, "__module__": __name__}
     globals()[f"Pruned{name}"] = type(f"Pruned{name}", (Pruned, getattr(transformers, name)), words)
     # Some weights have another name in files than in models: the same ones as in the class that it derives from.
-    if renamed := get_checkpoint_conversion_mapping(name) or get_checkpoint_conversion_mapping("{kind}"):
+    if renamed := get_checkpoint_conversion_mapping(name) or get_checkpoint_conversion_mapping("$kind"):
         register_checkpoint_conversion_mapping(f"Pruned{name}", renamed, overwrite=True)
 
 '''
@@ -1982,11 +1941,9 @@ def save_config(small, folder: Path, dtype: torch.dtype) -> None:
         config.pruned, config.architectures = differences(small), [f"Pruned{name}"]
         config.auto_map = {auto: f"modeling_pruned.Pruned{name}" for auto, name in classes.items()}
         config.auto_map["AutoConfig"] = "modeling_pruned.PrunedConfig"
-        code = CODE + HOOKS.lstrip()
-        for word, value in (("{model}", name), ("{kind}", config.model_type), ("{config}", type(config).__name__),
-                            ("{classes}", repr(classes))):
-            code = code.replace(word, value)
-        (folder / "modeling_pruned.py").write_text(code, encoding="utf-8")
+        code = string.Template(CODE).substitute(
+            model=name, kind=config.model_type, config=type(config).__name__, classes=classes)
+        (folder / "modeling_pruned.py").write_text(code + HOOKS.lstrip(), encoding="utf-8")
     config.dtype = dtype
     config.save_pretrained(folder)
     if hasattr(config, "pruned"):
@@ -1995,11 +1952,8 @@ def save_config(small, folder: Path, dtype: torch.dtype) -> None:
 
 def save_compact(small, tokenizer, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Saves a compact model for from_pretrained: natively where that is possible, else with modeling_pruned.py."""
-    small = move(copy.deepcopy(small), "cpu").to(dtype)
-    config = copy.deepcopy(small.config)  # (saving makes a text of its dtype)
-    small.save_pretrained(folder)
+    move(copy.deepcopy(small), "cpu").to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    small.config = config
     save_config(small, folder, dtype)
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -2044,7 +1998,7 @@ def written_logits(model) -> torch.Tensor:
     return torch.stack(output.logits).float()
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title What comes into a layer, and what goes out
+# @title What comes into a layer, what goes out, and what it is called with
 def maps_in(output, heads: int) -> torch.Tensor | None:
     """Attention weights (batch, heads, time, time) among what an attention module returns, or None."""
     others = output[1:] if isinstance(output, (tuple, list)) else []
@@ -2057,28 +2011,21 @@ def watch_layer(layer: Units, seen: dict):
     "in" and "out", the stream before and after the layer; "heads", the output projection's input; "attention" and
     "mlp", what they add to it, all (batch, time, width); "maps" (batch, heads, time, time) where they are built.
     """
-    def keep(name):
-        def hook(module, args, output):
-            seen[name] = first_of(output).clone()  # Falcon goes on adding to it
-        return hook
-
-    def keep_maps(attention, args, output):
-        seen["maps"] = maps_in(output, layer.number)
+    def keep(name, module, args, output):
+        seen[name] = first_of(output).clone()  # Falcon goes on adding to it
 
     def enter(block, args, kwargs):
         seen["in"] = args[0] if args else kwargs["hidden_states"]
 
     yield layer.block.register_forward_pre_hook(enter, with_kwargs=True)
     yield layer.projection.register_forward_pre_hook(lambda projection, args: seen.update(heads=args[0]))
-    yield layer.projection.register_forward_hook(keep("attention"))
-    yield layer.module.register_forward_hook(keep_maps)
+    yield layer.projection.register_forward_hook(functools.partial(keep, "attention"))
+    yield layer.module.register_forward_hook(lambda _, args, output: seen.update(maps=maps_in(output, layer.number)))
     if find_mlp_output(layer) is not None:
         yield find_mlp_output(layer).register_forward_pre_hook(lambda projection, args: seen.update(neurons=args[0]))
-        yield find_mlp_output(layer).register_forward_hook(keep("mlp"))
-    yield layer.block.register_forward_hook(keep("out"))
+        yield find_mlp_output(layer).register_forward_hook(functools.partial(keep, "mlp"))
+    yield layer.block.register_forward_hook(functools.partial(keep, "out"))
 
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Layers, run one by one
 def stack_of(model) -> torch.nn.ModuleList:
     """All layers of a model, also those without heads."""
     return model.get_submodule(re.match(r"(.*?)\.\d+\.", find_heads(model)[0].path)[1])
@@ -2101,26 +2048,20 @@ def layer_calls(model, batches) -> tuple[list, list]:
                 raise FarEnough
         calls.append((args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}))
 
-    with hooks(block.register_forward_pre_hook(note, with_kwargs=True) for block in stack), autocast(model.device):
+    with hooks(block.register_forward_pre_hook(note, with_kwargs=True) for block in stack), number_format(model.device):
         for batch in batches:
             with contextlib.suppress(FarEnough):
                 model.eval().base_model(batch.to(model.device), use_cache=False)
     return inputs, calls
 
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title A layer, run by itself, and whether all of them can be refitted
 @torch.no_grad()
 def run_layer(block, call: tuple, stream: torch.Tensor) -> torch.Tensor:
     """What comes out of a layer, called as layer_calls() has seen it, for a stream (batch, time, hidden)."""
     device = next(block.parameters()).device
-    with autocast(device):
+    with number_format(device):
         return first_of(block(stream.to(device), *call[0], **call[1]))
-
-def cast_once(layer: Units):
-    """Context in which a layer's weights are cast to COMPUTING.dtype once, for all texts; they may not change in it."""
-    return autocast(layer.projection.weight.device)
-
-def in_float32(device: torch.device):
-    """Context in which products are computed in float32, also within autocast()."""
-    return torch.autocast(device.type, enabled=False)
 
 def seen_in(layer: Units, call: tuple, stream: torch.Tensor, wanted=("out",)) -> dict[str, torch.Tensor]:
     """What watch_layer() notes while a layer runs on a stream (batch, time, hidden), until it has what is wanted."""
@@ -2137,8 +2078,6 @@ def seen_in(layer: Units, call: tuple, stream: torch.Tensor, wanted=("out",)) ->
         seen["mlp"] = seen.get("mlp", torch.zeros_like(seen["out"])).view_as(seen["out"])
     return seen
 
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Whether its layers can be refitted
 @torch.no_grad()
 def why_not_repair(model) -> str:
     """Why a model's layers cannot be refitted one by one (section 11), or "": it is tried on two short texts."""
@@ -2154,7 +2093,7 @@ def why_not_repair(model) -> str:
                 return f"{units[block].path} does not write into one stream"
             stream = run_layer(block, call, stream)
         last = stack_of(model)[-1].register_forward_hook(lambda *args: ends.append(first_of(args[-1])))
-        with hooks([last]), autocast(model.device):
+        with hooks([last]), number_format(model.device):
             model.base_model(texts[1], use_cache=False)
     except Exception as error:  # code that is not made for it breaks in many ways; the sentence says how
         return f"its layers cannot be run one by one ({first_sentence(error)})"
@@ -2192,14 +2131,13 @@ def why_not_compact(model) -> str:
     """Why units of a gated model cannot be cut out, or "" where they can; tried once, and then known."""
     prunes = getattr(model, "prunes", "heads")
     if getattr(model, "tried", "") != prunes:
-        plain = move(copy.deepcopy(model), "cpu") if model.device.type == "xla" else model
         gates = torch.rand(get_gates(model).shape, generator=torch.Generator().manual_seed(0)).gt(0.5).float()
         gates[:, 0], gates[:, 1:2] = 1, 0
         gates[0, : len(gates[0]) if len(gates) > 1 else 0] = 1  # it loses less than others, so code has to travel
         gates[0, number_of_heads(model) - 1] = 0.5
         model.tried, model.not_compact = prunes, "its class brings its own code"
         if type(model).__module__.startswith("transformers.models."):
-            model.not_compact = try_compact(plain, gates)
+            model.not_compact = try_compact(that_writes(model), gates)
     return model.not_compact
 
 def can_compact(model) -> bool:
@@ -2221,12 +2159,10 @@ def own_weights(units: Units) -> list[torch.Tensor]:
 def unit_costs(model) -> torch.Tensor:
     """Parameters (layers, units) that go with each unit: a head's with its share of shared keys and values."""
     def cost(units):
-        if units.kind == "heads":
-            parts = [part for part in units.module.modules() if isinstance(part, (torch.nn.Linear, Conv1D))]
-            return sum(part.weight.numel() for part in parts) / units.number
-        return sum(weight[0].numel() for weight in [*own_weights(units), units.output_weight])
+        parts = [part for part in units.module.children() if isinstance(part, (torch.nn.Linear, Conv1D))]
+        return sum(part.weight.numel() for part in parts) / units.number
 
-    return torch.stack([torch.cat([torch.full((units.number,), float(cost(units))) for units in layer])
+    return torch.stack([torch.cat([torch.full((units.number,), cost(units)) for units in layer])
                         for layer in find_units(model)])
 
 def relative_costs(model) -> torch.Tensor:
@@ -2289,9 +2225,8 @@ def check_uniform(model, settings: Settings) -> None:
 
     def fits(level):
         gates = close_alike(scores, level, layout)
-        heads, neurons = gates[0].split([layout.heads, len(gates[0]) - layout.heads])
-        enough = (not groups or heads.sum() >= settings.min_heads) and (not chunks or neurons.any())
-        return enough and not (level and gates.all()) and native_config(cut(without_weights(model), gates, False))
+        enough = not groups or gates[0, : layout.heads].sum() >= settings.min_heads
+        return enough and not (level and gates.all()) and native_config(cut(without_weights(model), gates))
 
     if not can_compact(model):
         raise UserError(f"uniform is on, but nothing can be cut out, because {why_not_compact(model)}: leave it off.")
@@ -2364,8 +2299,8 @@ def check_reach(model, settings: Settings) -> None:
     neurons = len(costs[0]) - layout.heads
     spare = len(costs) * (max(layout.heads - settings.min_heads, 0) * layout.head_cost
                           + max(neurons - layout.chunk, 0) * layout.neuron_cost)
-    step = layout.head_cost if layout.heads else layout.neuron_cost * layout.chunk
-    if settings.pruning_level * costs.sum().item() > spare + step / 2:
+    unit = layout.head_cost if layout.heads else layout.neuron_cost
+    if settings.pruning_level * costs.sum().item() > spare + unit / 2:
         raise UserError(f"pruning_level is {settings.pruning_level:g} with min_heads {settings.min_heads}, but at most "
                         f"{spare / costs.sum().item():.2f} can be closed so: lower one of the two.")
 
@@ -2529,9 +2464,7 @@ class Random:
 
     def score(self, model, blocks=None) -> torch.Tensor:
         """Importance (layers, units)."""
-        layers = find_units(model)
-        number = sum(units.number for units in layers[0])
-        return torch.rand(len(layers), number, generator=torch.Generator().manual_seed(self.seed))
+        return torch.rand(get_gates(model).shape, generator=torch.Generator().manual_seed(self.seed))
 
 if __name__ == "__main__":
     print("the first layer's first eight units, at random:", Random().score(model)[0][:8].numpy().round(2))
@@ -2548,11 +2481,8 @@ class Magnitude:
         """Importance (layers, heads). Raises UserError where a family keeps its weights in an unknown way."""
         scores = []
         for layer in find_units(model):
-            try:
+            with saying_cannot_be_used("strategy 'magnitude'", "take another strategy"):
                 own = [[*own_weights(units), units.output_weight] for units in layer]
-            except ValueError as error:
-                raise UserError(f"strategy 'magnitude' cannot find the weights of a head ({error}): take another "
-                                "strategy.") from None
             scores.append(torch.cat([sum(weight.float().flatten(1).square().sum(1) for weight in weights).sqrt().cpu()
                                      for weights in own]))
         return torch.stack(scores) / relative_costs(model)
@@ -2593,15 +2523,11 @@ if __name__ == "__main__":
 def eager_attention(model):
     """Within it the model hands out its attention weights, which the fast kernels never build."""
     # Not set_attn_implementation(): it refuses families that read this attribute themselves, such as Falcon.
-    config, names = model.config, ("_attn_implementation", "_experts_implementation")
-    before = {name: getattr(config, name) for name in names if getattr(config, name, None)}
-    for name in before:
-        setattr(config, name, "eager")
+    before, model.config._attn_implementation = model.config._attn_implementation, "eager"
     try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(config, name, value)
+        model.config._attn_implementation = before
 
 def head_norms(layer: Units, heads: torch.Tensor) -> torch.Tensor:
     """Norms of what each head writes, (batch, heads, time), from the output projection's input (batch, time, width)."""
@@ -2661,14 +2587,21 @@ class Entropy:
 # %%
 SCALE = 1024.0  # lifts small gradients into the range of float16; a power of two, so that nothing else changes
 
+def cut_shorter(blocks: torch.Tensor, longest: int = 128) -> torch.Tensor:
+    """Blocks (n, time) cut into equal parts of at most `longest` tokens: (more, shorter time)."""
+    parts = math.ceil(blocks.shape[1] / longest)
+    length = blocks.shape[1] // parts
+    return blocks[:, : parts * length].reshape(-1, length)
+
 @dataclasses.dataclass
 class Gradient:
-    """Mean over blocks of |d loss / d gate|; `squared=True` is the mean square instead (Fisher)."""
+    """Mean over short texts of |d loss / d gate|; `squared=True` is the mean square instead (Fisher)."""
 
     squared: bool = False
 
     def score(self, model, blocks: torch.Tensor) -> torch.Tensor:
         """Importance (layers, heads) on blocks (n, time), at the gates that the model has."""
+        texts = cut_shorter(blocks)  # the gradients of a long text's tokens would cancel out
         with movable_gates(model) as substitute:
             gates = get_gates(model).to(model.device)
 
@@ -2679,7 +2612,7 @@ class Gradient:
                 (slope,) = torch.autograd.grad(SCALE * loss, own)  # no block's gate moves another block's loss
                 return slope[:, :, 0].transpose(0, 1) / SCALE  # (batch, layers, heads)
 
-            slopes = over_blocks(model, blocks, per_block, "scoring by gradient", backward=True)
+            slopes = over_blocks(model, texts, per_block, "scoring by gradient", backward=True)
         return (slopes.square() if self.squared else slopes.abs()).mean(0).cpu() / relative_costs(model)
 # %% [markdown]
 # **Learned** trains the gates themselves, with all weights frozen, so that they keep the predictions of
@@ -2716,12 +2649,6 @@ def soft_gates(scores: torch.Tensor, budget: float, temperature: float, costs: t
     slope = costs * slope * (1 - slope)
     moves = (slope * scores.flatten(-2)).sum(-1, keepdim=True) / slope.sum(-1, keepdim=True).clamp_min(1e-12)
     return torch.sigmoid((scores.flatten(-2) - low - (moves - moves.detach())) / temperature).view_as(scores)
-
-def cut_shorter(blocks: torch.Tensor, longest: int = 128) -> torch.Tensor:
-    """Blocks (n, time) cut into equal parts of at most `longest` tokens: (more, shorter time)."""
-    parts = math.ceil(blocks.shape[1] / longest)
-    length = blocks.shape[1] // parts
-    return blocks[:, : parts * length].reshape(-1, length)
 
 if __name__ == "__main__":
     print("scores 2, 1, 0, -1, of which two may be open; gates while the temperature falls:",
@@ -2769,10 +2696,6 @@ class Learned:
                 for part, slope in zip(learned, torch.autograd.grad(gates, learned, slopes / len(chosen))):
                     part.grad = slope
                 optimizer.step()
-                look = step % 24 == 23 or step + 1 == self.steps  # not in every step: to look is to wait
-                if look and not learned[0].isfinite().all():
-                    raise RunError(f"the gates are not finite after step {step + 1} of {self.steps}: take --precision "
-                                   "fp32, or another strategy.")
         return (torch.cat([own, start[:, heads:] + moved], dim=1).detach().cpu() * spread + middle).exp()
 
     def slope(self, model, substitute, batch: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
@@ -2784,7 +2707,7 @@ class Learned:
         loss = divergence(model(batch, use_cache=False).logits, wanted).sum()
         return torch.autograd.grad(SCALE * loss, gates)[0] / SCALE
 # %% [markdown]
-# All strategies by name, and the one that you chose, applied to validation text:
+# All strategies by name, and the one that you chose, applied to training text:
 # %%
 STRATEGIES = {"learned": Learned, "fisher": functools.partial(Gradient, squared=True), "gradient": Gradient,
               "entropy": Entropy, "magnitude": Magnitude, "random": Random,
@@ -2814,11 +2737,10 @@ def scores_of(run: Run, model, blocks: torch.Tensor, settings: Settings) -> torc
                           lambda: get_strategy(settings.strategy, **options).score(model, blocks))
 
 if __name__ == "__main__":
-    calibration = blocks["validation"][: settings.calibration_blocks]
+    calibration = evenly_spaced(blocks["train"], settings.calibration_blocks)
     with run.step("importance"):
         importance = scores_of(run, model, calibration, settings)
-    run.metrics["importance"] = heads_part(model, importance).tolist()
-    print(f"{settings.strategy}, on {len(calibration)} blocks of validation text; the first layer's first units:")
+    print(f"{settings.strategy}, on {len(calibration)} blocks of training text; the first layer's first units:")
     print(importance[0][:8])
 # %% [markdown]
 # <a name="9.-Prune"></a>
@@ -2898,7 +2820,7 @@ def predict_cost(model, gates: torch.Tensor, tokens: int) -> dict[str, float]:
     """
     empty = without_weights(model)
     outputs = [layer.projection for layer in find_heads(empty)]
-    small = cut(empty, gates, fold=False) if can_compact(model) else empty
+    small = cut(empty, gates) if can_compact(model) else empty
     width = sum(inputs_first(output).shape[0] for output in outputs)
     products = sum(m.weight.numel() for m in small.modules() if isinstance(m, (torch.nn.Linear, Conv1D)))
     return {"parameters": small.num_parameters(), "flops_per_token": 2 * products + 4 * tokens * width}
@@ -2931,58 +2853,48 @@ def words_for_closed(metrics: dict) -> str:
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title The picture of what was closed
-def plot_heads(axes, importance: torch.Tensor, gates: torch.Tensor) -> None:
-    """Heat map of (layers, heads), layers from left to right: colour is the rank of importance, × a closed gate."""
-    layers, heads = importance.shape
-    shades = (ranks(importance).T / max(importance.numel() - 1, 1)).numpy()
-    image = axes.imshow(shades, cmap="cividis", aspect="auto", vmin=0, vmax=1)
-    axes.scatter(*(gates == 0).nonzero(as_tuple=True), marker="x", color="white", s=26, linewidths=1.6)
-    axes.set(xlabel="layer", ylabel="head (×: closed)", xticks=range(0, layers, math.ceil(layers / 20)),
-             yticks=range(0, heads, math.ceil(heads / 16)))
-    bar = axes.figure.colorbar(image, ax=axes, label="importance (rank)", ticks=[0, 1], pad=0.01)
-    bar.ax.set_yticklabels(["least", "most"])
-
-def plot_neurons(axes, neurons: dict) -> None:
-    """How many neurons each layer has left, beside how many it had."""
-    left, layers = neurons["open_per_layer"], len(neurons["open_per_layer"])
-    axes.bar(range(layers), left, color="#009E73")
-    axes.axhline(neurons["total"] / layers, color="#999999", linestyle="--", linewidth=1)
-    axes.set(xlabel="layer", ylabel="neurons left", xlim=(-0.5, layers - 0.5),
-             xticks=range(0, layers, math.ceil(layers / 20)))
-
 def draw_units(run: Run, model, importance: torch.Tensor) -> Figure:
-    """The heads of importance (layers, units) as a heat map, and the neurons that are left; the title says the cost."""
-    gates, perplexities, neurons = get_gates(model), run.metrics["perplexity"], run.metrics["neurons"]
-    layers, heads = heads_part(model, gates).shape
+    """Heads of importance (layers, units), coloured by rank, × a closed one; neurons left; the title says the cost."""
+    perplexities, neurons = run.metrics["perplexity"], run.metrics["neurons"]
+    scores, gates = (heads_part(model, table) for table in (importance, get_gates(model)))
+    layers, heads = gates.shape
     drawn = [name for name, there in (("heads", number_of_heads(model)), ("neurons", neurons)) if there]
     height = max(2.6, 0.24 * heads + 1.2) * ("heads" in drawn) + 2 * ("neurons" in drawn)
     figure = new_figure(max(5, 0.3 * layers + 2), height)
     for axes, name in zip(figure.subplots(len(drawn), squeeze=False)[:, 0], drawn):
         if name == "heads":
-            plot_heads(axes, heads_part(model, importance), heads_part(model, gates))
+            shades = (ranks(scores).T / max(scores.numel() - 1, 1)).numpy()
+            image = axes.imshow(shades, cmap="cividis", aspect="auto", vmin=0, vmax=1)
+            axes.scatter(*(gates == 0).nonzero(as_tuple=True), marker="x", color="white", s=26, linewidths=1.6)
+            axes.set(ylabel="head (×: closed)", yticks=range(0, heads, math.ceil(heads / 16)))
+            bar = figure.colorbar(image, ax=axes, label="importance (rank)", ticks=[0, 1], pad=0.01)
+            bar.ax.set_yticklabels(["least", "most"])
         else:
-            plot_neurons(axes, neurons)
+            axes.bar(range(layers), neurons["open_per_layer"], color="#009E73")
+            axes.axhline(neurons["total"] / layers, color="#999999", linestyle="--", linewidth=1)
+            axes.set(ylabel="neurons left", xlim=(-0.5, layers - 0.5))
+        axes.set(xlabel="layer", xticks=range(0, layers, math.ceil(layers / 20)))
     figure.axes[0].set_title(f"{words_for_closed(run.metrics)} closed by {run.metrics['settings']['strategy']}: "
                              f"perplexity {perplexities['dense']:.1f} → {perplexities['pruned']:.1f}")
     return figure
 
-def close_units(run: Run, model, tokenizer, gates: torch.Tensor, blocks: torch.Tensor, by_hand: int = 0) -> None:
-    """Sets a model's gates (layers, units), of which some were set by hand, and measures it on blocks (n, time)."""
+def close_units(run: Run, model, tokenizer, gates: torch.Tensor, scores: torch.Tensor, blocks: torch.Tensor) -> None:
+    """Sets gates, chosen by scores, both (layers, units); measures the model on blocks (n, time), and draws it."""
     set_gates(model, gates)
-    run.metrics |= describe_units(model, gates) | {"by_hand": by_hand}
+    run.metrics |= describe_units(model, gates) | {"importance": heads_part(model, scores).tolist(), "by_hand": 0}
     measure(run, "pruned", model, tokenizer, blocks)
     for kind in ("heads", "neurons"):
         if run.metrics[kind] and run.metrics[kind]["closed"]:
             print(f"{kind} left, layer by layer: {' '.join(map(str, run.metrics[kind]['open_per_layer']))}")
     if can_compact(model):
         print(f"when that is cut out: {words_for_size(model, gates, blocks.shape[1])}")
+    run.show(draw_units(run, model, scores), "heads.png")
 
 # %%
 if __name__ == "__main__":
     run.settings = settings
     pruned = model  # until it is repaired
-    close_units(run, model, tokenizer, gates_for(model, importance, settings), test_blocks)
-    run.show(draw_units(run, model, importance), "heads.png")
+    close_units(run, model, tokenizer, gates_for(model, importance, settings), importance, test_blocks)
 
 # %% [markdown]
 # <a name="10.-Explore"></a>
@@ -3033,11 +2945,11 @@ class ExplorerPanel:
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title The explorer: what its controls do
 class Explorer(ExplorerPanel):
-    """`take` gets what *Take it* hands over, and returns a perplexity; `validation` are blocks (n, time)."""
-    def __init__(self, model, tokenizer, validation: torch.Tensor, settings: Settings, importance: torch.Tensor, take):
+    """`take` gets what *Take it* hands over, and returns a perplexity; blocks and importance as in show_explorer()."""
+    def __init__(self, model, tokenizer, blocks: dict, settings: Settings, importance: torch.Tensor, take):
         self.model, self.settings, self.importance = sharing_copy(model), settings, {settings.strategy: importance}
         self.gates, self.chosen, self.heads = get_gates(model), get_gates(model), number_of_heads(model)
-        self.tokenizer, self.validation, self.take = tokenizer, validation, take
+        self.tokenizer, self.blocks, self.take = tokenizer, blocks, take
         super().__init__(settings, len(importance), self.heads)
         for control in (self.strategy, self.level):
             control.observe(lambda _: self.do(self.choose), "value")
@@ -3068,7 +2980,7 @@ class Explorer(ExplorerPanel):
             print(f"Scoring with {name}, once.")
             with all_open(self.model):
                 self.importance[name] = get_strategy(name, **options_for(settings)).score(
-                    self.model, self.validation[: settings.calibration_blocks])
+                    self.model, evenly_spaced(self.blocks["train"], settings.calibration_blocks))
         self.chosen, self.settings = gates_for(self.model, self.importance[name], settings), settings
         self.gates = self.chosen.clone()
         self.refresh()
@@ -3081,7 +2993,7 @@ class Explorer(ExplorerPanel):
         return [dense, look(self.model)]
 
     def measure(self) -> str:
-        dense, shown = self.both(lambda model: perplexity(model, self.validation[:16]))
+        dense, shown = self.both(lambda model: perplexity(model, self.blocks["validation"][:16]))
         return f"Validation perplexity: dense {dense:.2f}, shown {shown:.2f}, before repair and fine-tuning."
 
     def write(self) -> str:
@@ -3097,16 +3009,13 @@ def show_explorer(run: Run, model, tokenizer, blocks: dict[str, torch.Tensor], i
     """The Explorer, in a notebook and where heads are pruned; blocks are (n, time), importance is (layers, units)."""
     def take(gates, scores, strategy, level, by_hand):
         run.settings = dataclasses.replace(run.settings, strategy=strategy, pruning_level=level)
-        run.metrics["importance"] = heads_part(model, scores).tolist()
-        close_units(run, model, tokenizer, gates, blocks["test"][: run.settings.eval_blocks or None], by_hand)
-        run.show(draw_units(run, model, scores), "heads.png")
+        close_units(run, model, tokenizer, gates, scores, blocks["test"][: run.settings.eval_blocks or None])
+        run.metrics["by_hand"] = by_hand
         return run.metrics["perplexity"]["pruned"]
 
     if in_notebook() and number_of_heads(model):
-        from IPython.display import display
-
         widgets.Widget.close_all()  # else an earlier explorer keeps its model for as long as the kernel lives
-        display(Explorer(model, tokenizer, blocks["validation"], run.settings, importance, take).box)
+        display(Explorer(model, tokenizer, blocks, run.settings, importance, take).box)
 
 if __name__ == "__main__":
     show_explorer(run, model, tokenizer, blocks, importance)
@@ -3205,7 +3114,7 @@ class LeastSquares:
         if self.projection.bias is not None:
             x = torch.cat([x, torch.ones_like(x[..., :1])], -1)  # a last input that is always 1
         sizes = [y.shape[1] - y.shape[1] // 4, y.shape[1] // 4]
-        with in_float32(x.device):
+        with number_format(x.device, torch.float32):
             for sums, own, wanted in zip(self.sums, x.split(sizes, 1), y.split(sizes, 1)):
                 own, wanted = own.flatten(0, 1), wanted.flatten(0, 1)
                 sums[:] = sums[0] + (own.T @ own).cpu().double(), sums[1] + (own.T @ wanted).cpu().double()
@@ -3245,7 +3154,7 @@ class LeastSquares:
 def refit_layer(original: Units, layer: Units, call: tuple, dense: list, pruned: list) -> None:
     """Refits a layer, and moves both streams (lists of (batch, time, hidden)) from its inputs to its outputs."""
     heads, output, targets = LeastSquares(layer.projection), find_mlp_output(layer), []
-    with cast_once(layer):
+    with number_format(layer.projection.weight.device):
         for number, stream in enumerate(dense):
             seen, own = seen_in(original, call, stream), seen_in(layer, call, pruned[number], ("in", "heads"))
             middle, end = seen["in"].float() + seen["attention"], seen["out"].float()
@@ -3259,13 +3168,13 @@ def refit_layer(original: Units, layer: Units, call: tuple, dense: list, pruned:
         heads.solve(layer.path)
     if output is not None:
         neurons = LeastSquares(output)
-        with cast_once(layer):
+        with number_format(layer.projection.weight.device):
             for (_, end), stream in zip(targets, pruned):
                 own = seen_in(layer, call, stream, ("in", "attention", "neurons"))
                 middle = own["in"].float() + own["attention"] if adds_up else 0
                 neurons.add(own["neurons"], end.to(own["neurons"].device) - middle)
         neurons.solve(f"the MLP beside {layer.path}")
-    with cast_once(layer):
+    with number_format(layer.projection.weight.device):
         pruned[:] = [run_layer(layer.block, call, stream).cpu() for stream in pruned]
 
 # %%
@@ -3314,7 +3223,7 @@ def repaired(run: Run, model, tokenizer, text: torch.Tensor, test_blocks: torch.
 
     with run.step("repair"):
         fixed = with_own_outputs(model)
-        put_weights(fixed, run.cached("repair", (model, text, RIDGES), compute))
+        fixed.load_state_dict(run.cached("repair", (model, text, RIDGES), compute), strict=False)
     measure(run, "repaired", fixed, tokenizer, test_blocks)
     return fixed
 
@@ -3464,8 +3373,7 @@ def prune_as_far(run: Run, model, tokenizer, importance: torch.Tensor, blocks: d
     run.settings = dataclasses.replace(run.settings, pruning_level=found["found"])
     start = dense_point(model, seen.shape[1], dense)
     run.show(draw_points(found["points"], start, run.settings.max_loss), "level.png", width=1000)
-    close_units(run, model, tokenizer, gates_for(model, importance, run.settings), tested)
-    run.show(draw_units(run, model, importance), "heads.png")
+    close_units(run, model, tokenizer, gates_for(model, importance, run.settings), importance, tested)
     return repaired(run, model, tokenizer, text, tested)
 
 # %%
@@ -3514,7 +3422,7 @@ def tokens_per_second(models: dict, batch: torch.Tensor, training: bool = False,
     for _ in range(rounds + 1):
         for name, model in models.items():
             ids, start = batch.to(model.device), time.perf_counter()
-            with torch.set_grad_enabled(training), autocast(model.device):
+            with torch.set_grad_enabled(training), number_format(model.device):
                 output = model.train(training)(ids, use_cache=False)
             if training:
                 nll(output.logits, ids).mean().backward()
@@ -3611,7 +3519,7 @@ def fine_tune_pruned(run: Run, model, pruned, blocks: dict[str, torch.Tensor]):
         if settings.reopen_heads:
             half = dataclasses.replace(settings, max_steps=max(1, settings.max_steps // 2))
             pruned = fine_tuned(run, "first_half", copy.deepcopy(pruned), blocks, half, model)
-            reopen_heads(run, pruned, blocks["validation"][: settings.calibration_blocks])
+            reopen_heads(run, pruned, evenly_spaced(blocks["train"], settings.calibration_blocks))
             rest, seed = max(1, settings.max_steps - half.max_steps), (settings.seed + 1) % 2**32  # for other blocks
             settings = dataclasses.replace(settings, max_steps=rest, seed=seed)
         start = compact(pruned) if can_compact(model) else copy.deepcopy(pruned)
@@ -3623,9 +3531,9 @@ def fine_tune_pruned(run: Run, model, pruned, blocks: dict[str, torch.Tensor]):
 # @title Adapters (LoRA), for models whose weights do not all fit into memory with what training needs
 LORA = {"rank": 32, "rate": 10}  # and their learning rate, as so many times the setting
 
-def add_adapters(model, seed: int) -> None:
+def add_adapters(model, seed: int):
     """Freezes a model and adds to each of its linear layers W a product BA of low rank (Hu et al. 2021, arXiv
-    2106.09685), in float32; but not where gates stand in front, which would not reach it."""
+    2106.09685), in float32; but not where gates stand in front, which would not reach it. Returns peft's model."""
     import peft  # takes seconds
 
     torch.manual_seed(seed)
@@ -3634,30 +3542,17 @@ def add_adapters(model, seed: int) -> None:
              and part is not head and not hasattr(part, "gates")]
     turned = any(isinstance(model.get_submodule(path), Conv1D) for path in paths)  # its weight is (inputs, outputs)
     config = peft.LoraConfig(r=LORA["rank"], lora_alpha=LORA["rank"], target_modules=paths, fan_in_fan_out=turned)
-    peft.inject_adapter_in_model(config, model)
-    for parameter in trained(model).values():
-        parameter.data = parameter.data.float()
-
-@torch.no_grad()
-def merge_adapters(model) -> None:
-    """Adds what adapters have learned to the weights, the sums in float32, and takes the adapters away."""
-    from peft.tuners.lora import LoraLayer
-
-    for path, part in list(model.named_modules()):
-        if isinstance(part, LoraLayer):
-            base = part.get_base_layer()
-            base.weight.copy_(base.weight.float() + part.get_delta_weight("default").float())
-            model.set_submodule(path, base)
-    model.requires_grad_(True)
+    return peft.get_peft_model(model, config)
 
 def train_all_or_adapters(run: Run, name: str, model, blocks: dict, settings: Settings, teacher=None) -> dict:
     """train() on blocks (n, time), of all weights, or of adapters, merged at the end; its record."""
     if settings.train != "lora":
         return train(run, name, model, blocks, settings, teacher)
-    add_adapters(model, settings.seed)
+    adapted = add_adapters(model, settings.seed)
     settings = dataclasses.replace(settings, learning_rate=settings.learning_rate * LORA["rate"])
     record = train(run, name, model, blocks, settings, teacher)
-    merge_adapters(model)
+    adapted.merge_and_unload()  # in place; every sum in float32, as the adapters are
+    model.requires_grad_(True)
     return record
 
 @contextlib.contextmanager
@@ -3682,7 +3577,7 @@ def fine_tuned(run: Run, name: str, model, blocks: dict[str, torch.Tensor], sett
 
     depends = (model, blocks["train"], blocks["validation"][:16], training_options(settings))
     weights, run.metrics["training"][name] = run.cached(name, depends, compute)
-    put_weights(model, weights)
+    model.load_state_dict(weights, strict=False)
     for file in run.state.glob(f"training-{name}-*"):
         file.unlink()
     return model.eval()
@@ -3690,8 +3585,7 @@ def fine_tuned(run: Run, name: str, model, blocks: dict[str, torch.Tensor], sett
 def reopen_heads(run: Run, pruned, calibration: torch.Tensor) -> None:
     """Scores a gated model again on blocks (n, time), all open, and closes what is least important now."""
     before = get_gates(pruned)
-    with all_open(pruned):
-        importance = scores_of(run, pruned, calibration, run.settings)
+    importance = scores_of(run, pruned, calibration, run.settings)
     set_gates(pruned, gates_for(pruned, importance, run.settings))
     came_back = ((before == 0) & (get_gates(pruned) != 0)).nonzero().tolist()
     now = describe_units(pruned, get_gates(pruned))["heads"]
@@ -3826,8 +3720,6 @@ def talk_box(models: dict, tokenizer, prompt: str, new_tokens: int = 100) -> wid
 def show_talk(run: Run, model, pruned, tuned, tokenizer) -> None:
     """talk_box(), in a notebook: the dense model, the pruned one, repaired if it was, and the fine-tuned one."""
     if in_notebook():
-        from IPython.display import display
-
         models = {"dense": remove_gates(sharing_copy(model)), "pruned": pruned, "pruned + fine-tuned": tuned}
         display(talk_box({name: that_writes(each) for name, each in models.items()}, tokenizer, run.settings.prompt))
 
@@ -3842,8 +3734,7 @@ if __name__ == "__main__":
 # configuration, tokenizer, a model card, and `modeling_pruned.py`, eighty lines that give the family's own model the
 # shapes which the configuration lists. Where all layers have lost the same share and the family's own
 # configuration can say so (`uniform`), no code is needed: the folder is an ordinary, smaller checkpoint.
-
-# %% [markdown]
+#
 # Some tools allow no code at all. For them there is the **zeroed** form, the full-sized model with the
 # gates multiplied into its output projections: it opens without code and has the same logits. What the gates
 # erased is kept beside it, so that `load_gated` can open any head again.
@@ -3857,7 +3748,7 @@ def expand(small, model):
     for parameter in places.parameters():  # every number says where it stands, and is then cut with the rest
         numbers = torch.arange(parameter.numel(), dtype=torch.int32, device=parameter.device)
         parameter.requires_grad_(False).data = numbers.view_as(parameter)
-    for name, place in cut(places, small.kept, fold=False).named_parameters():
+    for name, place in cut(places, small.kept).named_parameters():
         full.get_parameter(name).view(-1)[place.flatten().long()] = weights[name].flatten()
     set_gates(full, small.kept)
     return full
@@ -3964,18 +3855,15 @@ def write_tokenizer(writer, tokenizer, source: str, vocabulary: int) -> None:
                 kinds = field.types
                 writer.add_key_value(name, field.contents(), kinds[0], kinds[-1] if len(kinds) > 1 else None)
         return
-    added, words = tokenizer.added_tokens_decoder, {number: word for word, number in tokenizer.get_vocab().items()}
-    tokens, kinds = [], []
-    for number in range(vocabulary):  # a model may have room for more than its tokenizer knows
-        tokens.append(words.get(number, f"[PAD{number}]"))
-        kind = "NORMAL" if number in words else "UNUSED"
-        if number in added:
-            kind = "CONTROL" if added[number].special else "USER_DEFINED"
-        kinds.append(gguf.TokenType[kind])
+    words = {number: word for word, number in tokenizer.get_vocab().items()}
+    kinds = dict.fromkeys(words, gguf.TokenType.NORMAL)
+    for number, token in tokenizer.added_tokens_decoder.items():
+        kinds[number] = gguf.TokenType.CONTROL if token.special else gguf.TokenType.USER_DEFINED
+    room = range(vocabulary)  # a model may have room for more than its tokenizer knows
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer_name(tokenizer))
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
+    writer.add_token_list([words.get(number, f"[PAD{number}]") for number in room])
+    writer.add_token_types([kinds.get(number, gguf.TokenType.UNUSED) for number in room])
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocabulary)
@@ -4061,7 +3949,7 @@ echo "FROM ./{file.name}" > Modelfile && ollama create pruned -f Modelfile && ol
     return "\n\n".join([f"---\n{data.to_yaml()}\n---", title, made, open_it, note, report(metrics)])
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title The folders, each opened again and compared
+# @title The folders, each opened again and compared; the report, and the download
 def save_models(run: Run, tuned, model, tokenizer, block: torch.Tensor) -> None:
     """Saves `tuned`, made from the gated `model`, in the forms wanted; each is opened again, on a block (1, time)."""
     is_compact, dtype = hasattr(tuned, "kept"), saved_format(run)
@@ -4071,8 +3959,7 @@ def save_models(run: Run, tuned, model, tokenizer, block: torch.Tensor) -> None:
         forms = ["zeroed"]
     save = {"gguf": lambda folder: save_gguf(run, tuned, tokenizer, folder),
             "compact": lambda folder: save_compact(tuned, tokenizer, folder, dtype),
-            "zeroed": lambda folder: save_gated(full, tokenizer, folder, dtype)}
-    full = expand(tuned, model) if is_compact and "zeroed" in forms else tuned
+            "zeroed": lambda path: save_gated(expand(tuned, model) if is_compact else tuned, tokenizer, path, dtype)}
     run.metrics |= {"reopened_difference": {}, "file_bytes": {}}
     for form in forms:
         folder = run.folder / f"model-{form}"
@@ -4092,17 +3979,11 @@ def save_models(run: Run, tuned, model, tokenizer, block: torch.Tensor) -> None:
                 raise RunError(f"{folder} does not open as the model that was saved: please report this and the model")
         print(f"{folder}: {size / 1e6:.1f} MB{words}")
 
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Opening a folder as a stranger would, the report, and the download
 def offer_download(archive: Path) -> None:
     """Downloads a file in Colab, if it is not on Drive; elsewhere says where it is, with a link in a notebook."""
     if "google.colab" in sys.modules and not archive.is_relative_to("/content/drive"):
-        from google.colab import files
-
-        files.download(str(archive))
+        sys.modules["google.colab"].files.download(str(archive))
     elif in_notebook():
-        from IPython.display import HTML, display
-
         # Not IPython's FileLink: JupyterLab would open the zip as a text.
         address = urllib.parse.quote(os.path.relpath(archive))
         display(HTML(f'<a href="{address}" download>{html.escape(archive.name)}</a>'))

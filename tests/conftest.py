@@ -33,22 +33,14 @@ FEW_WORDS = [word for name, value in FEW.items() for word in ("--" + name.replac
 UNEVEN = torch.tensor([[1.0, 0, 1, 1], [1, 1, 0, 0]])  # gates: the second layer loses both readers of a key
 OPEN = torch.ones(2, 4)
 
-# family -> (its name in the catalogue, path of the output projection)
-FAMILIES = {
-    "gpt2": ("GPT-2", "transformer.h.{}.attn.c_proj"),
-    "opt": ("OPT", "model.decoder.layers.{}.self_attn.out_proj"),
-    "gpt_neox": ("GPT-NeoX, Pythia", "gpt_neox.layers.{}.attention.dense"),
-    "llama": ("Llama, SmolLM2", "model.layers.{}.self_attn.o_proj"),
-    "mistral": ("Mistral", "model.layers.{}.self_attn.o_proj"),
-    "qwen2": ("Qwen 2", "model.layers.{}.self_attn.o_proj"),
-    "gemma3": ("Gemma 3", "model.layers.{}.self_attn.o_proj"),
-    "phi": ("Phi", "model.layers.{}.self_attn.dense"),
-    "phi3": ("Phi-3", "model.layers.{}.self_attn.o_proj"),
-    "bloom": ("BLOOM", "transformer.h.{}.self_attention.dense"),
-    "falcon": ("Falcon 40B", "transformer.h.{}.self_attention.dense"),
-    "falcon_multi_query": ("Falcon 7B", "transformer.h.{}.self_attention.dense"),
-    "gpt_bigcode": ("GPTBigCode", "transformer.h.{}.attn.c_proj"),
-    "stablelm": ("StableLM", "model.layers.{}.self_attn.o_proj"),
+FAMILIES = {  # short names -> those of the catalogue
+    "gpt2": "GPT-2", "opt": "OPT", "gpt_neox": "GPT-NeoX, Pythia", "llama": "Llama, SmolLM2", "mistral": "Mistral",
+    "qwen2": "Qwen 2", "gemma3": "Gemma 3", "phi": "Phi", "phi3": "Phi-3", "bloom": "BLOOM", "falcon": "Falcon 40B",
+    "falcon_multi_query": "Falcon 7B", "gpt_bigcode": "GPTBigCode", "stablelm": "StableLM",
+}  # fmt: skip
+OUTPUTS = {  # how the paths of the output projections end
+    "heads": ("attn.c_proj", "attn.out_proj", "attn.o_proj", "attn.dense", "attention.dense"),
+    "neurons": ("mlp.c_proj", ".fc2", "mlp.down_proj", "mlp.dense_4h_to_h"),
 }
 
 
@@ -60,7 +52,7 @@ def pytest_collection_modifyitems(items):
 
 def make(family: str, seed: int = 0, **changes):
     """A small random model of a family, in evaluation mode, with weights large enough that every head counts."""
-    return families.make(FAMILIES[family][0], seed, **changes)
+    return families.make(FAMILIES[family], seed, **changes)
 
 
 def gated(family: str, gates=UNEVEN, **changes):
@@ -88,11 +80,15 @@ def change_weights(folder: Path, change) -> None:
     save_file(change(load_file(file)), file, {"format": "pt"})
 
 
+def outputs_of(model, kind: str = "heads") -> dict:
+    """Path -> output projection of a layer's heads or neurons, found by their names."""
+    return {path: module for path, module in model.named_modules() if path.endswith(OUTPUTS[kind])}
+
+
 @torch.no_grad()
-def zero_units(model, path: str, gates: torch.Tensor):
-    """The independent reference: zeroes the closed units' inputs in the weight of the output projection, by path."""
-    for number, row in enumerate(gates):
-        projection = model.get_submodule(path.format(number))
+def zero_units(model, gates: torch.Tensor, kind: str = "heads"):
+    """The independent reference: zeroes the closed units' inputs in the weights of the output projections."""
+    for projection, row in zip(outputs_of(model, kind).values(), gates, strict=True):
         weight = projection.weight if isinstance(projection, Conv1D) else projection.weight.T  # (in, out)
         weight *= row.repeat_interleave(len(weight) // len(row))[:, None]
     return model
@@ -141,9 +137,6 @@ def a_fresh_start():
     """One seed, and a machine on which nothing has run: float32, batches of four, no step that ran out of memory."""
     torch.manual_seed(0)
     vars(nb.COMPUTING).update(vars(nb.Computing()))
-
-
-# --- runs, scripts and notebooks
 
 
 def new_run(folder: Path, dtype=torch.float32, **changes):

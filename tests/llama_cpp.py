@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -89,8 +88,6 @@ def why_no_llama_cpp() -> str:
 
 def rows_of(model, ids: list[int]):
     """Logits (time, vocabulary) of ids, in llama.cpp."""
-    import numpy
-
     batch = model._lib.llama_batch_init(len(ids), 0, 1)
     batch.n_tokens = len(ids)
     for place, token in enumerate(ids):
@@ -105,14 +102,10 @@ def rows_of(model, ids: list[int]):
 
 
 def run_llama_cpp(file: str, folder: str) -> None:
-    """Runs in a process of its own, because llama.cpp ends it where it does not like a file; imports all it needs.
+    """Runs in a process of its own, because llama.cpp ends it where it does not like a file.
 
     Of `asked.json` in a folder (ids, text) it writes `logits.npy` (time, vocabulary), and `tokens.json` of the text.
     """
-    import json
-    from pathlib import Path
-
-    import numpy
     from llama_cpp_py_sync import Llama
 
     asked = json.loads(Path(folder, "asked.json").read_text())
@@ -127,15 +120,13 @@ def divergence_in_llama_cpp(file: Path, small, tokenizer, ids: torch.Tensor) -> 
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "asked.json").write_text(json.dumps({"ids": ids.tolist(), "text": text}))
         sources = inspect.getsource(rows_of) + inspect.getsource(run_llama_cpp)
-        code = f"{sources}\nrun_llama_cpp({str(file)!r}, {folder!r})"
+        code = f"import json, numpy\nfrom pathlib import Path\n{sources}\nrun_llama_cpp({str(file)!r}, {folder!r})"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, errors="replace")
         if done.returncode:
             raise RuntimeError(f"llama.cpp cannot open {file} ({done.stderr.strip()[-300:]})")
         given = torch.from_numpy(numpy.load(Path(folder, "logits.npy")))[None]
         tokens = json.loads(Path(folder, "tokens.json").read_text())
     wanted = logits_of(small, ids)[None]
-    here, there = (math.exp(nb.nll(logits, ids[None]).item()) for logits in (wanted, given))
-    print(f"{file}: perplexity {there:.3f} in llama.cpp, {here:.3f} here")
     if len(tokens) <= 20 or tokens != tokenizer(text, add_special_tokens=False).input_ids:
         raise RuntimeError(f"{file} has other tokens in llama.cpp")
     return nb.divergence(given, wanted).item()

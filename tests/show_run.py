@@ -35,7 +35,7 @@ def fewer_colours(png: str) -> str:
     return base64.b64encode(packed.getvalue()).decode()
 
 
-def presentable(outputs: list, place: str, source: str = "") -> list:
+def presentable(outputs: list, place: str, source: str) -> list:
     """A cell's outputs without bars, metadata and names of this machine's folders; a picture for what has widgets."""
     shown, text = [], "".join(part.text for part in outputs if part.output_type == "stream" and part.name == "stdout")
     for name in re.findall(r"^    show_(explorer|talk)\(", source, re.M):
@@ -45,9 +45,7 @@ def presentable(outputs: list, place: str, source: str = "") -> list:
     if text.strip():
         shown.append(nbformat.v4.new_output("stream", name="stdout", text=text))
     for part in outputs:
-        if part.output_type not in ("display_data", "execute_result"):
-            continue
-        data = {kind: value for kind, value in part.data.items() if kind in ("image/png", "text/markdown")}
+        data = {kind: value for kind, value in part.get("data", {}).items() if kind in ("image/png", "text/markdown")}
         if "image/png" in data:
             data["image/png"] = fewer_colours(data["image/png"])
         if data:
@@ -83,14 +81,11 @@ def main():
         execute(*(Path(word).resolve() for word in sys.argv[1:3]))
     raw, committed = (nbformat.read(path, as_version=4) for path in (RAW, NOTEBOOK))
     shown = {what_runs(cell.source): cell.outputs for cell in raw.cells if cell.cell_type == "code"}
-    number = 0
-    for cell in committed.cells:
-        if cell.cell_type == "code":
-            number += 1
-            cell.outputs = presentable(shown.get(what_runs(cell.source), []), raw.metadata["place"] + "/", cell.source)
-            cell.execution_count = number
-            if what_runs(cell.source) not in shown and "# @title Settings\n" not in cell.source:
-                print(f"changed since the run: {cell.source[:70]!r}")
+    for number, cell in enumerate((cell for cell in committed.cells if cell.cell_type == "code"), 1):
+        cell.outputs = presentable(shown.get(what_runs(cell.source), []), raw.metadata["place"] + "/", cell.source)
+        cell.execution_count = number
+        if what_runs(cell.source) not in shown and "# @title Settings\n" not in cell.source:
+            print(f"changed since the run: {cell.source[:70]!r}")
     nbformat.write(committed, NOTEBOOK)
     print(f"{NOTEBOOK}: {NOTEBOOK.stat().st_size / 1e6:.2f} MB")
 

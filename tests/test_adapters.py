@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import make, new_run
+from conftest import gated, logits, make, new_run, random_blocks
 
 import PruningAndFineTuningColab as nb
 
@@ -34,25 +34,23 @@ def test_all_weights_where_they_fit_else_adapters_on_16_bits(run, capsys, free, 
     assert "1,000.0 M parameters" in said and f"{free / 1e9:.1f} GB are free" in said
 
 
-@pytest.mark.parametrize("asked, advice", [("all", "--train lora"), ("auto", "a smaller model"), ("lora", "a smaller")])
-def test_what_cannot_fit_is_refused_with_both_numbers(run, asked, advice):
-    record = run(20e9 if asked == "all" else 5e9, train=asked)
-    with pytest.raises(nb.UserError, match=rf"train is .* about \d+\.\d GB .* GB are free: take .*{advice}"):
+@pytest.mark.parametrize("free, settings, said", [
+    (20e9, {"train": "all"}, r"train is 'all', .* about \d+\.\d GB .* GB are free: take --train lora, a smaller model"),
+    (5e9, {"train": "auto"}, r"train is 'auto', .* about \d+\.\d GB .* GB are free: take a smaller model"),
+    (5e9, {"train": "lora"}, r"train is 'lora', .* about \d+\.\d GB .* GB are free: take a smaller model"),
+    (20e9, {"reopen_heads": True}, "reopen_heads is True, but must be off"),  # it is the memory that asks for adapters
+])  # fmt: skip
+def test_what_does_not_fit_or_go_together_is_refused(run, free, settings, said):
+    record = run(free, **settings)
+    with pytest.raises(nb.UserError, match=said):
         nb.choose_training(record, record.settings, 10**9, torch.float32)
 
 
-def test_adapters_do_not_go_with_heads_that_come_back(run):
-    """(Those that are asked for: test_text_and_settings.py. Here, those that the memory asks for.)"""
-    record = run(20e9, reopen_heads=True)
-    with pytest.raises(nb.UserError, match="reopen_heads is True, but must be off"):
-        nb.choose_training(record, record.settings, 10**9, torch.float32)
+DIFFER = [[1, 0, 1, 0], [1, 1, 1, 0]]  # gates of layers that differ
 
 
 def cut_model(family: str, dtype=torch.float32):
-    """A small model with layers that differ."""
-    model = make(family)
-    nb.set_gates(model, torch.tensor([[1.0, 0, 1, 0], [1, 1, 1, 0]]))
-    return nb.compact(model).to(dtype)
+    return nb.compact(gated(family, DIFFER)).to(dtype)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
@@ -60,27 +58,23 @@ def cut_model(family: str, dtype=torch.float32):
 def test_merged_adapters_are_the_adapted_model(family, dtype, tokens):
     model = cut_model(family, dtype)
     names, before = set(model.state_dict()), copy.deepcopy(model.state_dict())
-    nb.add_adapters(model, seed=0)
+    adapted = nb.add_adapters(model, seed=0)
     learns = nb.trained(model)
     assert all("lora" in name and part.dtype == torch.float32 for name, part in learns.items())
     linear = [part for part in cut_model(family).modules() if isinstance(part, torch.nn.Linear | nb.Conv1D)]
     assert len(learns) == 2 * (len(linear) - 1)  # all but the output matrix
-    with torch.no_grad():
-        for parameter in learns.values():
-            parameter.normal_(std=0.1)
-        wanted = model(tokens).logits.float()
-    nb.merge_adapters(model)
-    assert set(model.state_dict()) == names and all(part.requires_grad for part in model.parameters())
+    for parameter in learns.values():
+        parameter.data.normal_(std=0.1)
+    wanted = logits(model, tokens).float()
+    adapted.merge_and_unload()
+    assert set(model.state_dict()) == names
     changed = [name for name, part in model.state_dict().items() if not torch.equal(part, before[name])]
     assert len(changed) == len(linear) - 1
-    with torch.no_grad():
-        difference = (model(tokens).logits.float() - wanted).abs().max() / wanted.abs().max()
-    assert difference < nb.tolerated(model)
+    assert (logits(model, tokens).float() - wanted).abs().max() / wanted.abs().max() < nb.tolerated(model)
 
 
 def test_no_adapter_stands_where_a_gate_does_not_reach_it():
-    model = make("bloom")
-    nb.set_gates(model, torch.tensor([[1.0, 0, 1, 0], [1, 1, 1, 0]]))
+    model = gated("bloom", DIFFER)
     nb.add_adapters(model, seed=0)
     assert not [name for name in nb.trained(model) if "self_attention.dense" in name]
     assert [name for name in nb.trained(model) if "query_key_value" in name]
@@ -104,7 +98,7 @@ def test_training_adapters_changes_nothing_else_and_learns(run):
 def test_weights_in_16_bits_go_the_whole_way(tmp_path, prune):
     """Scored, closed, repaired, cut, saved, and opened again."""
     model = make("llama").to(torch.bfloat16)
-    blocks = torch.randint(3, 97, (8, 16), generator=torch.Generator().manual_seed(1))
+    blocks = random_blocks(8)
     nb.COMPUTING.dtype = nb.COMPUTING.weights = torch.bfloat16
     settings = nb.Settings(prune=prune, pruning_level=0.25)
     assert "can be cut out" in nb.plan_closing(model, settings)

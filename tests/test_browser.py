@@ -6,11 +6,9 @@ Skipped where there is no chromium (`apt-get install chromium`) or no playwright
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import nbformat
@@ -23,7 +21,7 @@ if CHROMIUM is None:
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -r tests/requirements.txt")
 
 MINUTES = 60_000  # milliseconds
-LAB = "--no-browser --allow-root --ServerApp.port_retries=0 --IdentityProvider.token="
+LAB = "--no-browser --allow-root --IdentityProvider.token= --LabApp.expose_app_in_browser=True"
 SETTINGS = {  # all cells are in the page, seen or not
     "notebook-extension/tracker": '{"windowingMode": "none"}',
     "apputils-extension/notification": '{"fetchNews": "false"}',
@@ -41,25 +39,18 @@ def server(home, tmp_path_factory):
         file = root / f"JUPYTERLAB_SETTINGS_DIR/@jupyterlab/{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True)
         file.write_text(text)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    address, log = f"http://localhost:{port}", root / "server.log"
-    command = [sys.executable, "-m", "jupyterlab", *LAB.split(), "--LabApp.expose_app_in_browser=True"]
-    command += [f"--port={port}", f"--ServerApp.root_dir={root}"]
+    command = [sys.executable, "-m", "jupyterlab", *LAB.split(), f"--ServerApp.root_dir={root}"]
     folders = "JUPYTERLAB_SETTINGS_DIR JUPYTER_CONFIG_DIR JUPYTER_DATA_DIR JUPYTERLAB_WORKSPACES_DIR".split()
-    own = os.environ | {name: str(root / name) for name in folders}
+    own, log = os.environ | {name: str(root / name) for name in folders}, root / "server.log"
     with log.open("w") as said:
         process = subprocess.Popen(command, cwd=root, stdout=said, stderr=said, env=own)
         try:
             for _ in range(120):
-                try:
-                    urllib.request.urlopen(f"{address}/api", timeout=2).close()
+                if address := re.search(r"http://[\w.]+:\d+", log.read_text()):  # a port that is free
                     break
-                except OSError:
-                    assert process.poll() is None, log.read_text()[-2000:]
-                    time.sleep(0.5)
-            yield address, root
+                assert process.poll() is None, log.read_text()[-2000:]
+                time.sleep(0.5)
+            yield address[0], root
         finally:
             process.terminate()
             process.wait(30)

@@ -2,20 +2,9 @@
 
 import pytest
 import torch
-from conftest import gated, logits, make, new_run, random_blocks, tiny_tokenizer
+from conftest import gated, new_run, random_blocks, tiny_tokenizer
 
 import PruningAndFineTuningColab as nb
-
-
-def test_a_sharing_copy_shares_weights_but_not_gates(tokens, gates):
-    model = make("llama")
-    nb.add_gates(model)
-    dense = logits(model, tokens)
-    other = nb.sharing_copy(model)
-    assert {id(p) for p in other.parameters()} == {id(p) for p in model.parameters()}
-    nb.set_gates(other, gates)
-    assert torch.equal(logits(model, tokens), dense) and not torch.equal(logits(other, tokens), dense)
-    assert torch.equal(nb.get_gates(model), torch.ones(2, 4)) and torch.equal(nb.get_gates(other), gates)
 
 
 def test_attention_maps_are_those_that_the_model_gives():
@@ -30,17 +19,12 @@ def test_attention_maps_are_those_that_the_model_gives():
 
 @pytest.fixture
 def explorer():
-    importance, taken = torch.arange(8.0).view(2, 4), []
-    model, text = gated("gpt2", nb.choose_gates(importance, 0.25)), random_blocks(6)
+    importance = torch.arange(8.0).view(2, 4)
+    model, blocks = gated("gpt2", nb.choose_gates(importance, 0.25)), dict.fromkeys(nb.SPLITS, random_blocks(6))
     settings = nb.Settings(strategy="entropy", pruning_level=0.25, block_length=16, batch_size=2)
-
-    def take(*what):
-        taken.append(what)
-        return 12.0
-
     nb.COMPUTING.batch_size = 2
-    made = nb.Explorer(model, tiny_tokenizer(), text, settings, importance, take)
-    made.original, made.taken = model, taken
+    made = nb.Explorer(model, tiny_tokenizer(), blocks, settings, importance, take=None)
+    made.original = model
     return made
 
 
@@ -62,17 +46,24 @@ def test_the_level_closes_heads_and_a_mistake_is_said_in_the_panel(explorer, cap
         explorer.do(lambda: 1 / 0)
 
 
-def test_a_click_on_a_head_toggles_its_gate_and_measuring_measures_what_is_shown(explorer, capsys):
+def test_a_click_on_a_head_toggles_its_gate_and_what_is_shown_is_measured_and_writes(explorer, capsys):
+    before = nb.get_gates(explorer.original)
     explorer.buttons[1, 3].click()
     assert explorer.gates[1, 3] == 0 and explorer.buttons[1, 3].description == "×"
     assert "3 of 8 heads closed" in explorer.counts.value
     explorer.measuring.click()
+    assert {id(p) for p in explorer.model.parameters()} == {id(p) for p in explorer.original.parameters()}
+    assert torch.equal(nb.get_gates(explorer.original), before), "weights are shared, but not gates"
     nb.set_gates(explorer.original, explorer.gates)
-    value = nb.perplexity(explorer.original, explorer.validation)
+    value = nb.perplexity(explorer.original, explorer.blocks["validation"])
     with nb.all_open(explorer.original):
-        dense = nb.perplexity(explorer.original, explorer.validation)
+        dense = nb.perplexity(explorer.original, explorer.blocks["validation"])
     said = capsys.readouterr().out
     assert f"{value:.2f}" != f"{dense:.2f}" and f"{value:.2f}" in said and f"dense {dense:.2f}" in said
+    explorer.prompt.value = "a <b>"
+    explorer.writing.click()
+    said = capsys.readouterr().out
+    assert "dense:\na" in said and "shown:\na" in said
     explorer.buttons[1, 3].click()
     assert explorer.gates[1, 3] == 1
 
@@ -88,32 +79,18 @@ def test_a_strategy_is_scored_once_on_open_gates(explorer, capsys):
     assert "Scoring" not in capsys.readouterr().out
 
 
-def test_both_models_write_and_what_is_shown_is_handed_over_with_the_number_of_gates_set_by_hand(explorer, capsys):
-    explorer.prompt.value = "a <b>"
-    explorer.writing.click()
-    said = capsys.readouterr().out
-    assert "dense:\na" in said and "shown:\na" in said
-    explorer.level.value = 0.5
-    explorer.buttons[1, 3].click()
-    explorer.taking.click()
-    assert "Taken: test perplexity 12.00" in capsys.readouterr().out
-    ((gates, scores, *others),) = explorer.taken
-    assert torch.equal(gates, explorer.gates) and scores is explorer.importance["entropy"]
-    assert others == ["entropy", 0.5, 1]
-
-
 def parts_of(widget) -> list:
     return [widget, *(part for child in getattr(widget, "children", ()) for part in parts_of(child))]
 
 
-def test_what_is_taken_is_measured_recorded_and_drawn(explorer, tmp_path, monkeypatch):
+def test_what_is_taken_is_measured_recorded_and_drawn(explorer, tmp_path, monkeypatch, capsys):
     shown, tokenizer, text = [], tiny_tokenizer(), random_blocks(6, seed=2)
-    blocks = {"validation": text, "test": text}
+    blocks = dict.fromkeys(nb.SPLITS, text)
     run, model = new_run(tmp_path, prompt="a", block_length=16), explorer.original
     run.metrics["perplexity"] = {"dense": 3.0, "repaired": 4.0}
     assert nb.show_explorer(run, model, tokenizer, blocks, torch.rand(2, 4)) is None
     monkeypatch.setattr(nb, "in_notebook", lambda: True)
-    monkeypatch.setattr("IPython.display.display", lambda *what, **_: shown.extend(what))
+    monkeypatch.setattr(nb, "display", lambda *what, **_: shown.extend(what))
     importance = explorer.importance["entropy"]
     nb.show_explorer(run, model, tokenizer, blocks, importance)
     (box,) = (thing for thing in shown if isinstance(thing, nb.widgets.VBox))
@@ -121,10 +98,13 @@ def test_what_is_taken_is_measured_recorded_and_drawn(explorer, tmp_path, monkey
     named["strategy"].value, named["level"].value = "magnitude", 0.5
     named["layer 0, head 0"].click()
     named["Take it"].click()
-    wanted = nb.choose_gates(nb.get_strategy("magnitude").score(model), 0.5)
+    scores, value = nb.get_strategy("magnitude").score(model), nb.perplexity(model, text)
+    wanted = nb.choose_gates(scores, 0.5)
     wanted[0, 0] = 1 - wanted[0, 0]
     assert torch.equal(nb.get_gates(model), wanted) and run.metrics["by_hand"] == 1
-    assert run.metrics["perplexity"] == {"dense": 3.0, "pruned": pytest.approx(nb.perplexity(model, text))}
+    assert torch.allclose(torch.tensor(run.metrics["importance"]), scores)
+    assert run.metrics["perplexity"] == {"dense": 3.0, "pruned": pytest.approx(value)}
+    assert f"Taken: test perplexity {value:.2f}" in capsys.readouterr().out
     assert (run.settings.strategy, run.settings.pruning_level) == ("magnitude", 0.5)
     assert run.metrics["settings"]["strategy"] == "magnitude" and (run.folder / "heads.png").exists()
 

@@ -14,8 +14,6 @@ import PruningAndFineTuningColab as nb
 
 BLOCKS = random_blocks(3, most=80)
 HEADS = [name for name in CATALOGUE if name != "Mamba"]
-
-
 WITH_NEURONS = ["GPT-2", "OPT", "GPT-NeoX, Pythia", "Llama, SmolLM2"]
 BOTH = [(name, "both") for name in (*WITH_NEURONS, "Gemma 2", "Phi-3", "GPT-J", "StarCoder2", "GLM-4", "XGLM")]
 NEURONS = [(name, "neurons") for name in (*WITH_NEURONS, "BLOOM", "MPT", "Falcon RW")]  # the last three keep heads
@@ -86,9 +84,8 @@ def test_gates_learn_from_the_models_own_predictions(name, monkeypatch):
     model, seen = families.make(name), []
     own, divergence = model(BLOCKS).logits.detach(), nb.divergence
     monkeypatch.setattr(nb, "divergence", lambda given, wanted: seen.append(wanted) or divergence(given, wanted))
-    learned = nb.Learned(level=0.25, steps=1)
     with nb.movable_gates(model) as substitute:
-        learned.slope(model, substitute, BLOCKS, torch.ones(3, 2, 4))
+        nb.Learned(level=0.25).slope(model, substitute, BLOCKS, torch.ones(3, 2, 4))
     assert torch.allclose(seen[0], own, atol=1e-5), "what is learned from is what the model says"
 
 
@@ -113,8 +110,6 @@ def test_gradient_checkpointing_is_refused_where_there_is_none(monkeypatch):
     with pytest.raises(nb.UserError, match="gradient_checkpointing is on, but OpenAIGPTLMHeadModel does not have"):
         nb.pack_all(dict.fromkeys(nb.SPLITS, "a a a a"), tiny_tokenizer(), model, settings)
 
-
-# --- code of its own
 
 DERIVED = """
 from transformers import LlamaForCausalLM
@@ -152,16 +147,13 @@ class OwnForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config):
         super().__init__(config)
         size = config.hidden_size
-        self.embed, self.lm_head = nn.Embedding(config.vocab_size, size), nn.Linear(size, config.vocab_size)
+        self.embed_tokens, self.lm_head = nn.Embedding(config.vocab_size, size), nn.Linear(size, config.vocab_size)
         self.layers = nn.ModuleList([nn.ModuleDict({"attn": OwnAttention(size, config.num_attention_heads)})
                                      for _ in range(config.num_hidden_layers)])
         self.post_init()
 
-    def get_input_embeddings(self):
-        return self.embed
-
     def forward(self, input_ids, attention_mask=None, **kwargs):
-        x = self.embed(input_ids)
+        x = self.embed_tokens(input_ids)
         for layer in self.layers:
             x = x + layer["attn"](x)
         return CausalLMOutputWithPast(logits=self.lm_head(x))
@@ -204,8 +196,7 @@ def test_a_model_with_code_of_its_own_keeps_its_gates_and_opens_again(fill, tmp_
     nb.set_gates(model, torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 1]]))
     assert nb.why_not_compact(model) == "its class brings its own code"
     run = new_run(tmp_path / "out", block_length=16, max_steps=2, batch_size=1)
-    blocks = dict.fromkeys(nb.SPLITS, BLOCKS)
-    tuned = nb.fine_tuned(run, "fine_tuned", copy.deepcopy(model), blocks, run.settings)
+    tuned = nb.fine_tuned(run, "fine_tuned", copy.deepcopy(model), dict.fromkeys(nb.SPLITS, BLOCKS), run.settings)
     assert nb.largest_difference(tuned, model, BLOCKS) > 1e-4 and torch.equal(nb.get_gates(tuned), nb.get_gates(model))
     nb.save_gated(tuned, tokenizer, tmp_path / "saved")
     again = nb.reopen(tmp_path / "saved")

@@ -23,19 +23,13 @@ def test_a_head_of_its_own_is_kept_whatever_the_configuration_says(tmp_path, tok
     assert model.lm_head.weight is not model.model.embed_tokens.weight and not model.config.tie_word_embeddings
 
 
-@pytest.mark.parametrize("said", [None, "float32"])
-def test_the_format_is_that_of_the_file(said, tmp_path):
-    folder = saved(tmp_path / "model", "gpt2")
-    change_weights(folder, lambda found: {name: value.bfloat16() for name, value in found.items()})
-    edit(folder / "config.json", dtype=said)
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_the_format_is_that_of_the_file_and_weights_without_a_place_are_named(dtype, tmp_path, capsys):
+    folder, more = saved(tmp_path / "model"), {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}
+    change_weights(folder, lambda found: {name: value.bfloat16() for name, value in (found | more).items()})
+    edit(folder / "config.json", dtype=dtype)
     model = nb.load_model(str(folder), CPU)[1]
     assert model.came_in == torch.bfloat16 and model.dtype == torch.float32
-
-
-def test_weights_without_a_place_are_named(tmp_path, capsys):
-    folder = saved(tmp_path / "model")
-    change_weights(folder, lambda found: found | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)})
-    nb.load_model(str(folder), CPU)
     said = capsys.readouterr().out
     assert "1 weights have no place in a LlamaForCausalLM" in said and "q_proj.bias first" in said
 
@@ -79,22 +73,11 @@ space["save_config"](space["compact"](model), space["Path"]({str(tmp_path)!r}), 
     assert (tmp_path / "modeling_pruned.py").exists()
 
 
-def test_a_home_that_cannot_be_written_to_is_none_of_our_business(tmp_path):
-    small = nb.compact(gated("llama"))
-    nb.save_compact(small, tiny_tokenizer(), tmp_path)
-    code = f"import PruningAndFineTuningColab as nb; print(nb.reopen(nb.Path({str(tmp_path)!r})).num_parameters())"
-    place = {"HF_HOME": "/sys/hf", "HOME": "/sys/home", "XDG_CACHE_HOME": "/sys/xdg"}
-    assert run_python("-c", code, cwd=tmp_path, **place).stdout.split()[-1:] == [str(small.num_parameters())]
-
-
 # --- families, and tools
 
 
 def random_model(config, **words):
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**words)).eval()
-    nb.add_gates(model)
-    return model
+    return transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**words)).eval()
 
 
 def test_a_model_that_opens_as_another_one_keeps_its_gates():
@@ -112,16 +95,18 @@ def test_a_model_whose_layers_cannot_be_refitted_is_refused_before_the_run():
 
 def test_sizes_of_a_model_that_cannot_be_cut_are_those_that_it_keeps():
     model = families.make("DeepSeek V3")
-    nb.add_gates(model)
     assert not nb.can_compact(model)
     gates = torch.ones(2, 4).index_fill(1, torch.tensor([1]), 0.0)
     assert nb.predict_cost(model, gates, 16) == nb.predict_cost(model, torch.ones(2, 4), 16)
     nb.plan_closing(model, nb.Settings(uniform="groups"))
 
 
-def test_other_tools_find_their_classes_and_a_clear_sentence(tmp_path, tokens):
+def test_it_opens_where_home_is_read_only_and_other_tools_find_their_classes_and_a_clear_sentence(tmp_path, tokens):
     small = nb.compact(gated("llama"))
     nb.save_compact(small, tiny_tokenizer(), tmp_path)
+    code = f"import PruningAndFineTuningColab as nb; print(nb.reopen(nb.Path({str(tmp_path)!r})).num_parameters())"
+    place = {"HF_HOME": "/sys/hf", "HOME": "/sys/home", "XDG_CACHE_HOME": "/sys/xdg"}
+    assert run_python("-c", code, cwd=tmp_path, **place).stdout.split()[-1:] == [str(small.num_parameters())]
     trust = {"trust_remote_code": True, "dtype": torch.float32}
     base = transformers.AutoModel.from_pretrained(tmp_path, **trust)
     assert torch.equal(small.lm_head(base(tokens).last_hidden_state), small(tokens).logits)

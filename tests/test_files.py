@@ -174,13 +174,6 @@ def test_chats_are_written_out_by_the_chat_template(rows, written, tmp_path):
         nb.read_file(path, lambda: tokenizer)
 
 
-def test_a_part_is_cut_near_its_place_also_where_lines_are_long():
-    text = "word " * 2000 + "\n"
-    head, tail = nb.cut_tail(text, 0.1)
-    assert head + tail == text and len(tail) / len(text) == pytest.approx(0.1, abs=0.011) and head.endswith(" ")
-    assert [len(part) for part in nb.cut_tail("x" * 1000, 0.1)] == [900, 100]
-
-
 def test_an_empty_text_is_found_before_anything_is_made_of_it(tmp_path):
     with pytest.raises(nb.UserError, match="train text has 0 bytes, but one block of 2 tokens is needed"):
         whole_text(write(tmp_path / "empty.txt", ""))

@@ -1,9 +1,4 @@
-"""GGUF files of pruned models: by llama.cpp's formulas, and, where it is installed, in llama.cpp itself.
-
-    pip install -r tests/requirements-llama.txt
-
-Without it the tests of llama.cpp itself are skipped, and say so.
-"""
+"""GGUF files of pruned models: by llama.cpp's formulas, and, with tests/requirements-llama.txt, in llama.cpp itself."""
 
 import json
 from pathlib import Path
@@ -21,12 +16,8 @@ import PruningAndFineTuningColab as nb
 
 IDS = torch.arange(24) * 7 % 80
 NO_LLAMA_CPP = why_no_llama_cpp()
+in_llama_cpp = pytest.mark.skipif(bool(NO_LLAMA_CPP), reason=NO_LLAMA_CPP)
 TEXT = "It's 2026: the 1,234 café-goers DON'T  agree…\n\n\tNaïve? 🙂 http://x.y/z?a=1 \r\n  end   "
-
-
-def in_llama_cpp(test):
-    """Marks a test that needs llama.cpp itself."""
-    return pytest.mark.slow(pytest.mark.skipif(bool(NO_LLAMA_CPP), reason=NO_LLAMA_CPP)(test))
 
 
 def llama(seed=0, **changes):
@@ -46,13 +37,13 @@ def of_family(name):
     return families.make(name.removesuffix(", tied"), tie_word_embeddings=name.endswith(", tied"))
 
 
-def tokenizer(steps=None, vocabulary=400):
+def tokenizer(steps=None):
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = steps or tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     end, alphabet = "<|endoftext|>", tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=[end], show_progress=False, initial_alphabet=alphabet
+        vocab_size=400, special_tokens=[end], show_progress=False, initial_alphabet=alphabet
     )
     bpe.train_from_iterator([TEXT, Path(__file__).read_text()], trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, bos_token=end)
@@ -73,9 +64,9 @@ def cut(model, prunes="both", gates=None):
     return nb.compact(model)
 
 
-def write(small, path, bits="f32", source=None, name="tiny"):
-    words = {"format": bits, "name": name, "base": "a model", "description": "some heads removed"}
-    nb.write_gguf(path, small, source or tokenizer(), "", words)
+def write(small, path, bits="f32", own=None, source=""):
+    words = {"format": bits, "name": "tiny", "base": "a model", "description": "some heads removed"}
+    nb.write_gguf(path, small, own or tokenizer(), source, words)
     return path
 
 
@@ -93,6 +84,8 @@ LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32}
+FIT = ("Llama, SmolLM2", "Qwen 3, tied", "Mistral", "Ministral", "Qwen 2", "Phi-3", "Seed-OSS")
+DO_NOT_FIT = ("GPT-2", "Qwen 3", "Gemma", "Gemma 3", "OLMo 2", "Granite", "GLM", "Mixtral", "SmolLM3", "BitNet")
 
 
 @pytest.mark.parametrize("changes", [
@@ -103,9 +96,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_pos
 def test_what_is_written_are_the_logits_by_llama_cpps_formulas(name, changes, tmp_path):
     small = cut(llama(**changes), "heads", torch.tensor(MASKS[name]).float())
     tensors, numbers = nb.in_words_of_llama_cpp(small)
-    assert ("rope_freqs.weight" in tensors) == ("rope_parameters" in changes)
     assert difference_by_formulas(small, tensors, numbers, IDS) < 1e-5
-    assert all(heads % shared == 0 for heads, shared in zip(numbers["heads"], numbers["key_value_heads"]))
     path = write(small, tmp_path / "m.gguf")
     back = read_gguf(path)
     assert back.keys() == tensors.keys() and all(torch.equal(back[name], tensors[name].float()) for name in tensors)
@@ -121,10 +112,6 @@ def test_a_window_limits_the_context_that_is_promised():
     for window, context in ((16, 16), (None, 64)):
         model = families.make("Mistral", sliding_window=window)
         assert nb.in_words_of_llama_cpp(cut(model))[1]["context"] == context
-
-
-FIT = ("Llama, SmolLM2", "Qwen 3, tied", "Mistral", "Ministral", "Qwen 2", "Phi-3", "Seed-OSS")
-DO_NOT_FIT = ("GPT-2", "Qwen 3", "Gemma", "Gemma 3", "OLMo 2", "Granite", "GLM", "Mixtral", "SmolLM3", "BitNet")
 
 
 @pytest.mark.parametrize("name", [*FIT, *DO_NOT_FIT])
@@ -172,11 +159,10 @@ def test_an_even_one_is_an_ordinary_llama_file_which_can_be_pruned_again(tmp_pat
 def test_the_tokenizer_of_a_file_is_copied(tmp_path):
     first, small, own = tmp_path / "first.gguf", cut(llama()), tokenizer()
     own.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
-    write(small, first, source=own)
-    words = {"format": "f16", "name": "tiny", "base": "a model", "description": ""}
-    nb.write_gguf(tmp_path / "second.gguf", small, None, str(first), words)
+    write(small, first, own=own)
     fields = fields_of(first, "tokenizer.")
-    assert fields == fields_of(tmp_path / "second.gguf", "tokenizer.")
+    second = write(small, tmp_path / "second.gguf", "f16", source=str(first))
+    assert fields == fields_of(second, "tokenizer.")
     assert fields["tokenizer.ggml.pre"] == "gpt-2" and fields["tokenizer.chat_template"] == own.chat_template
 
 
@@ -195,6 +181,9 @@ STEPS = {
     "llama-bpe": steps(letters("{1,3}")),
     "qwen2": steps(letters("")),
 }
+BITS = {"f32": 1e-6, "f16": 1e-4, "bf16": 1e-3}
+CASES = [(name, bits, "gpt-2", limit) for name in (*MASKS, "neurons, too") for bits, limit in BITS.items()]
+CASES += [(name, "f32", "gpt-2", 1e-5) for name in FIT] + [("neurons, too", "f32", steps, 1e-5) for steps in STEPS]
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -202,12 +191,8 @@ def test_a_tokenizer_is_named_by_how_it_cuts(name):
     assert nb.pre_tokenizer_name(tokenizer(STEPS[name])) == name
 
 
-BITS = {"f32": 1e-6, "f16": 1e-4, "bf16": 1e-3}
-CASES = [(name, bits, "gpt-2", limit) for name in (*MASKS, "neurons, too") for bits, limit in BITS.items()]
-CASES += [(name, "f32", "gpt-2", 1e-5) for name in FIT] + [("neurons, too", "f32", steps, 1e-5) for steps in STEPS]
-
-
 @in_llama_cpp
+@pytest.mark.slow
 @pytest.mark.parametrize("name, bits, steps, limit", CASES)
 def test_llama_cpp_opens_it_with_the_same_logits_and_tokens(name, bits, steps, limit, tmp_path):
     model = of_family(name) if name in FIT else llama(attention_bias=name == "uneven readers")
@@ -219,13 +204,10 @@ def test_llama_cpp_opens_it_with_the_same_logits_and_tokens(name, bits, steps, l
 
 
 @in_llama_cpp
+@pytest.mark.slow
 def test_another_model_is_noticed(tmp_path):
-    small = cut(llama())
-    path = write(small, tmp_path / "m.gguf")
+    path = write(cut(llama()), tmp_path / "m.gguf")
     assert divergence_in_llama_cpp(path, cut(llama(seed=1)), tokenizer(), real()) > 1e-3
-    (tmp_path / "broken.gguf").write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(RuntimeError, match="llama.cpp cannot open"):
-        divergence_in_llama_cpp(tmp_path / "broken.gguf", small, tokenizer(), real())
 
 
 @pytest.mark.parametrize("level", [0.2, 0.5])

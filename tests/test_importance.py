@@ -4,32 +4,26 @@ import math
 
 import pytest
 import torch
-from conftest import FAMILIES, logits, make, random_blocks, zero_units
+from conftest import logits, make, outputs_of, random_blocks, zero_units
 
 import PruningAndFineTuningColab as nb
 
 KINDS = pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "falcon"])  # fused in different orders, or not
 
 
-def gpt2_by_hand(model, tokens):
-    """Per layer, without hooks: attention (batch, heads, time, time), what each head writes, the stream after it."""
-    hidden = model(tokens, output_hidden_states=True).hidden_states
-    for number, block in enumerate(model.transformer.h):
-        x, attn = hidden[number], block.attn
-        q, k, v = (attn.c_attn(block.ln_1(x))).split(32, dim=-1)
-        q, k, v = (part.view(*part.shape[:2], 4, 8).transpose(1, 2) for part in (q, k, v))
-        scores = (q @ k.mT / math.sqrt(8)).masked_fill(torch.ones(x.shape[1], x.shape[1]).triu(1).bool(), -math.inf)
-        weights = scores.softmax(-1)
-        outputs = attn.c_proj.weight.split(8)
-        written = torch.stack([(weights @ v)[:, head] @ outputs[head] for head in range(4)], 1)
-        yield weights, written, x + written.sum(1) + attn.c_proj.bias
-
-
 @torch.no_grad()
 def test_entropy_equals_a_computation_by_hand(tokens):
-    model = make("gpt2")
-    expected, literal = [], []
-    for weights, written, stream in gpt2_by_hand(model, tokens):
+    """Layer by layer, without hooks."""
+    model, expected, literal = make("gpt2"), [], []
+    for x, block in zip(model(tokens, output_hidden_states=True).hidden_states, model.transformer.h):
+        attn = block.attn
+        parts = attn.c_attn(block.ln_1(x)).split(32, dim=-1)
+        q, k, v = (part.view(*part.shape[:2], 4, 8).transpose(1, 2) for part in parts)
+        scores = (q @ k.mT / math.sqrt(8)).masked_fill(torch.ones(16, 16).triu(1).bool(), -math.inf)
+        weights = scores.softmax(-1)  # (batch, heads, time, time)
+        outputs = attn.c_proj.weight.split(8)
+        written = torch.stack([(weights @ v)[:, head] @ outputs[head] for head in range(4)], 1)
+        stream = x + written.sum(1) + attn.c_proj.bias
         entropy = -(weights * weights.clamp_min(1e-30).log()).sum(-1)[..., 1:]
         focus = 1 - entropy / torch.arange(2, 17).log()
         share = written.norm(dim=-1)[..., 1:] / stream.norm(dim=-1)[:, None, 1:]
@@ -74,24 +68,16 @@ def test_every_strategy_scores_every_unit_and_leaves_the_model_as_it_was(family,
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
-def block_losses(model, tokens):
-    predicted = logits(model, tokens)[:, :-1].double()
-    return torch.nn.functional.cross_entropy(predicted.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
-
-
 @KINDS
 def test_gradient_equals_finite_differences(family, tokens):
     """Moves one head's output weights a little, by path and without hooks."""
-    slopes, small = torch.zeros(2, 2, 4, dtype=torch.double), 1e-2
-    for layer in range(2):
-        for head in range(4):
 
-            def moved(by, layer=layer, head=head):
-                scale = torch.ones(2, 4)
-                scale[layer, head] += by
-                return block_losses(zero_units(make(family), FAMILIES[family][1], scale), tokens)
+    def losses(scale):
+        predicted = logits(zero_units(make(family), scale), tokens)[:, :-1].double()
+        return torch.nn.functional.cross_entropy(predicted.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
 
-            slopes[:, layer, head] = (moved(small) - moved(-small)) / (2 * small)
+    steps = 1e-2 * torch.eye(8).view(8, 2, 4)  # one for each head
+    slopes = torch.stack([losses(1 + step) - losses(1 - step) for step in steps], 1).view(2, 2, 4) / (2 * 1e-2)
     for nb.COMPUTING.batch_size in (1, 2):
         for name, expected in (("gradient", slopes.abs().mean(0)), ("fisher", slopes.square().mean(0))):
             score = nb.get_strategy(name).score(make(family), tokens).double()
@@ -112,7 +98,7 @@ def test_soft_gates_keep_the_budget_and_their_slope(temperature):
 @KINDS
 def test_learned_gates_find_the_heads_that_do_nothing(family, tokens):
     dead = torch.tensor([[1.0, 0, 1, 1], [0, 1, 0, 1]])
-    model = zero_units(make(family), FAMILIES[family][1], dead)
+    model = zero_units(make(family), dead)
     score = nb.get_strategy("learned", level=3 / 8, steps=40).score(model, tokens)
     assert torch.equal(nb.choose_gates(score, 3 / 8), dead)
 
@@ -145,13 +131,11 @@ BY_HAND = {
 @torch.no_grad()
 def test_magnitude_equals_a_hand_computation(family):
     model, squares = make(family), []
-    attention = model.get_submodule(FAMILIES[family][1].format(1).rpartition(".")[0])
+    path, output = list(outputs_of(model).items())[1]
     for name, firsts in BY_HAND[family].items():
-        weight = getattr(attention, name).weight
-        is_output = FAMILIES[family][1].endswith(f".{name}")
-        rows = weight.T if is_output != (family == "gpt2") else weight  # (GPT-2's Conv1D is stored the other way)
+        part = model.get_submodule(f"{path.rpartition('.')[0]}.{name}")
+        rows = part.weight.T if (part is output) != (family == "gpt2") else part.weight  # (GPT-2's Conv1D is turned)
         squares += [rows[first : first + 8].square().sum() for first in firsts]
-    assert len(squares) == 4
     torch.testing.assert_close(nb.get_strategy("magnitude").score(model)[1, 1], torch.stack(squares).sum().sqrt())
 
 

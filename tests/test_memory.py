@@ -6,18 +6,13 @@ import shutil
 
 import nbformat
 import pytest
-import torch
 import transformers
-from conftest import SCRIPT, client_of, fill_form
+from conftest import FEW, SCRIPT, client_of, fill_form
 
-FEW = {
-    "model": "model", "dataset": "python-docs", "block_length": 64, "eval_blocks": 4, "calibration_blocks": 4,
-    "gate_steps": 6, "repair": 8, "max_steps": 4,
-}  # fmt: skip
 LOOK = """
 import gc
 import json
-free_memory()
+clear_device_cache(garbage_collection=True)
 print(json.dumps({"ram": psutil.Process().memory_info().rss,
                   "models": sum(issubclass(type(thing), transformers.PreTrainedModel) for thing in gc.get_objects()),
                   "buttons": sum(issubclass(type(thing), widgets.Button) for thing in gc.get_objects())}))
@@ -28,14 +23,13 @@ print(json.dumps({"ram": psutil.Process().memory_info().rss,
 def test_five_runs_in_one_kernel_take_the_memory_of_one(demo, tmp_path):
     """About three minutes: pytest -m slow -s tests/test_memory.py"""
     shutil.copytree(demo, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=1024, hidden_size=512, intermediate_size=1536, num_hidden_layers=3, num_attention_heads=8,
         num_key_value_heads=4, max_position_embeddings=128,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")  # 40 MB: large beside what else may vary
     notebook = nbformat.read(SCRIPT.with_suffix(".ipynb"), 4)
-    fill_form(notebook, FEW)
+    fill_form(notebook, FEW | {"model": "model", "dataset": "python-docs", "block_length": 64, "max_steps": 4})
     look = nbformat.v4.new_code_cell(LOOK)
     notebook.cells.append(look)
     client, seen = client_of(notebook, tmp_path), []

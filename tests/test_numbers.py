@@ -13,17 +13,12 @@ import PruningAndFineTuningColab as nb
 BLOCKS = random_blocks(4)
 
 
-def overflowing():
-    """A model that computes more than float16 can hold, and what float32 can hold."""
-    model = make("llama")
-    with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight.mul_(1e5)
-        model.model.layers[0].mlp.down_proj.weight.mul_(1e-5)
-    return model
-
-
 def test_where_float16_is_too_narrow_all_is_computed_in_float32(tmp_path, capsys):
-    for model, dtype in ((make("llama"), torch.float16), (overflowing(), torch.float32)):
+    plain, overflowing = make("llama"), make("llama")
+    with torch.no_grad():  # it computes more than float16 can hold, and what float32 can hold
+        overflowing.model.layers[0].mlp.up_proj.weight.mul_(1e5)
+        overflowing.model.layers[0].mlp.down_proj.weight.mul_(1e-5)
+    for model, dtype in ((plain, torch.float16), (overflowing, torch.float32)):
         run = new_run(tmp_path, torch.float16)
         nb.add_gates(model)
         nb.try_float16(run, model, BLOCKS[:1])
@@ -34,8 +29,11 @@ def test_where_float16_is_too_narrow_all_is_computed_in_float32(tmp_path, capsys
     assert new_run(tmp_path, torch.float16).folder == run.folder, "the run is the one that was asked for in float16"
 
 
-def test_what_no_format_can_hold_ends_with_the_name_of_the_layer():
+def test_what_a_format_cannot_hold_ends_with_the_name_of_the_layer():
     model = gated("llama")
+    model.lm_head.weight.data[0, 0] = 1e5  # it has grown
+    with pytest.raises(nb.RunError, match="lm_head.weight does not fit into torch.float16: take a lower"):
+        nb.rounded(model, torch.float16)
     model.model.layers[1].self_attn.q_proj.weight.data.fill_(float("nan"))
     for work, words in (
         (lambda: nb.perplexity(model, BLOCKS), "perplexity gives numbers that are not finite .first in"),
@@ -69,17 +67,6 @@ def test_weights_are_saved_in_the_format_they_came_in(dtype, tmp_path):
     assert (tmp_path / "compact" / "model.safetensors").stat().st_size < described["file_bytes"]
 
 
-def test_weights_that_have_grown_out_of_their_format_are_said():
-    model = make("llama")
-    with torch.no_grad():
-        model.lm_head.weight[0, 0] = 1e5
-    with pytest.raises(nb.RunError, match="lm_head.weight does not fit into torch.float16: take a lower"):
-        nb.rounded(model, torch.float16)
-
-
-# --- found out at once
-
-
 def test_the_oldest_versions_are_those_of_the_requirements():
     lines = [line for line in (SCRIPT.parent / "requirements.txt").read_text().splitlines() if line[:1].isalpha()]
     listed = {requirement.name: requirement for requirement in map(Requirement, lines)}
@@ -95,11 +82,9 @@ def test_the_oldest_versions_are_those_of_the_requirements():
 
 
 def test_a_level_out_of_reach_is_said_before_the_first_perplexity():
-    """What is said, and of sweeps too: test_neurons.py."""
-    cells = [cell for cell in SCRIPT.read_text().split("\n# %%") if "__main__" in cell]
-    (plan,) = (number for number, cell in enumerate(cells) if "plan_closing(model, settings)" in cell)
-    (dense,) = (number for number, cell in enumerate(cells) if 'measure(run, "dense"' in cell)
-    assert plan < dense
+    """What is said, and of sweeps too: test_gates.py."""
+    script = SCRIPT.read_text()
+    assert script.index("\n        print(plan_closing(model, settings)") < script.index('measure(run, "dense"')
 
 
 def test_a_console_that_cannot_show_a_sign_ends_nothing(tmp_path):
@@ -110,7 +95,6 @@ def test_a_console_that_cannot_show_a_sign_ends_nothing(tmp_path):
 
 def test_an_unforeseen_error_says_what_is_kept_and_how_to_go_on(tmp_path, monkeypatch, capfd):
     run = new_run(tmp_path)
-    run.metrics["perplexity"]["dense"] = 7.0
     monkeypatch.setattr(nb, "run", run, raising=False)
     with pytest.raises(SystemExit) as stop:
         nb.stop_without_traceback(KeyError, KeyError("unforeseen"), None)

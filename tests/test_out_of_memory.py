@@ -4,17 +4,20 @@ import types
 
 import pytest
 import torch
-from conftest import gated, new_run, random_blocks
+from conftest import gated, new_run, random_blocks, tiny_tokenizer
 
 import PruningAndFineTuningColab as nb
 
 BLOCKS, LONG = random_blocks(8), random_blocks(8, 64)
-GATES = torch.tensor([[1.0, 0, 1, 1], [1, 1, 0, 1]])
 
 
-def short_of_memory(model, most):
+def llama():
+    return gated("llama", [[1, 0, 1, 1], [1, 1, 0, 1]])
+
+
+def short_of_memory(most):
     """The model, as if from its second pass on memory were too small for more than `most` blocks at once."""
-    passes = []
+    model, passes = llama(), []
 
     def check(module, args):
         passes.append(len(args[0]))
@@ -23,10 +26,6 @@ def short_of_memory(model, most):
 
     model.model.layers[1].mlp.register_forward_pre_hook(check)
     return model
-
-
-def llama():
-    return gated("llama", GATES)
 
 
 def test_the_batch_becomes_the_next_smaller_divisor(capsys):
@@ -58,22 +57,22 @@ def test_a_stage_goes_on_with_fewer_blocks_and_the_same_result(stage, capsys):
     wanted = STAGES[stage](llama())
     nb.COMPUTING.fitted.clear()
     most = 2 if stage == "repair" else 1
-    result = STAGES[stage](short_of_memory(llama(), most))
+    result = STAGES[stage](short_of_memory(most))
     torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-4 if stage == "learning gates" else 1e-5)
     assert capsys.readouterr().out.count(f"{stage} runs out of memory: trying {most} blocks at once") == 1
-    STAGES[stage](short_of_memory(llama(), most))
+    STAGES[stage](short_of_memory(most))
     assert "out of memory" not in capsys.readouterr().out, "what fits is remembered"
 
 
 def test_fine_tuning_keeps_its_effective_batch(tmp_path, capsys):
     run = new_run(tmp_path, max_steps=4, batch_size=8, block_length=16, learning_rate=1e-3)
-    blocks, models = dict.fromkeys(nb.SPLITS, BLOCKS), (llama(), short_of_memory(llama(), 2))
+    blocks, models = dict.fromkeys(nb.SPLITS, BLOCKS), (llama(), short_of_memory(2))
     records = [nb.train(run, f"training {n}", model, blocks, run.settings) for n, model in enumerate(models)]
     assert [record["tokens_per_step"] for record in records] == [128, 128]
     assert capsys.readouterr().out.count("fine-tuning runs out of memory: trying 2 blocks at once") == 1
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*(model.parameters() for model in models)))
     with pytest.raises(nb.RunError, match="fine-tuning runs out of memory with a single block: take a smaller --block"):
-        nb.train(run, "training 2", short_of_memory(llama(), 0), blocks, run.settings)
+        nb.train(run, "training 2", short_of_memory(0), blocks, run.settings)
 
 
 def test_a_batch_starts_with_what_the_free_memory_has_room_for(monkeypatch, capsys):
@@ -94,12 +93,6 @@ def test_a_batch_starts_with_what_the_free_memory_has_room_for(monkeypatch, caps
 
 
 def test_a_single_block_that_does_not_fit_says_what_to_change():
-    def tokenizer(prompt, **_):
-        return nb.transformers.BatchEncoding({"input_ids": torch.ones(1, 3, dtype=torch.long)})
-
-    tokenizer.eos_token_id = 2
-    model, said = short_of_memory(llama(), 0), "runs out of memory with a single block: take a smaller --block-length"
-    with pytest.raises(nb.RunError, match=f"writing a sample {said}"):
-        nb.sample(model, tokenizer, "prompt")
-    with pytest.raises(nb.RunError, match=f"perplexity {said}"):
-        nb.perplexity(model, BLOCKS)
+    said = "writing a sample runs out of memory with a single block: take a smaller --block-length"
+    with pytest.raises(nb.RunError, match=said):
+        nb.sample(short_of_memory(0), tiny_tokenizer(), "a a a")

@@ -47,8 +47,7 @@ def test_a_fingerprint_sees_every_weight_and_gate(gates):
     nb.set_gates(model, gates.flip(1))
     assert nb.fingerprint(model) != closed, "as many heads closed in every layer, but others"
     nb.set_gates(model, gates)
-    with torch.no_grad():
-        model.transformer.h[1].mlp.c_fc.weight[3, 5] += 1e-3
+    model.transformer.h[1].mlp.c_fc.weight.data[3, 5] += 1e-3
     assert nb.fingerprint(model) != closed
 
 
@@ -68,14 +67,10 @@ def test_only_an_unfinished_run_of_these_settings_and_versions_is_gone_on_with(t
 
 def test_a_run_that_another_process_computes_is_left_alone(tmp_path):
     run = new_run(tmp_path, **FEW)
-    code = (
-        "import sys, torch, PruningAndFineTuningColab as nb\n"
-        f"settings = nb.Settings(output_dir=sys.argv[1], **{FEW!r})\n"
-        "print(nb.Run(settings, torch.device('cpu'), torch.float32).folder)"
-    )
+    code = f"import conftest; print(conftest.new_run(conftest.Path({str(tmp_path)!r}), **{FEW!r}).folder)"
 
     def folder_elsewhere():
-        return Path(run_python("-c", code, tmp_path, cwd=tmp_path).stdout.splitlines()[-1])
+        return Path(run_python("-c", code, cwd=Path(__file__).parent).stdout.splitlines()[-1])
 
     other = folder_elsewhere()
     assert other != run.folder and other.parent == tmp_path and (other / "metrics.json").exists()
@@ -168,7 +163,7 @@ def test_fine_tuning_goes_on_bit_for_bit(reopen, step, kept_steps, tmp_path, mon
         assert kept["history"] == record["history"] and kept["kept_step"] == record["kept_step"]
         assert len(record["history"]["perplexity"]) == 10, "measurements in each training"
     assert len(steps) == 20 - kept_steps, "it goes on from the last measurement"
-    assert not list(again.state.glob("training-*.safetensors")), "which is not kept for longer than it is needed"
+    assert not list(again.state.glob("training-*")), "which is not kept for longer than it is needed"
 
 
 # --- the script
@@ -205,11 +200,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(home, tmp_path):
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_lose_nothing(home, tmp_path):
     """About seven minutes: pytest -m slow -s tests/test_resume.py"""
-    nb.make_demo(nb.load_text(nb.Settings(dataset="python-docs"))["train"])  # not while the whole run is timed
-    (tmp_path / "whole").mkdir()
-    start = time.monotonic()
-    run_python(*WORDS, cwd=tmp_path / "whole")
-    seconds, wanted = time.monotonic() - start, outcome(tmp_path / "whole")
+    noted, wanted = results_in(home / "results")[1]["seconds"], outcome(home)
+    seconds = sum(noted.values()) - noted["load model"]  # in which the demo was trained
     chance, kills, runs = random.Random(0), 0, 0
     while kills < 20:
         folder = tmp_path / f"run{runs}"

@@ -8,17 +8,15 @@ import sys
 import datasets
 import pytest
 import torch
-from conftest import make, new_run, run_python
+from conftest import logits, make, new_run, run_python
 
 import PruningAndFineTuningColab as nb
 
 
-class Letters:
+def letters(text, **options):
     """A tokenizer of one token a letter."""
-
-    def __call__(self, text, **options):
-        assert options["add_special_tokens"] is False
-        return {"input_ids": [ord(letter) % 97 for letter in text]}
+    assert options["add_special_tokens"] is False
+    return {"input_ids": [ord(letter) % 97 for letter in text]}
 
 
 def settings(**changes):
@@ -30,15 +28,14 @@ def test_packing_loses_no_token(length, times):
     """The last text is longer than what is tokenized at once."""
     text = "the quick brown fox jumps over the lazy dog " * times
     ids = torch.tensor([ord(letter) % 97 for letter in text])
-    blocks = nb.pack(text, Letters(), length)
+    blocks = nb.pack(text, letters, length)
     assert blocks.shape[1] == length and len(ids) - blocks.numel() < length
     assert torch.equal(blocks.flatten(), ids[: blocks.numel()])
 
 
 def test_perplexity_equals_its_definition():
     model, blocks = make("opt"), torch.randint(3, 97, (5, 12))
-    with torch.no_grad():
-        probabilities = model(blocks).logits.softmax(-1)
+    probabilities = logits(model, blocks).softmax(-1)
     nll = [-math.log(probabilities[b, t - 1, blocks[b, t]]) for b in range(5) for t in range(1, 12)]
     for nb.COMPUTING.batch_size in (1, 2, 4, 5):
         assert nb.perplexity(model, blocks) == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-4)
@@ -51,6 +48,10 @@ def test_a_file_without_splits_is_cut_into_contiguous_parts(tmp_path):
     assert parts["train"] + parts["validation"] + parts["test"] == text
     for split, share in (("train", 0.8), ("validation", 0.1), ("test", 0.1)):
         assert len(parts[split]) / len(text) == pytest.approx(share, abs=0.01)
+    text = "word " * 2000 + "\n"  # long lines
+    head, tail = nb.cut_tail(text, 0.1)
+    assert head + tail == text and len(tail) / len(text) == pytest.approx(0.1, abs=0.011) and head.endswith(" ")
+    assert [len(part) for part in nb.cut_tail("x" * 1000, 0.1)] == [900, 100]
 
 
 def test_a_hub_dataset_keeps_its_splits(monkeypatch):
@@ -70,11 +71,9 @@ def test_a_hub_dataset_keeps_its_splits(monkeypatch):
 
 
 BAD = [
-    (dict(pruning_level=1.0), "pruning_level is 1.0.*at least 0 and below 1"),
-    (dict(pruning_level="1.5"), "pruning_level is .?1.5.?, but must be a number, at least 0 and below 1: .* is 0.3."),
+    (dict(pruning_level=1.0), "pruning_level is 1.0, but must be a number, at least 0 and below 1: .* is 0.3."),
     (dict(pruning_level="much"), "pruning_level is 'much', but must be a number"),
     (dict(pruning_level=float("nan")), "pruning_level is nan"),
-    (dict(pruning_level=None), "pruning_level is None.*a number"),
     (dict(learning_rate=-1e-4), "learning_rate is -0.0001.*above 0"),
     (dict(learning_rate="inf"), "learning_rate is .*above 0"),
     (dict(strategy="entrpy"), "'entrpy'.*did you mean 'entropy'"),
@@ -82,11 +81,9 @@ BAD = [
     (dict(block_length=1), "block_length is 1.*at least 2"),
     (dict(block_length=8.5), "block_length is 8.5.*a whole number"),
     (dict(batch_size=0), "batch_size is 0.*at least 1"),
-    (dict(min_heads="few"), "min_heads is 'few', but must be a whole number"),
     (dict(min_heads=0), "min_heads is 0.*at least 1"),
     (dict(repair="some"), "repair is 'some'.*a whole number, at least 0"),
     (dict(max_steps=-1), "max_steps is -1.*at least 0"),
-    (dict(max_steps="many"), "max_steps is 'many'.*a whole number"),
     (dict(reopen_heads=3), "reopen_heads is 3.*yes or no"),
     (dict(control="perhaps"), "control is 'perhaps'.*auto, yes, no"),
     (dict(prompt="  "), "prompt is '  '.*some words"),

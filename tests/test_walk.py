@@ -236,13 +236,10 @@ def test_reopened_heads_are_in_the_compact_model_too_which_is_handed_on_in_16_bi
     assert metrics["reopened_difference"]["zeroed"] < 1e-5
 
 
-KEPT = ("cellView", "jupyter", "jp-MarkdownHeadingCollapsed", "id")
-
-
 def test_the_notebook_is_the_script():
     def parts(cells):
-        kept = ({key: cell.metadata[key] for key in KEPT if key in cell.metadata} for cell in cells)
-        return [(cell.cell_type, cell.source, metadata) for cell, metadata in zip(cells, kept)]
+        kept = ("cellView", "jupyter", "jp-MarkdownHeadingCollapsed", "id")
+        return [(cell.cell_type, cell.source, [cell.metadata.get(key) for key in kept]) for cell in cells]
 
     notebook, script = nbformat.read(NOTEBOOK, 4), jupytext.read(SCRIPT)
     remedy = f"jupytext --to ipynb --update --output {NOTEBOOK.name} {SCRIPT.name}"

@@ -46,7 +46,7 @@ def begin(words: list[str]):
     blocks = nb.pack_all(text, tokenizer, model, settings)
     tested = blocks["test"][: settings.eval_blocks or None]
     run.metrics["blocks"] = {split: len(part) for split, part in blocks.items()} | {"tested": len(tested)}
-    blocks |= {"tested": tested, "calibration": blocks["validation"][: settings.calibration_blocks],
+    blocks |= {"tested": tested, "calibration": nb.evenly_spaced(blocks["train"], settings.calibration_blocks),
                "repair": nb.evenly_spaced(blocks["train"], settings.repair)}  # fmt: skip
     nb.prune_only(model, settings.prune)
     run.settings, run.place = nb.with_steps(settings, blocks, device), place  # removed with the run
@@ -79,13 +79,6 @@ def trained(run, model, blocks, settings, teacher=None):
     for file in run.state.glob("training-*"):
         file.unlink()
     return model, record
-
-
-def speed_ratio(model, small, batch, training=False, rounds=9):
-    """How much faster a compact model is than the gated one, without its gates."""
-    models = {"dense": nb.remove_gates(nb.sharing_copy(model)), "compact": small}
-    speeds = nb.tokens_per_second(models, batch, training, rounds)
-    return speeds["compact"] / speeds["dense"]
 
 
 def cut_and_opened_again(model, folder):

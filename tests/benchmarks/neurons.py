@@ -11,9 +11,9 @@ parameters as `both` does.
 import argparse
 import copy
 import dataclasses
+import itertools
 
-import common
-from common import close, nb, say, scores, speed_ratio
+from common import begin, close, closed_in, head, nb, parser_for, say, scores, trained
 
 
 def told(model, kind):
@@ -23,53 +23,46 @@ def told(model, kind):
     return model
 
 
-def total_cost(model, kind):
-    return nb.unit_costs(told(model, kind)).sum().item()
-
-
 def main():
-    parser = common.parser_for(__doc__)
+    parser = parser_for(__doc__)
     parser.add_argument("--shares", nargs="+", type=float, default=[0.05, 0.1, 0.2])
     parser.add_argument("--kinds", nargs="+", default=["heads", "neurons", "both"])
     parser.add_argument("--steps", nargs="*", type=int, default=[100], help="of fine-tuning, for each its own columns")
     parser.add_argument("--same-time", action=argparse.BooleanOptionalAction, default=True)
     own, rest = parser.parse_known_args()
-    run, _, dense, blocks = common.begin(rest)
+    run, _, dense, blocks = begin(rest)
     settings, test = run.settings, blocks["tested"]
-    costs = {kind: total_cost(dense, kind) for kind in ("heads", "neurons", "both")}
+    costs = {kind: nb.unit_costs(told(dense, kind)).sum().item() for kind in ("heads", "neurons", "both")}
 
     def fine_tuned(model, steps):
         """Test perplexity of a copy of the model after so many steps of fine-tuning."""
         now = dataclasses.replace(settings, max_steps=steps)
-        return nb.perplexity(common.trained(run, copy.deepcopy(model), blocks, now)[0], test)
+        return nb.perplexity(trained(run, copy.deepcopy(model), blocks, now)[0], test)
 
     plain = nb.remove_gates(nb.sharing_copy(dense))
     words = ", ".join(f"after {steps} steps {fine_tuned(plain, steps):.3f}" for steps in own.steps)
     print(f"{settings.model}, {settings.strategy}: dense {nb.perplexity(dense, test):.3f}, {words}\n")
     longer = ["for the same time (steps)"] * own.same_time
     columns = [column for steps in own.steps for column in (f"after {steps} steps", *longer)]
-    common.head("parameters of the layers", "kind", "heads closed", "neurons closed", "pruned", "repaired", *columns,
-                "left")  # fmt: skip
-
-    def row(share, kind, level):
+    head("parameters of the layers", "kind", "heads closed", "neurons closed", "pruned", "repaired", *columns, "left")
+    for share, kind in itertools.product(own.shares, own.kinds):
+        if (level := share * costs["both"] / costs[kind]) >= 0.9:
+            continue
         model, now = told(dense, kind), dataclasses.replace(settings, prune=kind, pruning_level=level)
         gates = close(model, scores(model, blocks, now), now)
         fixed = nb.repair(model, blocks["repair"])
-        small, perplexities = nb.compact(fixed), [nb.perplexity(each, test) for each in (model, fixed)]
-        cells = [f"{value:.3f}" for value in perplexities]
-        faster = speed_ratio(dense, small, test[:8], True, 7) if own.steps and own.same_time else 0
+        small = nb.compact(fixed)
+        cells = [f"{nb.perplexity(each, test):.3f}" for each in (model, fixed)]
+        if own.steps and own.same_time:
+            speeds = nb.tokens_per_second({"dense": plain, "compact": small}, test[:8], training=True, rounds=7)
         for steps in own.steps:
             cells.append(f"{fine_tuned(small, steps):.3f}")
             if own.same_time:
-                cells.append(f"{fine_tuned(small, round(steps * faster)):.3f} ({round(steps * faster)})")
+                more = round(steps * speeds["compact"] / speeds["dense"])
+                cells.append(f"{fine_tuned(small, more):.3f} ({more})")
         parts = [part for kind in ("heads", "neurons") if (part := nb.describe_units(model, gates)[kind])]
         left = "; ".join(" ".join(map(str, part["open_per_layer"])) for part in parts)
-        say(f"{share:.1%}", kind, *common.closed_in(model, gates), *cells, left)
-
-    for share in own.shares:
-        for kind in own.kinds:
-            if (level := share * costs["both"] / costs[kind]) < 0.9:
-                row(share, kind, level)
+        say(f"{share:.1%}", kind, *closed_in(model, gates), *cells, left)
 
 
 if __name__ == "__main__":

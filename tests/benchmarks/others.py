@@ -47,7 +47,7 @@ def taylor(model, blocks):
     """(layers, units) sums of |weight x gradient of the mean loss|."""
     model.zero_grad()
     for batch in blocks.split(2):
-        with nb.autocast(model.device):
+        with nb.number_format(model.device):
             loss = nb.nll(model(batch.to(model.device), use_cache=False).logits, batch.to(model.device)).sum()
         (loss / len(blocks)).backward()
     found = sums(model, lambda weight: (weight * weight.grad).abs() if weight.grad is not None else weight * 0)
@@ -65,7 +65,7 @@ def inputs_seen(model, blocks):
         powers = x.square().sum(1)
         seen[projection] = seen[projection] + torch.stack([x.sum((0, 1)), powers.sum(0), powers.sqrt().sum(0)])
 
-    with nb.hooks(projection.register_forward_pre_hook(add) for projection in seen), nb.autocast(model.device):
+    with nb.hooks(projection.register_forward_pre_hook(add) for projection in seen), nb.number_format(model.device):
         for batch in blocks.split(2):
             model(batch.to(model.device), use_cache=False)
     return {projection: {"mean": total / tokens, "variance": (squares - total.square() / tokens) / (tokens - 1),
@@ -156,7 +156,6 @@ def two_stages(model, seen, block, level, layout):
 def methods(model, blocks, settings):
     """Name -> function that chooses gates (layers, units), with all gates open."""
     calibration, level, layout = blocks["calibration"], settings.pruning_level, nb.layout_of(model, settings)
-
     known = {}
 
     def ours(strategy, **more):
@@ -260,7 +259,7 @@ def main():
             share = ((costs * (gates == 0)).sum() / costs.sum()).item()
             cells = [*closed_in(model, gates), f"{small.num_parameters() / 1e6:.2f} M"]
             say(name, f"{level:.0%}", f"{share:.1%}", *cells, *map(number, values), f"{seconds / unit:.1f}")
-    print(f"\n{nb.conditions(run.metrics)}", file=sys.stdout)
+    print(f"\n{nb.conditions(run.metrics)}")
 
 
 if __name__ == "__main__":

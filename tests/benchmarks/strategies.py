@@ -32,7 +32,7 @@ def costs(model, few):
 
     @torch.no_grad()
     def forward(model):
-        with nb.autocast(model.device):
+        with nb.number_format(model.device):
             model(few.to(model.device), use_cache=False).logits[0, -1, 0].item()
 
     bare = nb.remove_gates(nb.sharing_copy(model))
