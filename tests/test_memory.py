@@ -41,5 +41,5 @@ def test_five_runs_in_one_kernel_take_the_memory_of_one(demo, tmp_path):
             said = "".join(output.get("text", "") for output in look.outputs)
             seen.append(json.loads(re.findall(r'{"ram".*?}', said)[-1]))  # each run adds its line
             print(seen[-1])
-    assert seen[-1]["ram"] < 1.05 * seen[0]["ram"]
+    assert seen[-1]["ram"] < 1.05 * seen[1]["ram"]  # (the first run fills what allocators and libraries keep)
     assert seen[-1]["models"] == seen[0]["models"] and seen[-1]["buttons"] == seen[0]["buttons"]
