@@ -388,7 +388,7 @@ class Computing:
 COMPUTING = Computing()
 
 def number_format(device: torch.device, dtype: torch.dtype | None = None):
-    """Within it products are computed in COMPUTING.dtype, or in `dtype`; weights are cast once, and may not change."""
+    """Context in which products are computed in COMPUTING.dtype, or in `dtype`. Weights may not change in it."""
     dtype = dtype or COMPUTING.dtype
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
@@ -2630,7 +2630,7 @@ class Gradient:
 # There are too many neurons to learn a gate for each from so little text: Fisher ranks the neurons of a layer, and
 # one number for each layer is learned, which moves all of them up or down.
 #
-# It takes minutes where Fisher takes half a minute, and raises perplexity the least on most models that we
+# It takes about twice as long as Fisher, and raises perplexity the least on most models that we
 # measured, because whether a head can go depends on which others go.
 # %%
 def soft_gates(scores: torch.Tensor, budget: float, temperature: float, costs: torch.Tensor | float = 1.0):

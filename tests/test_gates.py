@@ -170,6 +170,9 @@ def test_a_level_out_of_reach_is_said_with_what_can_be_reached(prunes, least, mo
     for level in (dict(pruning_level=0.99), dict(sweep="random 0.1 0.99")):
         with pytest.raises(nb.UserError, match=f"is 0.99 with min_heads {least}, but at most {most} can be closed so"):
             nb.plan_closing(model, nb.Settings(prune=prunes, min_heads=least, **level))
+    if prunes == "neurons":  # a level that is less than half a chunk out of reach, too
+        with pytest.raises(nb.UserError, match="is 0.95 with min_heads 1, but at most 0.94 can be closed so"):
+            nb.plan_closing(model, nb.Settings(prune=prunes, pruning_level=0.95))
     settings = nb.Settings(prune=prunes, min_heads=least, pruning_level=float(most) - 0.01)
     nb.plan_closing(model, settings)
     assert nb.gates_for(model, torch.rand(nb.get_gates(model).shape), settings).sum() > 0, "and so it is"

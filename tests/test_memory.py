@@ -7,8 +7,12 @@ import shutil
 import nbformat
 import pytest
 import transformers
-from conftest import FEW, SCRIPT, client_of, fill_form
+from conftest import SCRIPT, client_of, fill_form
 
+FEW = {
+    "model": "model", "dataset": "python-docs", "block_length": 64, "eval_blocks": 4, "calibration_blocks": 4,
+    "gate_steps": 6, "repair": 8, "max_steps": 4,
+}  # fmt: skip
 LOOK = """
 import gc
 import json
@@ -29,7 +33,7 @@ def test_five_runs_in_one_kernel_take_the_memory_of_one(demo, tmp_path):
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")  # 40 MB: large beside what else may vary
     notebook = nbformat.read(SCRIPT.with_suffix(".ipynb"), 4)
-    fill_form(notebook, FEW | {"model": "model", "dataset": "python-docs", "block_length": 64, "max_steps": 4})
+    fill_form(notebook, FEW)
     look = nbformat.v4.new_code_cell(LOOK)
     notebook.cells.append(look)
     client, seen = client_of(notebook, tmp_path), []
@@ -41,5 +45,5 @@ def test_five_runs_in_one_kernel_take_the_memory_of_one(demo, tmp_path):
             said = "".join(output.get("text", "") for output in look.outputs)
             seen.append(json.loads(re.findall(r'{"ram".*?}', said)[-1]))  # each run adds its line
             print(seen[-1])
-    assert seen[-1]["ram"] < 1.05 * seen[1]["ram"]  # (the first run fills what allocators and libraries keep)
+    assert seen[-1]["ram"] < 1.05 * seen[0]["ram"]
     assert seen[-1]["models"] == seen[0]["models"] and seen[-1]["buttons"] == seen[0]["buttons"]
