@@ -2580,7 +2580,7 @@ class Entropy:
         return scored.mean(0).cpu() / relative_costs(model)
 # %% [markdown]
 # **Gradient** asks the loss instead: by how much would it change if the head's gate moved a little? One
-# backward pass answers for all heads at once. The importance is the mean over texts of
+# backward pass answers for all heads at once. The importance is the mean over texts of at most 128 tokens of
 # $|\partial L/\partial g|$ ([Michel et al. 2019](https://arxiv.org/abs/1905.10650)); squared, it is the
 # diagonal of the **Fisher** information, which says how fast the model's predictions change
 # ([Kwon et al. 2022](https://arxiv.org/abs/2204.09656)).
@@ -2752,7 +2752,7 @@ if __name__ == "__main__":
 #
 # What to expect: in a model of a hundred million parameters, perplexity rises by a few percent without a
 # tenth of the heads, by a quarter without a third of them, and the model falls apart somewhere beyond a half; larger
-# models can spare more. Repair recovers about half of the loss. Fine-tuning recovers more than was
+# models can spare more. Repair recovers a third to a half of the loss. Fine-tuning recovers more than was
 # lost, because it also teaches the model this kind of text: so the comparison that counts is with the
 # dense model after the same fine-tuning (section 15).
 
