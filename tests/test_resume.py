@@ -199,7 +199,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(home, tmp_path):
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_lose_nothing(home, tmp_path):
-    """About seven minutes: pytest -m slow -s tests/test_resume.py"""
+    """About five minutes: pytest -m slow -s tests/test_resume.py"""
     chance, kills, runs, wanted, start = random.Random(0), 0, 0, outcome(home), time.perf_counter()
     run_python(*WORDS, cwd=tmp_path)
     seconds = time.perf_counter() - start  # with the imports, which are half of it
