@@ -478,6 +478,8 @@ def fingerprint(*things) -> str:
     digest = hashlib.sha256()
     for thing in things:
         parts = thing.state_dict() if isinstance(thing, torch.nn.Module) else {"": thing}
+        if any(isinstance(part, torch.Tensor) and part.device.type == "xla" for part in parts.values()):
+            sys.modules["torch_xla"].sync()  # a copy that is read before it is computed shares its original's memory
         for name, part in parts.items():
             if isinstance(part, torch.Tensor):
                 digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -637,9 +639,7 @@ def in_lines(text: str) -> str:
 
 def show_markdown(text: str) -> None:
     """Shows Markdown: rendered in a notebook, as plain text in a terminal."""
-    if not in_notebook():
-        return print(text)
-    display(Markdown(text))
+    return display(Markdown(text)) if in_notebook() else print(text)
 
 @contextlib.contextmanager
 def hooks(handles):
