@@ -690,29 +690,24 @@ def kind_of(path: Path) -> str:
     """The suffix that says how a file is read, in small letters and without .gz."""
     return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
 
-def find_files(name: str, path: str) -> list[Path]:
-    """The files that a setting means: one, those of KINDS in a folder, or those of a pattern. Raises UserError."""
-    place, found = Path(path), []
-    if place.is_dir():
-        found = [file for file in place.rglob("*") if kind_of(file) in KINDS
-                 and not NOT_TEXT.search(f"/{file.relative_to(place).as_posix()}")]
-    elif not place.is_file():
-        found = map(Path, glob.glob(path, recursive=True))
-    found = [place] if place.is_file() else sorted(file for file in found if file.is_file())
-    if not found or any(kind_of(file) not in KINDS for file in found):
+def find_files(name: str, path: str) -> dict[str, list[Path]]:
+    """Split -> the files that a setting means: one, those of a folder, or those of a pattern. Raises UserError.
+
+    They go into their splits where the names of all of them say one; else all are for train.
+    """
+    place, folder = Path(path), Path(path).is_dir()
+    found = [place] if place.is_file() else place.rglob("*") if folder else map(Path, glob.glob(path, recursive=True))
+    inside = {file: f"/{file.relative_to(place).as_posix() if folder else file.name}" for file in found
+              if file.is_file()}
+    files = sorted(file for file, within in inside.items()
+                   if not folder or kind_of(file) in KINDS and not NOT_TEXT.search(within))
+    if not files or any(kind_of(file) not in KINDS for file in files):
         raise UserError(f"{name} is {path!r}, but must be an existing file of a kind that can be read "
                         f"({', '.join(KINDS)}, or .gz of them), a folder with some, or a pattern such as data/*.txt: "
                         "check the path, or convert it first.")
-    return found
-
-def files_of_splits(files: list[Path], path: str) -> dict[str, list[Path]]:
-    """Split -> files of a folder or pattern: by their names where all of them say a split, else all are for train."""
-    def inside(file):
-        return (file.relative_to(path) if Path(path).is_dir() else Path(file.name)).as_posix().lower()
-
-    parts = {split: [file for file in files if re.search(rf"(?<![a-z])({words})(?![a-z])", inside(file))]
+    parts = {split: [file for file in files if re.search(rf"(?<![a-z])({words})(?![a-z])", inside[file].lower())]
              for split, words in SPLIT_WORDS.items()}
-    named = {split: found for split, found in parts.items() if found}
+    named = {split: part for split, part in parts.items() if part}
     apart = "train" in named and len(named) > 1 and sum(map(len, named.values())) == len(files)
     return named if apart else {"train": files}
 
@@ -727,7 +722,7 @@ def read_files(settings: Settings, tokenizer) -> dict[str, str]:
             parts = read_dataset(path, tokenizer)
         elif path:
             parts = {name: "\n\n".join(read_file(file, tokenizer) for file in files)
-                     for name, files in files_of_splits(find_files(f"{split}_file", path), path).items()}
+                     for name, files in find_files(f"{split}_file", path).items()}
         if path:
             text |= parts if split == "train" else {split: "\n\n".join(parts.values())}
     return text
@@ -744,13 +739,6 @@ def for_template(value):
                 for key, part in value.items() if part is not None}
     return list(map(for_template, value)) if isinstance(value, (list, tuple, numpy.ndarray)) else value
 
-def parts_of(value):
-    """A dict or list, and all that are in it, from the outermost on."""
-    if isinstance(value, (dict, list)):
-        yield value
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from parts_of(part)
-
 def write_chat(row: dict, column: str, tokenizer) -> str:
     """One chat as text, by the model's chat template; turns have role and content, or from and value."""
     turns, roles = for_template(row[column]), {"human": "user", "gpt": "assistant"}  # names in `conversations`
@@ -762,10 +750,7 @@ def write_chat(row: dict, column: str, tokenizer) -> str:
         if isinstance(content, list):  # parts of a text
             turn["content"] = "".join(part if isinstance(part, str) else part["text"] for part in content)
     tools = for_template(row.get("tools"))
-    text = tokenizer.apply_chat_template(turns, tools=tools if isinstance(tools, list) else None, tokenize=False)
-    for part in parts_of([turns, tools]):  # a template that forgets to ask for JSON gets Python's notation
-        text = text.replace(repr(part), json.dumps(part, ensure_ascii=False))
-    return text
+    return tokenizer.apply_chat_template(turns, tools=tools if isinstance(tools, list) else None, tokenize=False)
 
 def join_rows(table: pandas.DataFrame, name: str, tokenizer=lambda: None) -> str:
     """The text column of a table as one string, rows parted by a blank line; no other column is looked at.
@@ -994,9 +979,6 @@ def load_model(name: str, device: torch.device, trust_remote_code: bool = False,
     if broken := next((path for path, weight in model.named_parameters() if not weight.isfinite().all()), None):
         raise UserError(f"model {name!r} has numbers that are not finite in {broken}: download it again, or take "
                         "another one.")
-    if config is None:  # the weights are plain numbers now, but save_pretrained would refuse it as quantised
-        model.hf_quantizer, model.is_quantized = None, False
-        model.config.__dict__.pop("quantization_config", None)
     head = model.get_output_embeddings()
     if head is not None and head.weight is not model.get_input_embeddings().weight:
         model.config.tie_word_embeddings = False  # whatever it says: the file holds a matrix of its own
@@ -1216,6 +1198,9 @@ def make_demo(text: str, device: torch.device = torch.device("cpu")) -> str:  # 
     print("Training the demo model, once: a minute or two.")
     tokenizer, before = demo_tokenizer(text), dict(vars(COMPUTING))
     blocks = pack(text, tokenizer, settings["block_length"])
+    if len(blocks) <= 16:  # which are for validation
+        raise UserError(f"the demo's training text has {len(text)} characters, but 10000 or more are needed: take a "
+                        "longer one, or another model.")
     with tempfile.TemporaryDirectory() as place:
         run = Run(Settings(model="demo", output_dir=place, **settings), device, torch.float32)
         model = transformers.GPT2LMHeadModel(config).to(device)
@@ -1565,7 +1550,7 @@ def get_gates(model) -> torch.Tensor:
     return torch.stack([torch.cat([units.projection.gates.detach().float().cpu() for units in layer])
                         for layer in find_units(model)])
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Temporary gates: all open, none at all, or with gradients
+# @title Temporary gates: all open, none at all, or others with gradients
 def sharing_copy(model):
     """A copy of a gated model that shares its weights and has gates of its own."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
@@ -1598,26 +1583,12 @@ def all_open(model):
     finally:
         set_gates(model, before)
 
-@contextlib.contextmanager
-def movable_gates(model):
-    """Within it weights are frozen; `substitute(rows)` puts tensors in the place of the gates, one for each layer."""
-    add_gates(model)
-    layers, trained = find_units(model), [parameter for parameter in model.parameters() if parameter.requires_grad]
-    before = [(units.projection, units.projection.gates) for layer in layers for units in layer]
-
-    def substitute(rows):  # each (..., units)
-        for layer, row in zip(layers, rows, strict=True):
-            for units, part in zip(layer, row.split([units.number for units in layer], dim=-1)):
-                units.projection.gates = part
-
-    try:
-        model.requires_grad_(False)
-        yield substitute
-    finally:
-        for projection, gates in before:
-            projection.gates = gates
-        for parameter in trained:
-            parameter.requires_grad_(True)
+def logits_with(model, layers: list, rows, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of ids (batch, time) with `rows`, (..., units) for each of the layers, as gates; weights are frozen."""
+    gates = {f"{units.path}.gates": part for layer, row in zip(layers, rows, strict=True)
+             for units, part in zip(layer, row.split([units.number for units in layer], dim=-1))}
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    return torch.func.functional_call(model, weights | gates, ids, {"use_cache": False}).logits
 
 # %%
 if __name__ == "__main__":
@@ -1959,23 +1930,16 @@ def save_compact(small, tokenizer, folder: Path, dtype: torch.dtype = torch.floa
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title The proof that it works for this model
 def reopen(folder: Path, model=None, dtype: torch.dtype = torch.float32):
-    """The model of a saved folder, as a stranger opens it; or its class and configuration with the weights of `model`.
-
-    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True), step by step, because some versions of it
-    then use the folder's class for the whole family.
-    """
+    """The model of a saved folder, as a stranger opens it; or its class with the weights of `model`."""
     try:
         os.makedirs(dynamic_module_utils.HF_MODULES_CACHE, exist_ok=True)
     except OSError:  # a home that cannot be written to
         dynamic_module_utils.HF_MODULES_CACHE = tempfile.mkdtemp()
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)  # its code is ours, or was trusted before
-    code = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
-    opener = dynamic_module_utils.get_class_from_dynamic_module(code, folder) if code else opener_for(config)
+    with torch.device("meta"):
+        opener = type(opener_for(config).from_config(config, trust_remote_code=True))
     if model is None:
         return opener.from_pretrained(folder, dtype=dtype)
-    if not code:
-        with torch.device("meta"):
-            opener = type(opener.from_config(config))
     return opener.from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=model.dtype)
 
 def tolerated(model) -> float:
@@ -2600,19 +2564,17 @@ class Gradient:
     squared: bool = False
 
     def score(self, model, blocks: torch.Tensor) -> torch.Tensor:
-        """Importance (layers, heads) on blocks (n, time), at the gates that the model has."""
+        """Importance (layers, units) on blocks (n, time), at the gates that the model has."""
         texts = cut_shorter(blocks)  # the gradients of a long text's tokens would cancel out
-        with movable_gates(model) as substitute:
-            gates = get_gates(model).to(model.device)
+        gates, layers = get_gates(model).to(model.device), find_units(model)
 
-            def per_block(batch):
-                own = gates[:, None, None].repeat(1, len(batch), 1, 1).requires_grad_()  # (layers, batch, 1, heads)
-                substitute(own)
-                loss = nll(model(batch[:, :-1], use_cache=False).logits, batch).sum()
-                (slope,) = torch.autograd.grad(SCALE * loss, own)  # no block's gate moves another block's loss
-                return slope[:, :, 0].transpose(0, 1) / SCALE  # (batch, layers, heads)
+        def per_block(batch):
+            own = gates[:, None, None].repeat(1, len(batch), 1, 1).requires_grad_()  # (layers, batch, 1, units)
+            loss = nll(logits_with(model, layers, own, batch[:, :-1]), batch).sum()
+            (slope,) = torch.autograd.grad(SCALE * loss, own)  # no block's gate moves another block's loss
+            return slope[:, :, 0].transpose(0, 1) / SCALE  # (batch, layers, units)
 
-            slopes = over_blocks(model, texts, per_block, "scoring by gradient", backward=True)
+        slopes = over_blocks(model, texts, per_block, "scoring by gradient", backward=True)
         return (slopes.square() if self.squared else slopes.abs()).mean(0).cpu() / relative_costs(model)
 # %% [markdown]
 # **Learned** trains the gates themselves, with all weights frozen, so that they keep the predictions of
@@ -2662,10 +2624,6 @@ class Learned:
     level: float
     steps: int = 240
     seed: int = 0
-    rate: float = 0.1  # Adam's, falling to a tenth
-    first_temperature: float = 1.0
-    last_temperature: float = 0.03
-    noise: float = 0.5  # scale of the logistic noise, in temperatures
 
     def score(self, model, blocks: torch.Tensor) -> torch.Tensor:
         """Importance (layers, units) on Fisher's scale, from blocks (n, time). Raises RunError for overflows."""
@@ -2681,30 +2639,28 @@ class Learned:
         own, moved = start[:, :heads].clone().requires_grad_(), torch.zeros_like(start[:, :1]).requires_grad_()
         learned = [own] * (heads > 0) + [moved] * (heads < start.shape[1])
         optimizer, generator = torch.optim.Adam(learned, betas=(0.9, 0.98)), torch.Generator().manual_seed(self.seed)
-        with movable_gates(model) as substitute:
-            per_text = functools.partial(self.slope, model, substitute)
-            order = draw(len(texts), min(len(texts), max(1, 256 // texts.shape[1])), self.steps, generator)
-            for step, chosen in enumerate(long_loop(order, "learning gates", model.device)):
-                done = step / max(self.steps - 1, 1)
-                optimizer.param_groups[0]["lr"] = self.rate * (1 - 0.9 * done)
-                temperature = self.first_temperature * (self.last_temperature / self.first_temperature) ** done
-                chance = torch.rand(len(chosen), *own.shape, generator=generator).clamp(1e-4, 1 - 1e-4).logit()
-                noise = self.noise * temperature * chance.to(model.device)  # every text has its own
-                scores = torch.cat([own + noise, (start[:, heads:] + moved).expand(len(chosen), -1, -1)], dim=-1)
-                gates = soft_gates(scores, budget, temperature, costs)  # (texts, layers, units)
-                slopes = over_blocks(model, (texts[chosen], gates.detach()), per_text, "learning gates", backward=True)
-                for part, slope in zip(learned, torch.autograd.grad(gates, learned, slopes / len(chosen))):
-                    part.grad = slope
-                optimizer.step()
+        per_text = functools.partial(self.slope, model, find_units(model))
+        order = draw(len(texts), min(len(texts), max(1, 256 // texts.shape[1])), self.steps, generator)
+        for step, chosen in enumerate(long_loop(order, "learning gates", model.device)):
+            done = step / max(self.steps - 1, 1)
+            optimizer.param_groups[0]["lr"] = 0.1 * (1 - 0.9 * done)  # falls to a tenth
+            temperature = 0.03**done  # falls from 1 to 0.03
+            chance = torch.rand(len(chosen), *own.shape, generator=generator).clamp(1e-4, 1 - 1e-4).logit()
+            noise = 0.5 * temperature * chance.to(model.device)  # every text has its own
+            scores = torch.cat([own + noise, (start[:, heads:] + moved).expand(len(chosen), -1, -1)], dim=-1)
+            gates = soft_gates(scores, budget, temperature, costs)  # (texts, layers, units)
+            slopes = over_blocks(model, (texts[chosen], gates.detach()), per_text, "learning gates", backward=True)
+            for part, slope in zip(learned, torch.autograd.grad(gates, learned, slopes / len(chosen))):
+                part.grad = slope
+            optimizer.step()
         return (torch.cat([own, start[:, heads:] + moved], dim=1).detach().cpu() * spread + middle).exp()
 
-    def slope(self, model, substitute, batch: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-        """d divergence / d gate of each text: (batch, layers, heads), like `gates`; `batch` is (batch, time)."""
+    def slope(self, model, layers: list, batch: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        """d divergence / d gate of each text: (batch, layers, units), like `gates`; `batch` is (batch, time)."""
         with torch.no_grad():
-            substitute(torch.ones_like(gates[0]))
-            wanted = model(batch, use_cache=False).logits
-        substitute(gates.requires_grad_()[:, None].unbind(2))  # for each layer (batch, 1, heads)
-        loss = divergence(model(batch, use_cache=False).logits, wanted).sum()
+            wanted = logits_with(model, layers, torch.ones_like(gates[0]), batch)
+        rows = gates.requires_grad_()[:, None].unbind(2)  # for each layer (batch, 1, units)
+        loss = divergence(logits_with(model, layers, rows, batch), wanted).sum()
         return torch.autograd.grad(SCALE * loss, gates)[0] / SCALE
 # %% [markdown]
 # All strategies by name, and the one that you chose, applied to training text:
@@ -2716,7 +2672,7 @@ STRATEGIES = {"learned": Learned, "fisher": functools.partial(Gradient, squared=
 def get_strategy(name: str, **options):
     """A strategy by name, for every architecture. Raises UserError for a name or an option that it does not have.
 
-    Options: `random` takes seed; `learned` takes level, steps, seed, rate, first_temperature, last_temperature, noise.
+    Options: `random` takes seed; `learned` takes level, steps and seed.
     """
     check_choice("strategy", name, STRATEGIES)
     try:
@@ -2933,6 +2889,17 @@ class ExplorerPanel:
                 [self.prompt, self.writing], [self.output])
         self.box = widgets.VBox([widgets.HTML(STYLE), *map(widgets.HBox, rows)])
 
+    def refresh(self) -> None:
+        """Shows the gates that the Explorer has now, its scores as shades, and what they save."""
+        scores = self.importance[self.settings.strategy][:, :self.heads]
+        shades = ranks(scores) * 16 // scores.numel()
+        for place, button in self.buttons.items():
+            button.style = self.styles[shades[place]]
+            button.description = "\N{NO-BREAK SPACE}" if self.gates[place] else "×"  # (an empty one is not sent)
+        counts = describe_units(self.model, self.gates)
+        size = [words_for_size(self.model, self.gates, self.settings.block_length)] * can_compact(self.model)
+        self.counts.value = " · ".join([f"<b>{words_for_closed(counts)} closed</b>", *size])
+
     def do(self, work) -> None:
         """work(), with its bars, and the words that it returns, in the panel; a mistake is said there, too."""
         with self.output:
@@ -2945,12 +2912,12 @@ class ExplorerPanel:
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title The explorer: what its controls do
 class Explorer(ExplorerPanel):
-    """`take` gets what *Take it* hands over, and returns a perplexity; blocks and importance as in show_explorer()."""
-    def __init__(self, model, tokenizer, blocks: dict, settings: Settings, importance: torch.Tensor, take):
-        self.model, self.settings, self.importance = sharing_copy(model), settings, {settings.strategy: importance}
+    """Closes units of a copy; *Take it* closes them in the run's model. Blocks and importance as in show_explorer()."""
+    def __init__(self, run: Run, model, tokenizer, blocks: dict, importance: torch.Tensor):
+        self.run, self.settings, self.importance = run, run.settings, {run.settings.strategy: importance}
+        self.original, self.model, self.tokenizer, self.blocks = model, sharing_copy(model), tokenizer, blocks
         self.gates, self.chosen, self.heads = get_gates(model), get_gates(model), number_of_heads(model)
-        self.tokenizer, self.blocks, self.take = tokenizer, blocks, take
-        super().__init__(settings, len(importance), self.heads)
+        super().__init__(run.settings, len(importance), self.heads)
         for control in (self.strategy, self.level):
             control.observe(lambda _: self.do(self.choose), "value")
         works = {self.measuring: self.measure, self.writing: self.write, self.taking: self.take_it}
@@ -2958,16 +2925,6 @@ class Explorer(ExplorerPanel):
         for button, work in works.items():
             button.on_click(lambda _, work=work: self.do(work))
         self.refresh()
-
-    def refresh(self) -> None:
-        scores = self.importance[self.settings.strategy][:, :self.heads]
-        shades = ranks(scores) * 16 // scores.numel()
-        for place, button in self.buttons.items():
-            button.style = self.styles[shades[place]]
-            button.description = "\N{NO-BREAK SPACE}" if self.gates[place] else "×"  # (an empty one is not sent)
-        counts = describe_units(self.model, self.gates)
-        size = [words_for_size(self.model, self.gates, self.settings.block_length)] * can_compact(self.model)
-        self.counts.value = " · ".join([f"<b>{words_for_closed(counts)} closed</b>", *size])
 
     def toggle(self, place: tuple[int, int]) -> None:
         self.gates[place] = 1 - (self.gates[place] != 0).float()
@@ -2978,9 +2935,8 @@ class Explorer(ExplorerPanel):
         settings = dataclasses.replace(self.settings, strategy=name, pruning_level=self.level.value)
         if name not in self.importance:
             print(f"Scoring with {name}, once.")
-            with all_open(self.model):
-                self.importance[name] = get_strategy(name, **options_for(settings)).score(
-                    self.model, evenly_spaced(self.blocks["train"], settings.calibration_blocks))
+            text = evenly_spaced(self.blocks["train"], settings.calibration_blocks)
+            self.importance[name] = scores_of(self.run, self.model, text, settings)
         self.chosen, self.settings = gates_for(self.model, self.importance[name], settings), settings
         self.gates = self.chosen.clone()
         self.refresh()
@@ -3000,22 +2956,18 @@ class Explorer(ExplorerPanel):
         return "dense:\n{}\n\nshown:\n{}".format(*self.both(lambda m: sample(m, self.tokenizer, self.prompt.value)))
 
     def take_it(self) -> str:
-        name, by_hand = self.settings.strategy, int((self.gates != self.chosen).sum())
-        value = self.take(self.gates, self.importance[name], name, self.settings.pruning_level, by_hand)
-        return f"Taken: test perplexity {value:.2f}. Now run the cells from section 11 on."
+        run, name, tested = self.run, self.settings.strategy, self.blocks["test"][: self.settings.eval_blocks or None]
+        run.settings = dataclasses.replace(run.settings, strategy=name, pruning_level=self.settings.pruning_level)
+        close_units(run, self.original, self.tokenizer, self.gates, self.importance[name], tested)
+        run.metrics["by_hand"] = int((self.gates != self.chosen).sum())
+        return f"Taken: test perplexity {run.metrics['perplexity']['pruned']:.2f}. Now run the cells from section 11."
 
 # %%
 def show_explorer(run: Run, model, tokenizer, blocks: dict[str, torch.Tensor], importance: torch.Tensor) -> None:
     """The Explorer, in a notebook and where heads are pruned; blocks are (n, time), importance is (layers, units)."""
-    def take(gates, scores, strategy, level, by_hand):
-        run.settings = dataclasses.replace(run.settings, strategy=strategy, pruning_level=level)
-        close_units(run, model, tokenizer, gates, scores, blocks["test"][: run.settings.eval_blocks or None])
-        run.metrics["by_hand"] = by_hand
-        return run.metrics["perplexity"]["pruned"]
-
     if in_notebook() and number_of_heads(model):
         widgets.Widget.close_all()  # else an earlier explorer keeps its model for as long as the kernel lives
-        display(Explorer(model, tokenizer, blocks, run.settings, importance, take).box)
+        display(Explorer(run, model, tokenizer, blocks, importance).box)
 
 if __name__ == "__main__":
     show_explorer(run, model, tokenizer, blocks, importance)
@@ -3785,39 +3737,31 @@ def load_gated(folder: Path, device: str | torch.device = "cpu"):
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title A compact model in llama.cpp's format
-def neighbours(rows: torch.Tensor, size: int) -> torch.Tensor:
-    """Rows (heads x size, ...) of queries or keys: transformers turns the halves of a head, llama.cpp neighbours."""
-    return rows.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2)
-
 def attention_parts(attention, size: int, normed: bool) -> tuple[dict, int, int]:
     """({name: weight or bias}, heads, key/value heads) of a cut attention module; `normed`: queries and keys are."""
-    output = attention.o_proj
-    inputs = [part for part in attention.children() if isinstance(part, torch.nn.Linear) and part is not output]
-    heads = output.in_features // size
-    shared = (sum(part.out_features for part in inputs) // size - heads) // 2
-    parts = {"output.weight": output.weight, "output.bias": output.bias}
+    output, heads, parts = attention.o_proj, attention.o_proj.in_features // size, {}
+    names, (queries, keys, values) = zip(*find_rows(attention, heads, size))  # rows (heads, size) of each
+    if hasattr(attention, "key_of"):  # it wants equally many readers of each key: one for each query head
+        keys, values = keys[attention.key_of], values[attention.key_of]
+    if not normed:  # transformers turns the halves of a head by its position, llama.cpp neighbours
+        queries, keys = (rows.unflatten(1, (2, -1)).mT.flatten(1) for rows in (queries, keys))
     for kind in ("weight", "bias"):
-        if getattr(inputs[0], kind) is not None:
-            rows = torch.cat([getattr(part, kind) for part in inputs])
-            rows = rows.split([heads * size, shared * size, shared * size])
-            if hasattr(attention, "key_of"):  # it wants equally many readers of each key: one for each query head
-                queries, *others = rows
-                rows = (queries, *(part.unflatten(0, (-1, size))[attention.key_of].flatten(0, 1) for part in others))
-            if normed:  # `openelm` has them in one matrix
-                parts[f"qkv.{kind}"] = torch.cat(rows)
-            else:
-                parts |= {f"q.{kind}": neighbours(rows[0], size), f"k.{kind}": neighbours(rows[1], size),
-                          f"v.{kind}": rows[2]}
+        parts[f"output.{kind}"] = getattr(output, kind)
+        if getattr(getattr(attention, names[0]), kind) is not None:
+            q, k, v = (getattr(getattr(attention, name), kind).cpu()[rows.flatten()]
+                       for name, rows in zip(names, (queries, keys, values)))
+            own = {"qkv": torch.cat([q, k, v])} if normed else {"q": q, "k": k, "v": v}  # `openelm` has one matrix
+            parts |= {f"{name}.{kind}": part for name, part in own.items()}
     if normed:
         parts |= {"q_norm.weight": attention.q_norm.weight, "k_norm.weight": attention.k_norm.weight}
-    return parts, heads, heads if hasattr(attention, "key_of") else shared
+    return parts, heads, len(keys)
 
 @torch.no_grad()
 def in_words_of_llama_cpp(small) -> tuple[dict[str, torch.Tensor], dict]:
-    """(tensors, numbers) of a compact model of LLAMA_CPP: a state_dict by llama.cpp's names, and what layers have."""
+    """(tensors, numbers) of a compact model of LLAMA_CPP: a state_dict and a file's numbers, by llama.cpp's names."""
     base, config = small.base_model, small.config
-    width, theta = config.hidden_size, config.rope_parameters["rope_theta"]
-    size = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    size, theta = getattr(config, "head_dim", None), config.rope_parameters["rope_theta"]
+    size = size or config.hidden_size // config.num_attention_heads
     tensors = {"token_embd.weight": base.embed_tokens.weight, "output_norm.weight": base.norm.weight}
     if small.lm_head.weight is not base.embed_tokens.weight:
         tensors["output.weight"] = small.lm_head.weight
@@ -3826,9 +3770,11 @@ def in_words_of_llama_cpp(small) -> tuple[dict[str, torch.Tensor], dict]:
         tensors["rope_freqs.weight"] = factors.float()
     normed = hasattr(base.layers[0].self_attn, "q_norm")
     window = getattr(config, "sliding_window", None)  # beyond it llama.cpp's plain attention would read too much
-    numbers = {"heads": [], "key_value_heads": [], "neurons": [], "head_dim": size, "base": theta, "width": width,
-               "epsilon": config.rms_norm_eps, "architecture": "openelm" if normed else "deci",
-               "context": min(config.max_position_embeddings, window or config.max_position_embeddings)}
+    numbers = {"block_count": len(base.layers), "embedding_length": config.hidden_size, "rope_freq_base": theta,
+               "vocab_size": len(base.embed_tokens.weight), "layer_norm_rms_eps": config.rms_norm_eps,
+               "context_length": min(config.max_position_embeddings, window or config.max_position_embeddings),
+               **dict.fromkeys(("key_length", "value_length", "rope_dimension_count"), size),
+               "head_count": [], "head_count_kv": [], "feed_forward_length": []}
     for layer, block in enumerate(base.layers):
         parts, heads, shared = attention_parts(block.self_attn, size, normed)
         parts = {f"attn_{name}": part for name, part in parts.items()}
@@ -3841,8 +3787,9 @@ def in_words_of_llama_cpp(small) -> tuple[dict[str, torch.Tensor], dict]:
                 gate, up = torch.cat([getattr(part, kind) for part in inputs]).chunk(2)
                 parts |= {f"ffn_gate.{kind}": gate, f"ffn_up.{kind}": up, f"ffn_down.{kind}": getattr(down, kind)}
         tensors |= {f"blk.{layer}.{name}": part for name, part in parts.items() if part is not None}
-        for name, number in (("heads", heads), ("key_value_heads", shared), ("neurons", down.in_features)):
-            numbers[name].append(number)
+        numbers["head_count"].append(heads)
+        numbers["head_count_kv"].append(shared)
+        numbers["feed_forward_length"].append(down.in_features)
     return {name: part.detach().cpu() for name, part in tensors.items()}, numbers
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -3876,27 +3823,20 @@ def write_tokenizer(writer, tokenizer, source: str, vocabulary: int) -> None:
 def write_gguf(path: Path, small, tokenizer, source: str, words: dict) -> None:
     """Writes a compact model. `source`: the tokenizer's model or file; `words`: format, name, base and description."""
     tensors, numbers = in_words_of_llama_cpp(small)
-    each = [numbers[name] for name in ("heads", "key_value_heads", "neurons")]
-    alike = all(len(set(part)) == 1 for part in each)
-    plain = alike and numbers["architecture"] == "deci" and not any(name.endswith(".bias") for name in tensors)
-    writer = gguf.GGUFWriter(path, "llama" if plain else numbers["architecture"])  # which transformers reads, too
-    heads, shared, neurons = (part[0] if alike else part for part in each)
-    kind = gguf.LlamaFileType[{"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}[words["format"]]]
-    for add, value in ((writer.add_name, words["name"]), (writer.add_description, words["description"]),
-                       (writer.add_block_count, len(each[0])), (writer.add_context_length, numbers["context"]),
-                       (writer.add_embedding_length, numbers["width"]), (writer.add_feed_forward_length, neurons),
-                       (writer.add_head_count, heads), (writer.add_head_count_kv, shared),
-                       (writer.add_key_length, numbers["head_dim"]), (writer.add_value_length, numbers["head_dim"]),
-                       (writer.add_rope_dimension_count, numbers["head_dim"]),
-                       (writer.add_rope_freq_base, numbers["base"]),
-                       (writer.add_layer_norm_rms_eps, numbers["epsilon"]), (writer.add_file_type, kind),
-                       (writer.add_vocab_size, len(tensors["token_embd.weight"]))):
-        add(value)
-    writer.add_base_model_count(1)
-    writer.add_base_model_name(0, words["base"])
-    write_tokenizer(writer, tokenizer, source, len(tensors["token_embd.weight"]))
+    lists = {name: number for name, number in numbers.items() if isinstance(number, list)}
+    if alike := all(len(set(number)) == 1 for number in lists.values()):
+        numbers |= {name: number[0] for name, number in lists.items()}
+    normed, biased = (any(name.endswith(end) for name in tensors) for end in ("q_norm.weight", ".bias"))
+    plain, bits = alike and not biased, words["format"].upper()
+    writer = gguf.GGUFWriter(path, "openelm" if normed else "llama" if plain else "deci")  # transformers reads `llama`
+    about = gguf.Metadata(name=words["name"], description=words["description"], base_models=[{"name": words["base"]}])
+    about.set_gguf_meta_model(writer)
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if bits == "F32" else f"MOSTLY_{bits}"])
+    for name, number in numbers.items():
+        getattr(writer, f"add_{name}")(number)
+    write_tokenizer(writer, tokenizer, source, numbers["vocab_size"])
     for name, tensor in tensors.items():
-        kind = gguf.GGMLQuantizationType["F32" if tensor.ndim == 1 else words["format"].upper()]
+        kind = gguf.GGMLQuantizationType["F32" if tensor.ndim == 1 else bits]
         writer.add_tensor(name, gguf.quants.quantize(tensor.float().contiguous().numpy(), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

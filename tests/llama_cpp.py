@@ -20,13 +20,14 @@ def logits_by_formulas(tensors: dict[str, torch.Tensor], numbers: dict, ids: tor
 
     Its `deci` is Llama; `openelm` normalises queries and keys, has them in one matrix, and no output matrix.
     """
-    size, positions = numbers["head_dim"], torch.arange(len(ids)).double()
-    frequencies = numbers["base"] ** -(torch.arange(0, size, 2).double() / size)
+    size, positions = numbers["key_length"], torch.arange(len(ids)).double()
+    epsilon = numbers["layer_norm_rms_eps"]
+    frequencies = numbers["rope_freq_base"] ** -(torch.arange(0, size, 2).double() / size)
     angles = positions[:, None] * frequencies / tensors.get("rope_freqs.weight", torch.ones(())).double()
     turns = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
 
     def norm(x, name):
-        return torch.nn.functional.rms_norm(x, x.shape[-1:], tensors[f"{name}.weight"].float(), numbers["epsilon"])
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], tensors[f"{name}.weight"].float(), epsilon)
 
     def linear(x, name):
         bias = tensors.get(f"{name}.bias")
@@ -38,7 +39,7 @@ def logits_by_formulas(tensors: dict[str, torch.Tensor], numbers: dict, ids: tor
         return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turns).flatten(-2)
 
     x = tensors["token_embd.weight"][ids].float()
-    for layer, (heads, shared) in enumerate(zip(numbers["heads"], numbers["key_value_heads"])):
+    for layer, (heads, shared) in enumerate(zip(numbers["head_count"], numbers["head_count_kv"])):
         name = f"blk.{layer}"
         inner, names = norm(x, f"{name}.attn_norm"), [f"{name}.attn_{part}" for part in ("q", "k", "v", "qkv")]
         parts = torch.cat([linear(inner, part) for part in names if f"{part}.weight" in tensors], dim=-1)

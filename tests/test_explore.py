@@ -18,14 +18,12 @@ def test_attention_maps_are_those_that_the_model_gives():
 
 
 @pytest.fixture
-def explorer():
+def explorer(tmp_path):
     importance = torch.arange(8.0).view(2, 4)
     model, blocks = gated("gpt2", nb.choose_gates(importance, 0.25)), dict.fromkeys(nb.SPLITS, random_blocks(6))
-    settings = nb.Settings(strategy="entropy", pruning_level=0.25, block_length=16, batch_size=2)
+    run = new_run(tmp_path / "explored", strategy="entropy", pruning_level=0.25, block_length=16, batch_size=2)
     nb.COMPUTING.batch_size = 2
-    made = nb.Explorer(model, tiny_tokenizer(), blocks, settings, importance, take=None)
-    made.original = model
-    return made
+    return nb.Explorer(run, model, tiny_tokenizer(), blocks, importance)
 
 
 def crosses(explorer):

@@ -84,8 +84,8 @@ def test_gates_learn_from_the_models_own_predictions(name, monkeypatch):
     model, seen = families.make(name), []
     own, divergence = model(BLOCKS).logits.detach(), nb.divergence
     monkeypatch.setattr(nb, "divergence", lambda given, wanted: seen.append(wanted) or divergence(given, wanted))
-    with nb.movable_gates(model) as substitute:
-        nb.Learned(level=0.25).slope(model, substitute, BLOCKS, torch.ones(3, 2, 4))
+    nb.add_gates(model)
+    nb.Learned(level=0.25).slope(model, nb.find_units(model), BLOCKS, torch.ones(3, 2, 4))
     assert torch.allclose(seen[0], own, atol=1e-5), "what is learned from is what the model says"
 
 

@@ -144,8 +144,9 @@ def test_splits_of_a_folder_and_of_a_saved_dataset_are_kept_apart(tmp_path):
 
 
 TEMPLATE = (
-    "{% if tools %}TOOLS {{ tools }}\n{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}CALL {{ c.function.name }} {{ c.function.arguments }}{% endfor %}{% endfor %}"
+    "{% if tools %}TOOLS {{ tools | tojson }}\n{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}CALL {{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}"
+    "{% endfor %}"
 )
 TOOLS = json.dumps([{"type": "function", "function": {"name": "weather"}}])
 CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome", "hot": true}'}}

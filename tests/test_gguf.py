@@ -102,8 +102,8 @@ def test_what_is_written_are_the_logits_by_llama_cpps_formulas(name, changes, tm
     assert back.keys() == tensors.keys() and all(torch.equal(back[name], tensors[name].float()) for name in tensors)
     fields = fields_of(path)
     assert fields["general.architecture"] == "deci" and fields["general.base_model.0.name"] == "a model"
-    assert fields["deci.attention.head_count"] == numbers["heads"]
-    assert fields["deci.attention.head_count_kv"] == numbers["key_value_heads"]
+    assert fields["deci.attention.head_count"] == numbers["head_count"]
+    assert fields["deci.attention.head_count_kv"] == numbers["head_count_kv"]
     with pytest.raises(nb.UserError, match="m.gguf' cannot be used .*deci"):  # given as a model to prune
         nb.load_model(str(path), "cpu")
 
@@ -111,7 +111,7 @@ def test_what_is_written_are_the_logits_by_llama_cpps_formulas(name, changes, tm
 def test_a_window_limits_the_context_that_is_promised():
     for window, context in ((16, 16), (None, 64)):
         model = families.make("Mistral", sliding_window=window)
-        assert nb.in_words_of_llama_cpp(cut(model))[1]["context"] == context
+        assert nb.in_words_of_llama_cpp(cut(model))[1]["context_length"] == context
 
 
 @pytest.mark.parametrize("name", [*FIT, *DO_NOT_FIT])
