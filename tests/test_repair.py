@@ -71,6 +71,20 @@ def test_a_head_that_another_one_repeats_is_repaired_exactly(family, monkeypatch
         assert nb.largest_difference(fixed, nb.compact(fixed), TEXT) < 1e-5
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_the_target_lies_halfway_to_what_all_heads_would_write(family):
+    """The inputs are those before the gates, so that closed heads are among them."""
+    model, seen, wanted = gated(family, [[1.0, 0, 1, 0], [1, 1, 0, 1]]), {}, torch.randn(16, 24, 32)
+    layer = nb.find_heads(model)[0]
+    with torch.no_grad(), nb.hooks(nb.watch_layer(layer, seen)):
+        model(TEXT)
+        target, closed = nb.halfway(layer.projection, seen["heads"], wanted), seen["attention"]
+        nb.set_gates(model, OPEN)
+        model(TEXT)
+    torch.testing.assert_close(target, (wanted + seen["attention"]) / 2)
+    assert torch.dist(closed, seen["attention"]) > 0.01, "closing the heads did something"
+
+
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "falcon", "phi3", "stablelm"])
 def test_repair_comes_nearer_to_the_dense_model_and_touches_nothing_else(family, gates):
     model = gated(family, gates)
