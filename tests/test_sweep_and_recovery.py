@@ -88,7 +88,7 @@ def test_the_points_of_a_sweep_are_right_for_all_kinds_of_units(run, blocks, cap
     assert table == nb.points_table(points).splitlines() and "left out" not in said
     assert table[0] == "|  | 0% | 25% | 50% |" and table[2].startswith("| heads, gradient | ")
     assert f"{points[2]['pruned']:.2f} → {points[2]['repaired']:.2f} |" in table[2]
-    written = pandas.read_csv(run.folder / "sweep.csv")
+    written = pandas.read_csv(run.folder / "sweep.csv", float_precision="round_trip")
     assert written["repaired"].tolist() == [point["repaired"] for point in points]
     assert (run.folder / "sweep.png").exists() and run.folder.with_name(run.folder.name + ".zip").exists()
     figure = nb.draw_points(points, nb.dense_point(model, 16, dense), 0.1)

@@ -193,18 +193,22 @@ def number(value):
 
 
 def draw(path, rows):
-    """Perplexity against parameters, pruned and after our repair, a line for each method, from the tables' rows."""
+    """Perplexity against parameters: pruned, after our repair and fine-tuned, a line for each method in the tables."""
     cells = [[cell.strip() for cell in row.strip()[1:-1].split("|")] for row in rows if row.startswith("|")]
-    figure, points = nb.new_figure(11, 4.4), {}
-    for name, *_, parameters, pruned, _, repaired, _, _ in (row for row in cells if row[0] not in ("method", "---")):
-        points.setdefault(name, []).append((float(parameters.split()[0]), float(pruned), float(repaired or pruned)))
+    figure, points = nb.new_figure(13, 4.4), {}
+    cells = [row for row in cells if row[0] not in ("method", "---")]
+    for name, *_, parameters, pruned, _, repaired, tuned, _ in cells:
+        values = (parameters.split()[0], pruned, repaired or pruned, tuned or math.nan)
+        points.setdefault(name, []).append(tuple(map(float, values)))
     (dense,) = points.pop("dense")
-    for column, axes in enumerate(figure.subplots(1, 2)):
+    titles, highest = ("pruned", "after our repair", "then fine-tuned"), (3.2, 1.7, 1.7)
+    for column, axes in enumerate(figure.subplots(1, 3)):
         for name, found in points.items():
             sizes, *values = zip(*sorted([dense, *found]))
             axes.plot(sizes, values[column], "o-" if "(ours)" in name else "o:", label=name)
-        axes.set(xlabel="parameters, million", ylabel="test perplexity", title=("pruned", "after our repair")[column],
-                 yscale="log", ylim=(0.96 * dense[1], 3.2 * dense[1]))  # fmt: skip
+        lowest = dense[1 + column]
+        axes.set(xlabel="parameters, million", ylabel="test perplexity", title=titles[column], yscale="log",
+                 ylim=(0.96 * lowest, highest[column] * lowest))  # fmt: skip
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.grid(alpha=0.3, which="both")
