@@ -2957,7 +2957,7 @@ class Explorer(ExplorerPanel):
         run.settings = dataclasses.replace(run.settings, strategy=name, pruning_level=self.settings.pruning_level)
         close_units(run, self.original, self.tokenizer, self.gates, self.importance[name], tested)
         run.metrics["by_hand"] = int((self.gates != self.chosen).sum())
-        return f"Taken: test perplexity {run.metrics['perplexity']['pruned']:.2f}. Now run the cells from section 11."
+        return f"Taken: test perplexity {run.metrics['perplexity']['pruned']:.2f}. Go on from section 11."
 
 # %%
 def show_explorer(run: Run, model, tokenizer, blocks: dict[str, torch.Tensor], importance: torch.Tensor) -> None:
@@ -3037,8 +3037,8 @@ if __name__ == "__main__":
 # $$W' = W + (X^\top X + \lambda I)^{-1} X^\top (Y - XW).$$
 #
 # It is solved layer by layer from the bottom, on what the *pruned* model computes, for the heads and then for the MLP.
-# $Y$ lies halfway between two targets: what the stream has to receive to match the dense model's, so that a layer also
-# corrects what was lost below it, and what the layer with all its heads open would write here, which asks for less. A
+# $Y$ is the mean of two targets. The first would bring the stream to the dense model's, so a layer also corrects what
+# was lost below it. The second is what this layer would write if all of it were open. A
 # small $\lambda$ trusts the text, a large one the old weights. For each projection, five values are tried on a quarter
 # of the tokens, which is held out, and the best is taken. (Relatives: [FLAP](https://arxiv.org/abs/2312.11983),
 # [SlimGPT](https://arxiv.org/abs/2412.18110).)
