@@ -1578,13 +1578,6 @@ def all_open(model):
     finally:
         set_gates(model, before)
 
-def logits_with(model, layers: list, rows, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of ids (batch, time) with `rows`, (..., units) for each of the layers, as gates; weights are frozen."""
-    gates = {f"{units.path}.gates": part for layer, row in zip(layers, rows, strict=True)
-             for units, part in zip(layer, row.split([units.number for units in layer], dim=-1))}
-    weights = {name: weight.detach() for name, weight in model.named_parameters()}
-    return torch.func.functional_call(model, weights | gates, ids, {"use_cache": False}).logits
-
 # %%
 if __name__ == "__main__":
     prune_only(model, settings.prune)
@@ -2553,6 +2546,13 @@ def cut_shorter(blocks: torch.Tensor, longest: int = 128) -> torch.Tensor:
     parts = math.ceil(blocks.shape[1] / longest)
     length = blocks.shape[1] // parts
     return blocks[:, : parts * length].reshape(-1, length)
+
+def logits_with(model, layers: list, rows, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of ids (batch, time) with `rows`, (..., units) for each of the layers, as gates; weights are frozen."""
+    gates = {f"{units.path}.gates": part for layer, row in zip(layers, rows, strict=True)
+             for units, part in zip(layer, row.split([units.number for units in layer], dim=-1))}
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    return torch.func.functional_call(model, weights | gates, ids, {"use_cache": False}).logits
 
 @dataclasses.dataclass
 class Gradient:

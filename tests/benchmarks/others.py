@@ -189,7 +189,7 @@ def methods(model, blocks, settings):
 
 
 def number(value):
-    return "" if math.isnan(value) else f"{value:.2f}"
+    return "" if math.isnan(value) else f"{value:.{3 if value < 10 else 2}f}"
 
 
 def draw(path, rows):
