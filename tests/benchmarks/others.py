@@ -30,6 +30,7 @@ import time
 
 import torch
 from common import begin, closed_in, head, nb, parser_for, say, scores, trained
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 
 def sums(model, change):
@@ -201,7 +202,7 @@ def draw(path, rows):
         values = (parameters.split()[0], pruned, repaired or pruned, tuned or math.nan)
         points.setdefault(name, []).append(tuple(map(float, values)))
     (dense,) = points.pop("dense")
-    titles, highest = ("pruned", "after our repair", "then fine-tuned"), (3.2, 1.7, 1.7)
+    titles, highest = ("pruned", "after our repair", "then fine-tuned"), (3.4, 1.8, 1.8)
     for column, axes in enumerate(figure.subplots(1, 3)):
         for name, found in points.items():
             sizes, *values = zip(*sorted([dense, *found]))
@@ -209,9 +210,8 @@ def draw(path, rows):
         lowest = dense[1 + column]
         axes.set(xlabel="parameters, million", ylabel="test perplexity", title=titles[column], yscale="log",
                  ylim=(0.96 * lowest, highest[column] * lowest))  # fmt: skip
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
-        axes.grid(alpha=0.3, which="both")
+        axes.yaxis.set(major_locator=MaxNLocator(8), major_formatter="{x:g}", minor_locator=NullLocator())
+        axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
 
